@@ -1,0 +1,125 @@
+"""`create_app(settings)`: the composition root, where settings become parts and parts become an app.
+
+Rule: everything is put together here and nowhere else; one handler turns every error into the one JSON shape.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from starlette.exceptions import HTTPException
+
+from service.engine import EngineOptions, load_engines
+from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound
+from service.metrics import Metrics
+from service.registry import scan
+from service.routers import error_response, models, ops, sessions, stream
+from service.sessions import IdleLimits, SessionManager
+from service.settings import Settings
+from service.stores import open_store
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Makes the service. Models load when the app starts (its lifespan), not here."""
+    metrics = Metrics(_registry())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            store = open_store(settings.store_url, max_expired_ids=settings.max_expired_ids)
+            stack.push_async_callback(store.close)
+            found = scan(settings.models)
+            engines = load_engines(found.found, found.broken, _engine_options(settings), metrics)
+            for engine in engines:
+                engine.start()
+                stack.push_async_callback(engine.close)
+                log.info("model %s/%s on %s", *engine.key, engine.device)
+            for key, error in engines.broken.items():
+                log.error("model %s/%s is not served: %s", *key, error)
+            app.state.manager = SessionManager(
+                engines,
+                store,
+                idle=IdleLimits(
+                    settings.idle_ttl_ms / 1000, settings.min_idle_ttl_ms / 1000, settings.max_idle_ttl_ms / 1000
+                ),
+                metrics=metrics,
+                sweep_interval=settings.sweep_interval_ms / 1000,
+            )
+            sweeper = asyncio.create_task(app.state.manager.serve(), name="sweeper")
+            stack.callback(sweeper.cancel)
+            yield
+
+    app = FastAPI(
+        title="Latch",
+        summary="Serving models that remember: one hidden state per session.",
+        version=version("latch"),
+        lifespan=lifespan,
+    )
+    app.state.metrics = metrics
+    app.state.max_body_bytes = settings.max_body_bytes
+    app.state.max_waiting = settings.max_session_queue
+    for router in (models.router, sessions.router, stream.router, ops.router):
+        app.include_router(router)
+    for kind in (LatchError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    """Every failure of an HTTP call, as the one shape that all doors share."""
+    typed = _typed(request, error)
+    request.app.state.metrics.errors.labels(typed.code).inc()
+    return error_response(typed)
+
+
+def _typed(request: Request, error: Exception) -> LatchError:
+    if isinstance(error, LatchError):
+        return error
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return Malformed(f"the body is not JSON: {first['ctx']['error']}")
+        where, *rest = first["loc"]
+        path = ("$" if where == "body" else str(where)) + "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest
+        )
+        return InvalidInput(f"{first['msg']} at {path}", path=path)
+    if isinstance(error, HTTPException):
+        what = f"{request.method} {request.url.path}"
+        if error.status_code == 405:
+            return MethodNotAllowed(f"{what}: this address takes other methods; see /docs")
+        if error.status_code == 404:
+            return NotFound(f"{what}: no such address; see /docs")
+        if error.status_code < 500:
+            return Malformed(str(error.detail))
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return Internal("the service failed on this call; its log says why")
+
+
+def _engine_options(settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        device=settings.device,
+        intra_op_threads=settings.intra_op_threads,
+        max_sessions=settings.max_sessions,
+        max_batch_size=settings.max_batch_size,
+        max_run_steps=settings.max_run_steps,
+        max_queue=settings.max_queue,
+        max_session_queue=settings.max_session_queue,
+        max_steps=settings.max_steps,
+        keep_reply_bytes=settings.keep_reply_bytes,
+    )
+
+
+def _registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry

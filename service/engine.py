@@ -1,0 +1,176 @@
+"""`Engine`: one live version of a model, and `Engines`: all of them by name.
+
+Rule: an engine is not handed out before it has replayed its golden vectors. It puts a runner, a slab and a batcher
+together and knows no session ids.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.batcher import Batcher
+from service.errors import GoldenMismatch, LatchError, ModelBroken, ModelNotFound
+from service.manifest import Array, Manifest
+from service.metrics import Metrics
+from service.registry import ModelFiles, ModelKey
+from service.runtime import OrtRunner
+from service.slab import StateSlab
+from service.wire.native import NativeCodec
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The limits of an engine, as plain values; `Settings` describes each."""
+
+    device: str = "cpu"
+    intra_op_threads: int = 1
+    max_sessions: int = 100_000
+    max_batch_size: int = 256
+    max_run_steps: int = 32
+    max_queue: int = 8_192
+    max_session_queue: int = 64
+    max_steps: int = 16_384
+    keep_reply_bytes: int = 65_536
+
+
+class Engine:
+    """Runs one model version for its sessions.
+
+    Args:
+        files: the checked files of the version.
+        options: limits.
+        metrics: where to count.
+
+    Raises:
+        ModelUnloadable: the runtime cannot read the graph, or it does not fit the manifest.
+        GoldenMismatch: it does not give the golden outputs.
+    """
+
+    def __init__(self, files: ModelFiles, options: EngineOptions, metrics: Metrics) -> None:
+        self.manifest: Manifest = files.manifest
+        self.key = ModelKey(files.manifest.name, files.manifest.version)
+        self._runner = OrtRunner(
+            files.manifest, files.graph, device=options.device, threads=options.intra_op_threads
+        )
+        self.device = self._runner.device
+        self.slab = StateSlab(files.manifest.state, options.max_sessions)
+        self.golden_error = replay_golden(self._runner, files)
+        self._runner.warm_up(options.max_batch_size)
+        self.codec = NativeCodec(files.manifest, max_steps=options.max_steps)
+        self.batcher = Batcher(
+            self._runner,
+            self.slab,
+            max_batch_size=options.max_batch_size,
+            max_run_steps=options.max_run_steps,
+            max_queue=options.max_queue,
+            max_session_queue=options.max_session_queue,
+            keep_reply_bytes=options.keep_reply_bytes,
+            metrics=metrics,
+            model=files.manifest.name,
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Starts the batcher's task on the running loop."""
+        self._task = asyncio.create_task(self.batcher.serve(), name=f"batcher {self.key.name}/{self.key.version}")
+
+    async def close(self) -> None:
+        """Ends the task; whoever still waits is told that the service is stopping."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+
+class Engines:
+    """The live engines, and why the other versions are not among them."""
+
+    def __init__(self, live: Iterable[Engine], broken: dict[ModelKey, LatchError]) -> None:
+        self._live = {engine.key: engine for engine in live}
+        self.broken = broken
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._live.values())
+
+    def versions(self, name: str) -> list[Engine]:
+        """The live versions of a model, oldest first; its last one is the default.
+
+        Raises:
+            ModelNotFound: no such model.
+            ModelBroken: it is there, but no version of it loads.
+        """
+        engines = sorted((e for e in self._live.values() if e.key.name == name), key=lambda e: int(e.key.version))
+        if not engines:
+            raise self._absent(name, None)
+        return engines
+
+    def get(self, name: str, version: str | None = None) -> Engine:
+        """The engine of a version, or of the default one. Raises as `versions`."""
+        if version is None:
+            return self.versions(name)[-1]
+        try:
+            return self._live[ModelKey(name, version)]
+        except KeyError:
+            raise self._absent(name, version) from None
+
+    def _absent(self, name: str, version: str | None) -> LatchError:
+        for key, error in self.broken.items():
+            if key.name == name and version in (None, key.version):
+                return ModelBroken(f"model {key.name}/{key.version} cannot be served: {error}")
+        what = name if version is None else f"{name}/{version}"
+        known = ", ".join(sorted({key.name for key in self._live})) or "none"
+        return ModelNotFound(f"no model {what!r}; loaded: {known}")
+
+
+def load_engines(
+    found: Iterable[ModelFiles], broken: dict[ModelKey, LatchError], options: EngineOptions, metrics: Metrics
+) -> Engines:
+    """Makes an engine of every version that can be one; the others join `broken`."""
+    live, broken = [], dict(broken)
+    for files in found:
+        try:
+            live.append(Engine(files, options, metrics))
+        except LatchError as error:
+            broken[ModelKey(files.manifest.name, files.manifest.version)] = error
+    return Engines(live, broken)
+
+
+def replay_golden(runner: OrtRunner, files: ModelFiles) -> float:
+    """Runs the golden sequences from the initial state and compares every output and the last state.
+
+    Returns:
+        The largest |got - expected| / max(1, |expected|).
+
+    Raises:
+        GoldenMismatch: an array is missing or misshapen, or that error is over the manifest's tolerance.
+    """
+    manifest = files.manifest
+    names = [tensor.name for tensor in manifest.outputs]
+    shape = (manifest.golden.sequences, manifest.golden.steps)
+    inputs = _golden_array(files, f"input.{manifest.input.name}", (*shape, *manifest.input.shape))
+    state = [np.broadcast_to(pair.initial_value(), (shape[0], *pair.shape)) for pair in manifest.state]
+    outputs, last = runner.run(inputs.astype(manifest.input.dtype), state, names)
+    worst = 0.0
+    got = [(f"output.{t.name}", outputs[t.name]) for t in manifest.outputs]
+    got += [(f"state.{pair.name}", rows) for pair, rows in zip(manifest.state, last, strict=True)]
+    for key, value in got:
+        expected = _golden_array(files, key, value.shape)
+        error = float(np.max(np.abs(value - expected) / np.maximum(1.0, np.abs(expected)), initial=0.0))
+        if not error <= manifest.golden.tolerance:
+            raise GoldenMismatch(
+                f"{key} differs from golden.npz by {error:.3g}, the manifest allows {manifest.golden.tolerance:g}: "
+                f"this runtime does not compute what was exported"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _golden_array(files: ModelFiles, key: str, shape: tuple[int, ...]) -> Array:
+    array = files.golden.get(key)
+    if array is None or array.shape != shape:
+        found = "is missing" if array is None else f"has shape {array.shape}"
+        raise GoldenMismatch(f"golden.npz: {key} {found}, the manifest asks for {shape}")
+    return array

@@ -1,0 +1,89 @@
+"""The doors: each router turns bytes into calls of `SessionManager` and its answers into bytes.
+
+Rule: no behaviour of a session is decided here. What all HTTP routes share lives in this file.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, Request, Response, WebSocket
+from fastapi.routing import APIRoute
+from starlette.requests import HTTPConnection
+
+from service.errors import LatchError, PayloadTooLarge, UnsupportedMediaType
+from service.sessions import SessionManager
+from service.wire import native
+
+JSON = "application/json"
+
+
+class BoundedRoute(APIRoute):
+    """Reads the whole body before the handler runs, and never more of it than `max_body_bytes`."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        """Wraps FastAPI's own handler; it finds the body that was read."""
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            request = _BoundedRequest(request.scope, request.receive)
+            await request.body()
+            return await handler(request)
+
+        return bounded
+
+
+class _BoundedRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            limit: int = self.app.state.max_body_bytes
+            parts: list[bytes] = []
+            size = int(self.headers.get("content-length", 0))
+            if size <= limit:
+                size = 0
+                async for part in self.stream():
+                    size += len(part)
+                    if size > limit:
+                        break
+                    parts.append(part)
+            if size > limit:
+                raise body_too_large(limit)
+            self._body = b"".join(parts)
+        return self._body
+
+
+def body_too_large(limit: int) -> PayloadTooLarge:
+    """The one error of bodies and messages over the size limit."""
+    return PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
+
+
+def error_response(error: LatchError) -> Response:
+    """An error as an HTTP reply, with `Retry-After` in whole seconds where it tells when to come again."""
+    headers = {}
+    if "retry_after_ms" in error.extras:
+        headers["Retry-After"] = str(max(1, -(-error.extras["retry_after_ms"] // 1000)))
+    return Response(native.encode(error.to_dict()), error.http_status, headers, JSON)
+
+
+def _manager(connection: HTTPConnection) -> SessionManager:
+    manager: SessionManager = connection.app.state.manager
+    return manager
+
+
+async def _json_body(request: Request) -> bytes:
+    """The body, unless it claims to be something else than JSON. No content type at all is fine: curl users forget."""
+    kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    # curl -d sends the second one unless told otherwise
+    if kind not in (JSON, "application/x-www-form-urlencoded"):
+        raise UnsupportedMediaType(f"content type {kind!r}: this call reads {JSON}")
+    return await request.body()
+
+
+Manager = Annotated[SessionManager, Depends(_manager)]
+JsonBody = Annotated[bytes, Depends(_json_body)]
+
+__all__ = ["JSON", "BoundedRoute", "JsonBody", "Manager", "WebSocket", "body_too_large", "error_response"]
+
+
+def documented(schema: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's request body for a route that decodes its bytes itself."""
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}

@@ -1,0 +1,129 @@
+"""`/v1/models`: what can be served, and stateless prediction of whole sequences."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+
+from service.engine import Engine
+from service.routers import JSON, BoundedRoute, JsonBody, Manager, documented
+from service.wire import native
+
+router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
+
+
+class TensorInfo(BaseModel):
+    """A tensor of a step; `shape` is without batch and time."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    features: list[dict[str, str]] = []
+    role: str | None = None
+
+
+class ModelInfo(BaseModel):
+    """One version of a model: what to send, what comes back, what it is and where it comes from."""
+
+    name: str
+    version: str
+    versions: list[str]
+    description: str
+    task: str
+    head: str
+    input: TensorInfo
+    outputs: list[TensorInfo]
+    state: list[TensorInfo]
+    state_bytes: int
+    unit: dict[str, Any] | None
+    parameters: int | None
+    normalisation: dict[str, Any]
+    feedback: dict[str, str] | None
+    metrics: list[dict[str, Any]]
+    data: dict[str, Any] | None
+    training: dict[str, Any]
+    libraries: dict[str, str]
+    device: str
+    golden_error: float
+    sha256: str
+
+
+class ModelList(BaseModel):
+    """The default version of every live model."""
+
+    models: list[ModelInfo]
+
+
+@router.get("")
+async def list_models(manager: Manager) -> ModelList:
+    """Every model, at its default version."""
+    names = sorted({engine.key.name for engine in manager.engines})
+    return ModelList(models=[_info(manager, manager.engines.get(name)) for name in names])
+
+
+@router.get("/{model}")
+async def get_model(model: str, manager: Manager) -> ModelInfo:
+    """A model at its default version: the highest that loads."""
+    return _info(manager, manager.engines.get(model))
+
+
+@router.get("/{model}/versions/{version}")
+async def get_version(model: str, version: str, manager: Manager) -> ModelInfo:
+    """One version of a model."""
+    return _info(manager, manager.engines.get(model, version))
+
+
+@router.post(
+    "/{model}/predict",
+    openapi_extra=documented(
+        {
+            "type": "object",
+            "required": ["sequences"],
+            "properties": {
+                "sequences": {
+                    "type": "array",
+                    "items": {"type": "array"},
+                    "description": "[[T rows], ...], any lengths",
+                },
+                "outputs": {"type": "array", "items": {"type": "string"}},
+            },
+        }
+    ),
+)
+async def predict(model: str, body: JsonBody, manager: Manager) -> Response:
+    """Runs whole sequences from the initial state and keeps nothing: `{"sequences": [{"outputs": {...}}, ...]}`."""
+    engine = manager.engines.get(model)
+    replies = await manager.predict(engine, engine.codec.decode_predict(body))
+    return Response(native.encode_outputs(replies), media_type=JSON)
+
+
+def _info(manager: Any, engine: Engine) -> ModelInfo:
+    manifest = engine.manifest
+    return ModelInfo(
+        name=manifest.name,
+        version=manifest.version,
+        versions=[other.key.version for other in manager.engines.versions(manifest.name)],
+        description=manifest.description,
+        task=manifest.task,
+        head=manifest.head,
+        input=_tensor(manifest.input, None),
+        outputs=[_tensor(tensor, tensor.role) for tensor in manifest.outputs],
+        state=[_tensor(pair, "state") for pair in manifest.state],
+        state_bytes=manifest.state_bytes,
+        unit=manifest.unit,
+        parameters=manifest.parameters,
+        normalisation=manifest.normalisation,
+        feedback=manifest.feedback,
+        metrics=list(manifest.metrics),
+        data=manifest.data,
+        training=manifest.training,
+        libraries=manifest.libraries,
+        device=engine.device,
+        golden_error=engine.golden_error,
+        sha256=manifest.files["model.onnx"],
+    )
+
+
+def _tensor(tensor: Any, role: str | None) -> TensorInfo:
+    features = [{"name": f.name, "unit": f.unit} for f in getattr(tensor, "features", ())]
+    return TensorInfo(name=tensor.name, dtype=tensor.dtype, shape=list(tensor.shape), features=features, role=role)

@@ -1,0 +1,58 @@
+"""Operations: liveness, readiness, metrics, and a first page that says where to look."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from service.routers import Manager
+
+router = APIRouter(tags=["operations"])
+
+
+class Readiness(BaseModel):
+    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did. `broken` says why."""
+
+    status: str
+    models: dict[str, list[str]]
+    broken: dict[str, dict[str, Any]]
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready", responses={503: {"model": Readiness}})
+async def ready(response: Response, manager: Manager) -> Readiness:
+    """Whether models can be served, and which cannot."""
+    models: dict[str, list[str]] = {}
+    for engine in manager.engines:
+        models.setdefault(engine.key.name, []).append(engine.key.version)
+    broken = {f"{name}/{version}": error.to_dict() for (name, version), error in manager.engines.broken.items()}
+    if not models:
+        response.status_code = 503
+    return Readiness(
+        status="unavailable" if not models else "degraded" if broken else "ready", models=models, broken=broken
+    )
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/")
+async def index() -> dict[str, str]:
+    """Where to look."""
+    return {
+        "service": "latch",
+        "models": "/v1/models",
+        "sessions": "/v1/sessions",
+        "docs": "/docs",
+        "ready": "/health/ready",
+        "metrics": "/metrics",
+    }

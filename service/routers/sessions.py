@@ -1,0 +1,148 @@
+"""`/v1/sessions`: create, list, inspect, step, reset and delete over HTTP."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.routers import JSON, BoundedRoute, JsonBody, Manager, documented
+from service.sessions import Session, SessionManager
+from service.wire import native
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=BoundedRoute)
+
+
+class CreateSession(BaseModel):
+    """Which model the session runs, and for how long it may be idle."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    version: str | None = Field(None, description="The default version when absent")
+    idle_ttl_ms: int | None = Field(None, description="The service's default when absent")
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=256)]] = Field(
+        {}, max_length=16, description="Your own names and values, returned with the session"
+    )
+
+
+class SessionInfo(BaseModel):
+    """A session as it is now; `step` counts the steps it has committed."""
+
+    id: str
+    model: str
+    version: str
+    step: int
+    idle_ttl_ms: int
+    created_at: datetime
+    expires_at: datetime
+    metadata: dict[str, Any]
+
+
+class SessionPage(BaseModel):
+    """Sessions in order of id; ask again with `cursor` for the rest, until it is null."""
+
+    sessions: list[SessionInfo]
+    cursor: str | None
+
+
+STEP_BODY = {
+    "type": "object",
+    "required": ["inputs"],
+    "additionalProperties": False,
+    "properties": {
+        "inputs": {"type": "array", "items": {}, "description": "T rows, each of the shape of the model's input"},
+        "step": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of the first row; makes the request exactly-once",
+        },
+        "outputs": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "Outputs, gates and states to return; the prediction when absent",
+        },
+    },
+}
+
+
+@router.post("", status_code=201)
+async def create_session(body: CreateSession, response: Response, manager: Manager) -> SessionInfo:
+    """A new session with an id of the server's."""
+    session, _ = await _create(manager, body, None)
+    response.headers["Location"] = f"/v1/sessions/{session.record.id}"
+    return _info(manager, session)
+
+
+@router.put("/{session_id}", responses={201: {"model": SessionInfo, "description": "The session is new"}})
+async def put_session(session_id: str, body: CreateSession, response: Response, manager: Manager) -> SessionInfo:
+    """A session with an id of the client's own; asking again for the same one changes nothing."""
+    session, created = await _create(manager, body, session_id)
+    response.status_code = 201 if created else 200
+    return _info(manager, session)
+
+
+@router.get("")
+async def list_sessions(
+    manager: Manager,
+    model: str | None = None,
+    cursor: str = "",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> SessionPage:
+    """Live sessions, of one model or of all."""
+    sessions, after = await manager.page(model, cursor, limit)
+    return SessionPage(sessions=[_info(manager, session) for session in sessions], cursor=after)
+
+
+@router.get("/{session_id}")
+async def get_session(session_id: str, manager: Manager) -> SessionInfo:
+    """One session. Looking at it does not count as use."""
+    return _info(manager, await manager.find(session_id))
+
+
+@router.delete("/{session_id}", status_code=204)
+async def delete_session(session_id: str, manager: Manager) -> None:
+    """Ends a session."""
+    await manager.delete(session_id)
+
+
+@router.post("/{session_id}/steps", openapi_extra=documented(STEP_BODY))
+async def step(session_id: str, body: JsonBody, manager: Manager) -> Response:
+    """Advances a session by T >= 1 steps; all of them are applied, or none."""
+    session = await manager.find(session_id)
+    reply = await manager.step(session, session.engine.codec.decode_step(body))
+    content = native.encode_reply(reply, manager.expires_at(session))
+    timing = f"queue;dur={reply.queue_seconds * 1e3:.3f}, compute;dur={reply.compute_seconds * 1e3:.3f}, store;dur=0"
+    return Response(content, headers={"Server-Timing": timing}, media_type=JSON)
+
+
+@router.post("/{session_id}/reset")
+async def reset(session_id: str, manager: Manager) -> SessionInfo:
+    """Returns a session to its initial state and to step 0, after the requests that it has waiting."""
+    session = await manager.find(session_id)
+    await manager.reset(session)
+    return _info(manager, session)
+
+
+async def _create(manager: SessionManager, body: CreateSession, session_id: str | None) -> tuple[Session, bool]:
+    return await manager.create(
+        body.model,
+        body.version,
+        session_id=session_id,
+        idle_ttl=None if body.idle_ttl_ms is None else body.idle_ttl_ms / 1000,
+        metadata=body.metadata,
+    )
+
+
+def _info(manager: SessionManager, session: Session) -> SessionInfo:
+    record = session.record
+    return SessionInfo(
+        id=record.id,
+        model=record.model,
+        version=record.version,
+        step=session.step,
+        idle_ttl_ms=round(record.idle_ttl * 1000),
+        created_at=native.timestamp(record.created_at),
+        expires_at=native.timestamp(manager.expires_at(session)),
+        metadata=record.metadata,
+    )
