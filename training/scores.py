@@ -1,0 +1,58 @@
+"""What a model scores on a split, in the units of the papers.
+
+Its one rule: a mean is over all predicted steps of the split, never a mean of batch means. It must not know training.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from training.config import DataInfo
+from training.data.sequences import Split, collate
+from training.model import RecurrentModel
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of the manifest's `metrics`."""
+
+    name: str
+    split: str
+    value: float
+    unit: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the manifest writes it; 6 decimals are more than seeds leave significant."""
+        return asdict(self) | {"value": round(self.value, 6)}
+
+
+@torch.no_grad()
+def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) -> list[Metric]:
+    """NLL in nats for the probabilistic heads; accuracy for classes; MAE and RMSE for values.
+
+    Over all features together errors are in standard deviations of the training split; each feature's MAE is also
+    given in its own unit.
+    """
+    model.eval()
+    raws, targets = [], []
+    for inputs, target, predicted in DataLoader(split, batch_size=64, collate_fn=collate):
+        raw, _ = model(inputs)
+        raws.append(raw[predicted])
+        targets.append(target[predicted])
+    raw, target = torch.cat(raws), torch.cat(targets)
+    found: list[tuple[str, float, str]] = []
+    if model.config.head != "regression":
+        nats = model.loss(raw[None], target[None]).mean().item()
+        found.append(("nll", nats, "nats/frame" if model.config.head == "bernoulli" else "nats/step"))
+    if model.config.head == "categorical":
+        found.append(("accuracy", (raw.argmax(-1) == target).float().mean().item(), "fraction"))
+    if model.config.head in ("gaussian", "regression"):
+        errors = model.predict(raw)[0] - target
+        standard = errors / model.y_std
+        found.append(("mae", standard.abs().mean().item(), "std"))
+        found.append(("rmse", standard.square().mean().sqrt().item(), "std"))
+        for (feature, unit), value in zip(info.outputs, errors.abs().mean(0).tolist(), strict=True):
+            found.append((f"mae {feature}", value, unit or "1"))
+    return [Metric(name, split_name, value, unit) for name, value, unit in found]

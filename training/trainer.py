@@ -1,0 +1,230 @@
+"""Fit: one model on one data set, into one run folder, on Lightning.
+
+Its one rule: a run that was interrupted and resumed ends with the weights of one that was not (on a CPU). It must not
+know ONNX or the manifest.
+"""
+
+import importlib.metadata
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from training.checkpoint import (
+    Run,
+    flatten_optimiser,
+    load_tensors,
+    restore_optimiser,
+    save_tensors,
+    split_off,
+)
+from training.config import ModelConfig, TrainConfig
+from training.data.sequences import Batch, DataSet, Item, collate
+from training.errors import ConfigError, DivergedError
+from training.model import RecurrentModel
+from training.scores import score
+
+LOGGERS: dict[str, Callable[[Path], Logger]] = {
+    "csv": lambda folder: CSVLogger(folder, name="logs"),
+    "tensorboard": lambda folder: TensorBoardLogger(folder, name="logs"),
+}
+OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+
+
+def libraries() -> dict[str, str]:
+    """Versions that the weights may depend on."""
+    names = ("torch", "lightning", "numpy", "onnx", "onnxscript", "onnxruntime")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:  # noqa: ANN401 - ModelConfig checks them
+    """The model that fits `data`: sizes, head and normalisation are the data's, the rest is asked for."""
+    info = data.info
+    return ModelConfig(
+        cell,
+        len(info.inputs),
+        len(info.outputs),
+        info.head,
+        standardise=info.standardise,
+        vocabulary=info.vocabulary,
+        **settings,
+    )
+
+
+def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
+    """Mean and deviation of the training split's inputs, and of its targets where they are values."""
+    items = data.splits["train"].items
+    if data.info.standardise:
+        inputs = torch.cat([torch.from_numpy(inputs) for inputs, _, _ in items]).float()
+        model.x_mean, model.x_std = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
+    if data.info.head in ("gaussian", "regression"):
+        targets = torch.cat([torch.from_numpy(target[predicted]) for _, target, predicted in items]).float()
+        model.y_mean, model.y_std = targets.mean(0), targets.std(0).clamp_min(1e-6)
+
+
+class Fitting(lightning.LightningModule):
+    """The model, its loss over predicted steps only, its optimiser, and its batches in an order that an epoch fixes."""
+
+    def __init__(self, model: RecurrentModel, config: TrainConfig, data: DataSet) -> None:
+        super().__init__()
+        self.model, self.config, self.data = model, config, data
+        self.valid_sum, self.valid_steps = 0.0, 0
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Called anew each epoch: the order depends on seed and epoch alone, so a resumed run sees the same one."""
+        order = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.current_epoch)
+        split = self.data.splits["train"]
+        return DataLoader(split, self.config.batch_size, shuffle=True, generator=order, collate_fn=collate)
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        """The valid split, in its own order."""
+        return DataLoader(self.data.splits["valid"], batch_size=64, collate_fn=collate)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        inputs, targets, predicted = batch
+        raw, _ = self.model(inputs)
+        return self.model.loss(raw, targets)[predicted]
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """Mean loss of the batch's predicted steps; DivergedError when it is not a number."""
+        losses = self._losses(batch)
+        loss = losses.mean()
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss became {loss.item()} in epoch {self.current_epoch + 1}, step {self.global_step + 1}, at "
+                f"rate {self.config.rate}: try a lower --rate or --clip; last.safetensors holds the epoch before"
+            )
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """A new sum."""
+        self.valid_sum, self.valid_steps = 0.0, 0
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Sums, so that the mean is over steps and not over batches."""
+        losses = self._losses(batch)
+        self.valid_sum += losses.sum().item()
+        self.valid_steps += len(losses)
+
+    def on_validation_epoch_end(self) -> None:
+        """What early stopping watches."""
+        self.log("valid_loss", self.valid_sum / self.valid_steps, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam or RMSProp at a constant rate."""
+        return OPTIMISERS[self.config.optimiser](self.model.parameters(), lr=self.config.rate)  # type: ignore[call-arg]
+
+
+class Keeper(Callback):
+    """Writes `best` and `last` after every epoch and restores `last` before the first.
+
+    Early stopping has judged the epoch by then (at the end of its validation); its verdict is saved too.
+    """
+
+    def __init__(self, folder: Path, early: EarlyStopping) -> None:
+        self.last, self.best, self.early = folder / "last.safetensors", folder / "best.safetensors", early
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Weights, optimiser, early stopping and random numbers, as they were when the last epoch ended."""
+        if self.last.is_file():
+            tensors, meta = load_tensors(self.last)
+            pl_module.load_state_dict(split_off(tensors, "fitting"))
+            restore_optimiser(trainer.optimizers[0], tensors)
+            self.early.load_state_dict(
+                meta["early_stopping"] | {"best_score": torch.tensor(meta["early_stopping"]["best_score"])}
+            )
+            torch.set_rng_state(tensors["random"])
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """`best` first: if the kill comes between the two, the repeated epoch writes the same `best` again."""
+        valid, epoch = trainer.callback_metrics["valid_loss"].item(), trainer.current_epoch + 1
+        if self.early.wait_count == 0:
+            save_tensors(self.best, split_off(pl_module.state_dict(), "model"), {"epoch": epoch, "valid_loss": valid})
+        tensors = {f"fitting.{name}": value for name, value in pl_module.state_dict().items()}
+        tensors |= flatten_optimiser(trainer.optimizers[0]) | {"random": torch.get_rng_state()}
+        early = self.early.state_dict() | {"best_score": self.early.best_score.item()}
+        save_tensors(self.last, tensors, {"epoch": epoch, "done": trainer.should_stop, "early_stopping": early})
+
+
+def fit(
+    data: DataSet,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    logs: str = "csv",
+    accelerator: str = "cpu",
+    threads: int = 1,
+    progress: bool = False,
+    callbacks: tuple[Callback, ...] = (),
+) -> Run:
+    """Train until the valid split stops improving, then score the best weights; resumes what `folder` holds.
+
+    One thread is the default: at these sizes a second costs more than it does. Raises CheckpointError when `folder`
+    belongs to a different run or is damaged, DivergedError when the loss is not a number.
+    """
+    if logs not in LOGGERS:
+        raise ConfigError(f"unknown logs {logs!r}: choose one of {', '.join(LOGGERS)}")
+    run = Run(data.info, model_config, config, libraries())
+    if (folder / "run.json").is_file():
+        found = Run.load(folder)
+        found.same_as(run)
+        if found.result is not None:
+            return found
+    started = time.monotonic()
+    torch.set_num_threads(threads)
+    lightning.seed_everything(config.seed, verbose=False)
+    model = RecurrentModel(model_config)
+    set_normalisation(model, data)
+    run.save(folder)
+    last = folder / "last.safetensors"
+    meta = load_tensors(last)[1] if last.is_file() else {"epoch": 0, "done": False}
+    if not meta["done"]:
+        # Lightning's hints about itself, and its advice to add loader workers: batches here are made in microseconds.
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        # Judged when validation ends: at the end of the epoch Lightning would call it after the Keeper.
+        early = EarlyStopping("valid_loss", patience=config.patience, check_on_train_epoch_end=False)
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_epochs=config.max_epochs,
+            gradient_clip_val=config.clip,
+            logger=LOGGERS[logs](folder),
+            callbacks=[early, *callbacks, Keeper(folder, early)],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1,
+        )
+        # Lightning restores its epoch counter only from its own pickled checkpoints.
+        trainer.fit_loop.epoch_progress.current.processed = meta["epoch"]
+        trainer.fit_loop.epoch_progress.current.completed = meta["epoch"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer.fit(Fitting(model, config, data))
+    model = run.best_model(folder)
+    _, best = load_tensors(folder / "best.safetensors")
+    metrics = [metric for split in ("valid", "test") for metric in score(model, data.info, split, data.splits[split])]
+    result = {
+        "epochs": load_tensors(last)[1]["epoch"],
+        "best_epoch": best["epoch"],
+        "seconds": round(time.monotonic() - started, 1),
+        "metrics": [metric.as_dict() for metric in metrics],
+    }
+    run = replace(run, result=result)
+    run.save(folder)
+    return run
