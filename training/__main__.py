@@ -16,6 +16,7 @@ from training.cells import BLENDS, CANDIDATE_ACTIVATIONS, GATE_ACTIVATIONS, RESE
 from training.checkpoint import Run
 from training.config import TrainConfig
 from training.data import polymusic
+from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
 from training.export import export as export_run
 from training.scores import Metric, score
@@ -102,7 +103,7 @@ def fit(
     show(data_set, [Metric(**metric) for metric in result["metrics"]])
 
 
-def show(data_set: data.DataSet, metrics: list[Metric]) -> None:
+def show(data_set: DataSet, metrics: list[Metric]) -> None:
     """Scores by split, and under them what the test score is to be read beside."""
     table = Table("", "metric", "valid", "test", "unit", title=data_set.info.description)
     for metric in (metric for metric in metrics if metric.split == "test"):

@@ -108,7 +108,7 @@ class Cell(nn.Module):
         """W uniform by Glorot, every H x H block orthogonal, biases within +-1/sqrt(H) as in PyTorch."""
         for name, parameter in self.named_parameters():
             if name.startswith("u"):
-                for block in parameter.data.split(self.hidden_size):
+                for block in parameter.data.chunk(len(parameter) // self.hidden_size):
                     nn.init.orthogonal_(block)
             elif parameter.dim() == 2:
                 nn.init.xavier_uniform_(parameter)
@@ -193,9 +193,11 @@ class GatedCell(Cell):
         rows = len(self.unit.gates) * self.hidden_size
         from_x: Tensor | None = None
         if self.w_gates is not None:
-            from_x, projected = projected.split((rows, self.hidden_size), dim=-1)
+            from_x, projected = projected.split_with_sizes((rows, self.hidden_size), dim=-1)
         if "b_u" in fused:
-            from_h, recurrent = torch.addmm(fused["b_u"], h, fused["u"]).split((rows, self.hidden_size), dim=-1)
+            from_h, recurrent = torch.addmm(fused["b_u"], h, fused["u"]).split_with_sizes(
+                (rows, self.hidden_size), dim=-1
+            )
             gates = self._gates(from_h if from_x is None else from_x + from_h)
             c = self.phi(projected + gates[-1] * recurrent)
         else:
@@ -226,7 +228,7 @@ class LstmCell(Cell):
         """Module docstring, `lstm`."""
         h, c = state
         value = torch.addmm(projected, h, fused["u"])
-        gates, candidate = value.split((3 * self.hidden_size, self.hidden_size), dim=-1)
+        gates, candidate = value.split_with_sizes((3 * self.hidden_size, self.hidden_size), dim=-1)
         i, f, o = self.s(gates).chunk(3, dim=-1)
         c = f * c + i * self.phi(candidate)
         return (o * self.phi(c), c), (i, f, o)

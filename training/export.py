@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.cells import Cell
 from training.checkpoint import Run
 from training.errors import ExportError
 from training.model import RecurrentModel
@@ -68,7 +68,10 @@ def build_graph(model: RecurrentModel) -> onnx.ModelProto:
     x = torch.zeros(2, *shape, dtype=torch.int64 if model.embedding is not None else torch.float32)
     # The exporter logs, as a warning, that it skips operators of a package that nobody here uses (torchvision).
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # The first is about torch's own class, the second says that all our batch axes are one, as they should be.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+        warnings.filterwarnings("ignore", message=".*axis name: batch will not be used")
         program = torch.onnx.export(
             StepGraph(model).eval(),
             (x, *(value.contiguous() for value in model.init_state(2))),
@@ -171,8 +174,8 @@ def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, An
 
 def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, files: dict[str, str]) -> dict[str, Any]:
     """The contract's words for `run`; the same weights give the same bytes (no times in it)."""
-    data, config, cell = run.data, run.model, model.cells[0]
-    if not isinstance(cell, Cell) or run.result is None:
+    data, config, cell = run.data, run.model, model.layers[0]
+    if run.result is None:
         raise ExportError("the run has not finished: fit it to the end first")
     outputs = []
     for output in output_names(model):
@@ -186,7 +189,7 @@ def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, file
         initial = {"initial": model.initial[index].tolist()} if config.learned_initial_state else {}
         states.append(entry | initial)
     x = _tensor("x", [config.input_size]) | {"features": _features(data.inputs)}
-    normalisation = {"kind": "none"}
+    normalisation: dict[str, Any] = {"kind": "none"}
     if config.standardise:
         normalisation = {"kind": "standard", "mean": model.x_mean.tolist(), "std": model.x_std.tolist()}
     manifest = {

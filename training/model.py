@@ -4,13 +4,14 @@ Its one rule: `forward` over a sequence is the same function as `step` unrolled.
 optimisers or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.cells import Fused, State, make_cell
+from training.cells import Cell, Fused, State, make_cell
 from training.config import ModelConfig
 
 # Keeps a Gaussian's density finite when a target is predicted exactly (in units of the target's own deviation).
@@ -76,17 +77,22 @@ class RecurrentModel(nn.Module):
             self.register_buffer(f"{side}_mean", torch.zeros(size))
             self.register_buffer(f"{side}_std", torch.ones(size))
 
+    @property
+    def layers(self) -> list[Cell]:
+        """The cells, first to last (a ModuleList forgets their type)."""
+        return list(cast("Iterable[Cell]", self.cells))
+
     def _named(self, parts: str) -> list[str]:
         """Names of a cell's `states` or `gates` over all layers; numbered only when there are several layers."""
         return [
             f"{name}{layer}" if len(self.cells) > 1 else name
-            for layer, cell in enumerate(self.cells, start=1)
+            for layer, cell in enumerate(self.layers, start=1)
             for name in getattr(cell, parts)
         ]
 
     @property
     def state_names(self) -> list[str]:
-        """h (and c), or h1, h2, ... when stacked."""
+        """The names h (and c), or h1, h2, ... when stacked."""
         return self._named("states")
 
     @property
@@ -102,12 +108,12 @@ class RecurrentModel(nn.Module):
 
     def fuse(self) -> list[Fused]:
         """The weights of every layer as its cell's `step` reads them."""
-        return [cell.fuse() for cell in self.cells]
+        return [cell.fuse() for cell in self.layers]
 
     def encode(self, x: Tensor) -> Tensor:
         """Raw values [..., I] (or ids [...]) -> what the first cell sees [..., I]."""
         if self.embedding is not None:
-            return self.embedding(x)
+            return functional.embedding(x, self.embedding.weight)
         return (x - self.x_mean) / self.x_std if self.config.standardise else x
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -117,8 +123,8 @@ class RecurrentModel(nn.Module):
         state = self.init_state(batch) if state is None else state
         after: list[Tensor] = []
         width = len(state) // len(self.cells)
-        for layer, (cell, fused) in enumerate(zip(self.cells, self.fuse(), strict=True)):
-            projected = cell.project(fused, value.flatten(0, 1)).unflatten(0, (batch, steps))
+        for layer, (cell, fused) in enumerate(zip(self.layers, self.fuse(), strict=True)):
+            projected = cell.project(fused, value.flatten(0, 1)).view(batch, steps, -1)
             current, outputs = state[layer * width : (layer + 1) * width], []
             for now in projected.unbind(1):
                 current, _ = cell.step(fused, now, current)
@@ -131,9 +137,11 @@ class RecurrentModel(nn.Module):
 
     def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:
         """One step in evaluation: x [B, I] -> (head values [B, O or 2 O], gate activations, next state)."""
-        value, gates, after = self.encode(x), [], []
+        value = self.encode(x)
+        gates: list[Tensor] = []
+        after: list[Tensor] = []
         width = len(state) // len(self.cells)
-        for layer, (cell, weights) in enumerate(zip(self.cells, fused or self.fuse(), strict=True)):
+        for layer, (cell, weights) in enumerate(zip(self.layers, fused or self.fuse(), strict=True)):
             current = state[layer * width : (layer + 1) * width]
             current, opened = cell.step(weights, cell.project(weights, value), current)
             value = current[0]

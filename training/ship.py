@@ -32,7 +32,7 @@ SHIPPED = {f"chorales-{cell}": Shipped("chorales", cell, HIDDEN.get(cell, 46)) f
 }
 
 
-def ship(name: str, runs: Path, models: Path, **options: Any) -> Path:  # noqa: ANN401 - `fit` checks them
+def ship(name: str, runs: Path, models: Path, **options: Any) -> Path:
     """Train (or resume, or find finished in runs/<name>) and export one shipped model as its version 1."""
     what = SHIPPED[name]
     data_set = data.load(what.data)

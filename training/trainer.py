@@ -48,7 +48,7 @@ def libraries() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
-def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:  # noqa: ANN401 - ModelConfig checks them
+def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:
     """The model that fits `data`: sizes, head and normalisation are the data's, the rest is asked for."""
     info = data.info
     return ModelConfig(
@@ -211,10 +211,16 @@ def fit(
             reload_dataloaders_every_n_epochs=1,
         )
         # Lightning restores its epoch counter only from its own pickled checkpoints.
-        trainer.fit_loop.epoch_progress.current.processed = meta["epoch"]
-        trainer.fit_loop.epoch_progress.current.completed = meta["epoch"]
+        epochs = {
+            "ready": meta["epoch"],
+            "completed": meta["epoch"],
+            "started": meta["epoch"],
+            "processed": meta["epoch"],
+        }
+        trainer.fit_loop.epoch_progress.current.load_state_dict(epochs)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # torch's class, in Lightning
             trainer.fit(Fitting(model, config, data))
     model = run.best_model(folder)
     _, best = load_tensors(folder / "best.safetensors")

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits, one row of 8 pixels a step: which digit was it?
+"""scikit-learn's bundled handwritten digits, one row of 8 pixels a step: and then the answer.
 
 Its one rule: only the last row is asked about. It must not know units or training.
 """

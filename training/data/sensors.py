@@ -6,6 +6,7 @@ Its one rule: the same seed gives the same numbers. It must not know units or tr
 import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
+from scipy.special import expit
 
 from training.config import DataInfo
 from training.data.sequences import DataSet, Reference, Split, next_step
@@ -17,7 +18,7 @@ DAYS = 5
 SENSORS = (
     ("temperature", "degC"), ("humidity", "%"), ("vibration", "mm/s"), ("current", "A"), ("flow", "l/min"),
 )  # fmt: skip
-NOISE = np.array([0.25, 0.6, 0.12, 0.25, 0.5])
+NOISE = np.array([0.4, 0.8, 0.15, 0.35, 0.7])
 SPLITS = {"train": 96, "valid": 24, "test": 24}
 
 
@@ -25,9 +26,9 @@ def motor(rng: np.random.Generator, steps: int = DAYS * DAY) -> Series:
     """One motor's readings [steps, 5] in the units of SENSORS: load cycle, lags, wear, noise, then faults."""
     hours = (np.arange(steps) / DAY * 24 + rng.uniform(0, 24)) % 24
     shift = rng.uniform(5, 9)
-    working = 1 / (1 + np.exp(-4 * (hours - shift))) - 1 / (1 + np.exp(-4 * (hours - shift - rng.uniform(8, 12))))
+    working = expit(1.5 * (hours - shift)) - expit(1.5 * (hours - shift - rng.uniform(8, 12)))
     drift = lfilter([0.15], [1, -0.97], rng.normal(size=steps))  # an AR(1) demand that no clock predicts
-    load = np.clip(0.15 + 0.75 * working + 0.12 * drift, 0, 1.3)
+    load = np.clip(0.15 + 0.75 * working + 0.06 * drift, 0, 1.3)
     outside = 4 * np.sin(2 * np.pi * (hours - 9) / 24)
     lag = 0.88  # a motor's heat follows its load over about two hours
     warm = lfilter([1 - lag], [1, -lag], load, zi=[lag * load[0]])[0]
@@ -60,11 +61,12 @@ def faults(rng: np.random.Generator, values: NDArray[np.float64]) -> NDArray[np.
     return values
 
 
-def baselines(test: Split, deviations: NDArray[np.float64]) -> tuple[Reference, ...]:
+def baselines(test: Split, deviations: Series) -> tuple[Reference, ...]:
     """Last value and seasonal naive (same time yesterday) over the predicted steps, in training deviations."""
-    last, season = [], []
-    for inputs, targets, predicted in test.items:
-        steps = np.flatnonzero(predicted)
+    last: list[Series] = []
+    season: list[Series] = []
+    for item in test.items:
+        inputs, targets, steps = item[0].astype(np.float32), item[1].astype(np.float32), np.flatnonzero(item[2])
         last.append((targets[steps] - inputs[steps]) / deviations)
         season.append((targets[steps] - inputs[steps - DAY + 1]) / deviations)
     found = []
