@@ -27,32 +27,36 @@ log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Makes the service. Models load when the app starts (its lifespan), not here."""
+    """Loads the models and puts the service together; its tasks start with the app's lifespan.
+
+    Raises:
+        SettingsInvalid: no such store or device.
+        ManifestInvalid: the model repository is not a folder. A single broken model is only reported, in readiness.
+    """
     metrics = Metrics(_registry())
+    store = open_store(settings.store_url, max_expired_ids=settings.max_expired_ids)
+    found = scan(settings.models)
+    engines = load_engines(found.found, found.broken, engine_options(settings), metrics)
+    for engine in engines:
+        log.info("model %s/%s on %s", *engine.key, engine.device)
+    for key, error in engines.broken.items():
+        log.error("model %s/%s is not served: %s", *key, error)
+    manager = SessionManager(
+        engines,
+        store,
+        idle=IdleLimits(settings.idle_ttl_ms / 1000, settings.min_idle_ttl_ms / 1000, settings.max_idle_ttl_ms / 1000),
+        metrics=metrics,
+        sweep_interval=settings.sweep_interval_ms / 1000,
+    )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            store = open_store(settings.store_url, max_expired_ids=settings.max_expired_ids)
             stack.push_async_callback(store.close)
-            found = scan(settings.models)
-            engines = load_engines(found.found, found.broken, _engine_options(settings), metrics)
             for engine in engines:
                 engine.start()
                 stack.push_async_callback(engine.close)
-                log.info("model %s/%s on %s", *engine.key, engine.device)
-            for key, error in engines.broken.items():
-                log.error("model %s/%s is not served: %s", *key, error)
-            app.state.manager = SessionManager(
-                engines,
-                store,
-                idle=IdleLimits(
-                    settings.idle_ttl_ms / 1000, settings.min_idle_ttl_ms / 1000, settings.max_idle_ttl_ms / 1000
-                ),
-                metrics=metrics,
-                sweep_interval=settings.sweep_interval_ms / 1000,
-            )
-            sweeper = asyncio.create_task(app.state.manager.serve(), name="sweeper")
+            sweeper = asyncio.create_task(manager.serve(), name="sweeper")
             stack.callback(sweeper.cancel)
             yield
 
@@ -62,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("latch"),
         lifespan=lifespan,
     )
+    app.state.manager = manager
     app.state.metrics = metrics
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.max_waiting = settings.max_session_queue
@@ -103,7 +108,8 @@ def _typed(request: Request, error: Exception) -> LatchError:
     return Internal("the service failed on this call; its log says why")
 
 
-def _engine_options(settings: Settings) -> EngineOptions:
+def engine_options(settings: Settings) -> EngineOptions:
+    """The part of the settings that every engine is made with."""
     return EngineOptions(
         device=settings.device,
         intra_op_threads=settings.intra_op_threads,

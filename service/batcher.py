@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 class Runner(Protocol):
     """What the batcher needs of a runtime; see `runtime.OrtRunner`."""
 
-    def run(self, inputs: Array, state: Sequence[Array], outputs: Sequence[str]) -> tuple[dict[str, Array], list[Array]]:
+    def run(
+        self, inputs: Array, state: Sequence[Array], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], list[Array]]:
         """Advances B sessions by T steps: [B, T, ...] in, [B, T, ...] and the new state out."""
 
     def is_short(self, rows: int, steps: int) -> bool:

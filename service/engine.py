@@ -52,9 +52,7 @@ class Engine:
     def __init__(self, files: ModelFiles, options: EngineOptions, metrics: Metrics) -> None:
         self.manifest: Manifest = files.manifest
         self.key = ModelKey(files.manifest.name, files.manifest.version)
-        self._runner = OrtRunner(
-            files.manifest, files.graph, device=options.device, threads=options.intra_op_threads
-        )
+        self._runner = OrtRunner(files.manifest, files.graph, device=options.device, threads=options.intra_op_threads)
         self.device = self._runner.device
         self.slab = StateSlab(files.manifest.state, options.max_sessions)
         self.golden_error = replay_golden(self._runner, files)

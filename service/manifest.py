@@ -27,15 +27,13 @@ class Feature(msgspec.Struct, frozen=True):
     unit: str = ""
 
 
-class Tensor(msgspec.Struct, frozen=True):
+class _Batched(msgspec.Struct, frozen=True):
     """A tensor of the step graph. `shape` excludes the batch axis, which sits at `batch_axis`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     batch_axis: int
-    features: tuple[Feature, ...] = ()
-    role: str = "prediction"
 
     @property
     def nbytes(self) -> int:
@@ -43,15 +41,18 @@ class Tensor(msgspec.Struct, frozen=True):
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class StatePair(msgspec.Struct, frozen=True):
+class Tensor(_Batched, frozen=True):
+    """The input or an output of a step; `features` name the values along the last axis."""
+
+    features: tuple[Feature, ...] = ()
+    role: str = "prediction"
+
+
+class StatePair(_Batched, frozen=True, kw_only=True):
     """A state tensor: the graph takes it as `input` and returns the next one as `output`."""
 
-    name: str
     input: str
     output: str
-    dtype: str
-    shape: tuple[int, ...]
-    batch_axis: int
     initial: tuple[float, ...] | None = None
 
     def initial_value(self) -> Array:
@@ -59,11 +60,6 @@ class StatePair(msgspec.Struct, frozen=True):
         if self.initial is None:
             return np.zeros(self.shape, self.dtype)
         return np.array(self.initial, self.dtype).reshape(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one session's value."""
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Constant(msgspec.Struct, frozen=True):
@@ -151,15 +147,15 @@ def _check_consistency(manifest: Manifest) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ManifestInvalid(f"manifest.json names {', '.join(twice)} twice among outputs and state")
-    for tensor in (manifest.input, *manifest.outputs, *manifest.state):
+    batched: list[_Batched] = [manifest.input, *manifest.outputs, *manifest.state]
+    for tensor in batched:
         if tensor.batch_axis > len(tensor.shape):
             raise ManifestInvalid(
                 f"manifest.json: batch_axis {tensor.batch_axis} of {tensor.name} does not fit its shape {tensor.shape}"
             )
-    for sized in (*manifest.state, *manifest.constants):
-        value = sized.initial if isinstance(sized, StatePair) else sized.value
-        if value is not None and len(value) != prod(sized.shape):
+    values = [(pair.name, pair.shape, pair.initial) for pair in manifest.state if pair.initial is not None]
+    for name, shape, value in [*values, *((c.name, c.shape, c.value) for c in manifest.constants)]:
+        if len(value) != prod(shape):
             raise ManifestInvalid(
-                f"manifest.json: {sized.name} has {len(value)} values where its shape {sized.shape} needs "
-                f"{prod(sized.shape)}"
+                f"manifest.json: {name} has {len(value)} values where its shape {shape} needs {prod(shape)}"
             )

@@ -62,7 +62,7 @@ class OrtRunner:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
             self._session = ort.InferenceSession(graph, options, providers=chosen)
-        except Exception as error:  # noqa: BLE001 - the binding's errors share no base class
+        except Exception as error:
             raise ModelUnloadable(f"model.onnx cannot be loaded by onnxruntime {ort.__version__}: {error}") from error
         self.device = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         self._manifest = manifest
@@ -76,7 +76,9 @@ class OrtRunner:
         self._check_tensors()
         self._seconds_per_run, self._seconds_per_row = 0.0, 0.0
 
-    def run(self, inputs: Array, state: Sequence[Array], outputs: Sequence[str]) -> tuple[dict[str, Array], list[Array]]:
+    def run(
+        self, inputs: Array, state: Sequence[Array], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], list[Array]]:
         """Advances B sessions by T steps each.
 
         Args:
@@ -99,7 +101,7 @@ class OrtRunner:
                 feed[pair.input] = self._to_graph(pair.input, value)
             try:
                 values = self._session.run(wanted, feed | self._constants)
-            except Exception as error:  # noqa: BLE001 - the binding's errors share no base class
+            except Exception as error:
                 raise InferenceFailed(f"onnxruntime refused the step: {error}") from error
             column = {name: self._from_graph(name, value) for name, value in zip(wanted, values, strict=True)}
             state = [column[name] for name in self._next_state]

@@ -45,8 +45,10 @@ class Settings(BaseSettings):
 
     max_batch_size: int = Field(256, ge=1, le=65_536, description="Sessions that one run of a model advances at most")
     max_run_steps: int = Field(32, ge=1, le=4_096, description="Steps of one session that one run advances at most")
-    max_queue: int = Field(8_192, ge=1, description="Requests that may wait for one model; more are answered 429")
-    max_session_queue: int = Field(64, ge=1, description="Requests that may wait for one session; more are answered 429")
+    max_queue: int = Field(8_192, ge=1, description="Requests that may wait for one model; then 429")
+    max_session_queue: int = Field(
+        64, ge=1, description="Requests that may wait for one session; more are answered 429"
+    )
     max_steps: int = Field(16_384, ge=1, description="Steps that one request may carry")
     max_body_bytes: int = Field(16_777_216, ge=1_024, description="Bytes of one HTTP body or WebSocket message")
     keep_reply_bytes: int = Field(

@@ -18,7 +18,7 @@ _FIRST_ROWS = 64
 class Slot(NamedTuple):
     """A row, and the generation that tells this owner from the next one of the same row."""
 
-    index: int
+    row: int
     generation: int
 
 
@@ -78,22 +78,22 @@ class StateSlab:
     def release(self, slot: Slot) -> None:
         """Gives the row back; whatever still carries this slot is stale from here on. A second release is a no-op."""
         if self.is_live(slot):
-            self._generation[slot.index] += 1
-            self._step[slot.index] = 0
-            self._kept[slot.index] = None
-            self._free.append(slot.index)
+            self._generation[slot.row] += 1
+            self._step[slot.row] = 0
+            self._kept[slot.row] = None
+            self._free.append(slot.row)
 
     def is_live(self, slot: Slot) -> bool:
         """Whether the row still belongs to the one who acquired `slot`."""
-        return self._generation[slot.index] == slot.generation
+        return self._generation[slot.row] == slot.generation
 
     def step(self, slot: Slot) -> int:
         """Steps committed so far; the next one is this plus 1."""
-        return self._step[slot.index]
+        return self._step[slot.row]
 
     def kept(self, slot: Slot) -> Kept | None:
         """The last committed request, if there was one."""
-        return self._kept[slot.index]
+        return self._kept[slot.row]
 
     def initial(self, count: int) -> list[Array]:
         """The state of `count` sessions that have seen nothing, one [count, *shape] a pair."""
@@ -101,7 +101,7 @@ class StateSlab:
 
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""
-        index = [slot.index for slot in slots]
+        index = [slot.row for slot in slots]
         return [rows[index] for rows in self._state]
 
     def commit(self, commits: Sequence[Commit], state: Sequence[Array]) -> list[bool]:
@@ -116,13 +116,13 @@ class StateSlab:
         """
         live = [self.is_live(commit.slot) for commit in commits]
         rows = [b for b, is_live in enumerate(live) if is_live]
-        index = [commits[b].slot.index for b in rows]
+        index = [commits[b].slot.row for b in rows]
         for mine, new in zip(self._state, state, strict=True):
             mine[index] = new[rows]
         for b in rows:
             slot, step, kept = commits[b]
-            self._step[slot.index] = step
-            self._kept[slot.index] = kept
+            self._step[slot.row] = step
+            self._kept[slot.row] = kept
         return live
 
     def _grow(self) -> None:

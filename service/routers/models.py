@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from service.engine import Engine
 from service.routers import JSON, BoundedRoute, JsonBody, Manager, documented
+from service.sessions import SessionManager
 from service.wire import native
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
@@ -97,7 +98,7 @@ async def predict(model: str, body: JsonBody, manager: Manager) -> Response:
     return Response(native.encode_outputs(replies), media_type=JSON)
 
 
-def _info(manager: Any, engine: Engine) -> ModelInfo:
+def _info(manager: SessionManager, engine: Engine) -> ModelInfo:
     manifest = engine.manifest
     return ModelInfo(
         name=manifest.name,

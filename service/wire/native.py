@@ -123,8 +123,12 @@ class NativeCodec:
     def _problem(self, value: Any, shape: tuple[int | None, ...], path: str) -> LatchError | None:
         """The first place where `value` is not nested lists of numbers of `shape` (None: any length)."""
         if not shape:
-            return None if _fits(value, self._tensor.dtype) else InvalidInput(
-                f"the value at {path} is {_show(value)}: the model takes a finite {self._tensor.dtype}", path=path
+            return (
+                None
+                if _fits(value, self._tensor.dtype)
+                else InvalidInput(
+                    f"the value at {path} is {_show(value)}: the model takes a finite {self._tensor.dtype}", path=path
+                )
             )
         if not isinstance(value, list):
             return InvalidInput(f"the value at {path} is {_show(value)}: the model takes a list there", path=path)

@@ -1,0 +1,169 @@
+"""`latch`: the command line. Rule: it reads arguments and prints; the work is done elsewhere."""
+
+import logging
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from service.app import create_app, engine_options
+from service.demo import play
+from service.engine import load_engines
+from service.errors import LatchError
+from service.metrics import Metrics
+from service.registry import ModelKey, scan
+from service.settings import PREFIX, Settings, load_settings
+
+cli = typer.Typer(
+    name="latch",
+    help="Serve models that remember: one hidden state per session, thousands of sessions advanced together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+
+ModelsOption = Annotated[Path | None, typer.Option("--models", help="Model repository [LATCH_MODELS, else ./models]")]
+
+
+class _Server(uvicorn.Server):
+    """Says where to look once it listens."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            host, port = server.sockets[0].getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            out.print(f"Latch listens on {url}  (stop it with Ctrl-C)", highlight=False)
+            for path, what in (
+                ("/docs", "every call, to read and to try"),
+                ("/v1/models", "what it serves"),
+                ("/health/ready", "whether all of it loaded"),
+                ("/metrics", "figures for Prometheus"),
+            ):
+                out.print(f"  {url}{path:<16} {what}", highlight=False)
+            out.print(f"  latch demo --url {url}   a chorale, note by note", highlight=False)
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [LATCH_HOST, else 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [LATCH_PORT, else 8000]")] = None,
+    models: ModelsOption = None,
+    store: Annotated[str | None, typer.Option(help="Where sessions are kept [LATCH_STORE_URL, else memory://]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [LATCH_DEVICE, else auto]")] = None,
+) -> None:
+    """Serve every model in the repository over HTTP and WebSocket.
+
+    Example: latch serve --port 8080 --models ./models
+    """
+    settings = load_settings(host=host, port=port, models=models, store_url=store, device=device)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
+    )
+    make_server(settings).run()
+
+
+def make_server(settings: Settings) -> uvicorn.Server:
+    """The HTTP and WebSocket server around the app, as `latch serve` runs it."""
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        loop="auto",
+        http="httptools",
+        ws="websockets-sansio",
+        ws_max_size=settings.max_body_bytes,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=10,
+    )
+    return _Server(config)
+
+
+@cli.command()
+def check(models: ModelsOption = None) -> None:
+    """Load every model and replay its golden vectors; exit with 1 if one does not give what was exported."""
+    settings = load_settings(models=models)
+    found = scan(settings.models)
+    table = Table("model", "device", "largest golden error", "allowed", title=f"{settings.models}")
+    broken = dict(found.broken)
+    for files in track(found.found, "loading", console=Console(stderr=True), transient=True):
+        loaded = load_engines([files], {}, engine_options(settings), Metrics(CollectorRegistry()))
+        broken |= loaded.broken
+        for engine in loaded:
+            allowed = f"{engine.manifest.golden.tolerance:g}"
+            table.add_row("/".join(engine.key), engine.device, f"{engine.golden_error:.2g}", allowed)
+    out.print(table)
+    _report_broken(broken)
+    if broken or not found.found:
+        raise typer.Exit(1)
+
+
+@cli.command("models")
+def list_models(models: ModelsOption = None) -> None:
+    """List the models of the repository: unit, sizes and scores, as their manifests say."""
+    settings = load_settings(models=models)
+    found = scan(settings.models)
+    table = Table("model", "unit", "hidden", "parameters", "state bytes", "test score", "what it is")
+    for files in found.found:
+        manifest, unit = files.manifest, files.manifest.unit or {}
+        score = next((m for m in manifest.metrics if m["split"] == "test"), None)
+        table.add_row(
+            f"{manifest.name}/{manifest.version}",
+            unit.get("cell", "-"),
+            str(unit.get("hidden_size", "-")),
+            str(manifest.parameters or "-"),
+            str(manifest.state_bytes),
+            f"{score['name']} {score['value']:.3f} {score['unit']}" if score else "-",
+            manifest.description,
+        )
+    out.print(table)
+    _report_broken(found.broken)
+
+
+@cli.command("settings")
+def list_settings() -> None:
+    """List every setting: its name in the environment, its value now, and what it means."""
+    settings = load_settings()
+    table = Table("setting", "value", "default", "meaning")
+    for name, field in Settings.model_fields.items():
+        table.add_row(PREFIX + name.upper(), str(getattr(settings, name)), str(field.default), field.description)
+    out.print(table)
+
+
+@cli.command()
+def demo(
+    url: Annotated[str, typer.Option(help="A running service")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="A model of 88 notes")] = "chorales-gru",
+    tempo: Annotated[float, typer.Option(help="Frames a second; 0 plays as fast as it can", min=0)] = 4.0,
+) -> None:
+    """Stream the opening of a chorale through a session and draw what was played and what was foreseen.
+
+    Start the service first, in another terminal: latch serve
+    """
+    play(url, model, tempo, out)
+
+
+def main() -> None:
+    """Runs the command line; a known error is one line on standard error and exit code 2."""
+    try:
+        cli(standalone_mode=True)
+    except LatchError as error:
+        Console(stderr=True).print(f"latch: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from error
+
+
+def _report_broken(broken: dict[ModelKey, LatchError]) -> None:
+    for (name, version), error in broken.items():
+        out.print(f"broken: {name}/{version}: {error}", style="red", markup=False)
+
+
+if __name__ == "__main__":
+    main()

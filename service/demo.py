@@ -1,0 +1,136 @@
+"""`latch demo`: a chorale through a session, over WebSocket, drawn in the terminal.
+
+Rule: a client like any other; it knows addresses and messages, nothing of the service's inside.
+"""
+
+import json
+import time
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
+
+from service.errors import LatchError
+
+LOWEST_NOTE = 21  # MIDI number of the first of the 88 notes
+NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+FORESEEN = 0.25  # a note at least this probable counts as foreseen
+
+# "Herr Gott, dich loben alle wir", melody by Loys Bourgeois (1551), here in C and in a plain four-part setting of
+# our own: soprano, alto, tenor, bass, one frame a quarter note.
+CHORALE = """
+    C5 G4 E4 C3, C5 G4 E4 C3, B4 G4 D4 G3, A4 E4 C4 A3, G4 E4 B3 E3, C5 F4 A3 F3, D5 G4 B3 G3, E5 G4 C4 C3,
+    E5 G4 C4 C3, E5 G4 C4 C3, E5 A4 C4 A2, D5 G4 B3 G3, C5 E4 C4 A3, F5 A4 C4 F3, E5 G4 C4 C3, D5 G4 B3 G3,
+    C5 G4 E4 C3, D5 G4 D4 B2, E5 G4 C4 C3, D5 G4 B3 G3, C5 E4 C4 A3, A4 F4 C4 F3, B4 F4 D4 G3, C5 E4 C4 C3
+"""
+
+
+class DemoFailed(LatchError):
+    """The service cannot be reached or does not take the notes."""
+
+    code = "demo_failed"
+
+
+def frames() -> list[list[int]]:
+    """The chorale as lists of MIDI note numbers, one a frame."""
+    return [[_midi(name) for name in chord.split()] for chord in CHORALE.split(",")]
+
+
+def play(url: str, model: str, tempo: float, console: Console) -> None:
+    """Streams the chorale and draws it.
+
+    Args:
+        url: base address of a running service.
+        model: a model with 88 notes in and their probabilities out.
+        tempo: frames a second; 0 does not wait.
+        console: where to draw.
+
+    Raises:
+        DemoFailed: no service at `url`, or it refused.
+    """
+    chorale = frames()
+    foreseen: list[list[float]] = []
+    if not url.startswith(("http://", "https://")):
+        raise DemoFailed(f"{url!r} is no address: it starts with http:// or https://")
+    try:
+        session = _call(url, "/v1/sessions", "POST", {"model": model})["id"]
+        address = url.replace("http", "ws", 1) + f"/v1/sessions/{quote(session)}/stream"
+        with (
+            connect(address, subprotocols=[Subprotocol("latch.json")]) as socket,
+            Live(console=console, auto_refresh=False) as live,
+        ):
+            hello = json.loads(socket.recv())
+            if hello["type"] != "hello":
+                raise DemoFailed(hello["error"])
+            for step, notes in enumerate(chorale, start=hello["step"] + 1):
+                row = [float(LOWEST_NOTE + key in notes) for key in range(88)]
+                socket.send(json.dumps({"inputs": [row], "step": step}))
+                reply = json.loads(socket.recv())
+                if reply["type"] == "error":
+                    raise DemoFailed(reply["error"])
+                foreseen.append(reply["outputs"]["y"][0])
+                live.update(draw(chorale[:step], foreseen), refresh=True)
+                if tempo:
+                    time.sleep(1 / tempo)
+        _call(url, f"/v1/sessions/{quote(session)}", "DELETE")
+    except (OSError, HTTPException, WebSocketException) as error:
+        raise DemoFailed(
+            f"no service answers at {url} ({error}): start one with `latch serve`, or say --url"
+        ) from error
+
+
+def draw(played: list[list[int]], foreseen: list[list[float]]) -> Group:
+    """The piano roll: a row a note, a column a frame, and in the last column what the model expects next.
+
+    Args:
+        played: MIDI notes of every frame so far.
+        foreseen: after each of those frames, the probability of each of the 88 notes in the next one.
+    """
+    expected: list[list[float]] = [[0.0] * 88, *foreseen]
+    notes = {note for frame in played for note in frame}
+    lines = [_line(note, played, expected) for note in range(max(notes) + 2, min(notes) - 3, -1)]
+    pairs = [(note, expected[t][note - LOWEST_NOTE]) for t, frame in enumerate(played) for note in frame if t > 0]
+    hits = sum(probability >= FORESEEN for _, probability in pairs)
+    summary = f"{len(played)} frames; {hits} of {len(pairs)} notes after the first frame were foreseen"
+    legend = Text.assemble(
+        ("██", "green"), " foreseen  ", ("██", "yellow"), " a surprise  ", ("░▒▓", "cyan"), " expected"
+    )
+    return Group(*lines, Text(summary), legend)
+
+
+def _line(note: int, played: list[list[int]], expected: list[list[float]]) -> Text:
+    line = Text(f"{NAMES[note % 12] + str(note // 12 - 1):>4} ", style="bold" if note % 12 == 0 else "dim")
+    for frame, probabilities in zip([*played, []], expected, strict=True):
+        probability = probabilities[note - LOWEST_NOTE]
+        if note in frame:
+            line.append("██", "green" if probability >= FORESEEN else "yellow")
+        else:
+            line.append(_shade(probability) * 2, "cyan")
+    return line
+
+
+def _shade(probability: float) -> str:
+    return "·░▒▓"[sum(probability >= bound for bound in (0.1, FORESEEN, 0.5))]
+
+
+def _midi(name: str) -> int:
+    return NAMES.index(name[:-1]) + 12 * (int(name[-1]) + 1)
+
+
+def _call(url: str, path: str, method: str, body: dict[str, str] | None = None) -> dict[str, str]:
+    content = None if body is None else json.dumps(body).encode()
+    # `play` checked the scheme
+    request = Request(url + path, content, {"Content-Type": "application/json"}, method=method)  # noqa: S310
+    try:
+        with urlopen(request, timeout=10) as reply:  # noqa: S310
+            text = reply.read()
+    except HTTPError as error:
+        raise DemoFailed(json.load(error)["error"]) from error
+    return json.loads(text) if text else {}
