@@ -19,8 +19,11 @@ SMALLEST_STD = 1e-3
 
 
 def positive(raw: Tensor) -> Tensor:
-    """A standard deviation from any number: exp below 0, linear above, and two nodes where softplus exports as four."""
-    return functional.elu(raw) + (1 + SMALLEST_STD)
+    """A standard deviation from any number.
+
+    By exp, because ONNX Runtime's Elu and Softplus round a row differently in different batches and Exp does not.
+    """
+    return torch.exp(raw) + SMALLEST_STD
 
 
 def _bernoulli(raw: Tensor, target: Tensor) -> Tensor:
