@@ -7,6 +7,7 @@ know ONNX or the manifest.
 import importlib.metadata
 import logging
 import platform
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -173,7 +174,8 @@ def fit(
     """Train until the valid split stops improving, then score the best weights; resumes what `folder` holds.
 
     One thread is the default: at these sizes a second costs more than it does. Raises CheckpointError when `folder`
-    belongs to a different run or is damaged, DivergedError when the loss is not a number.
+    belongs to a different run or is damaged, DivergedError when the loss is not a number; KeyboardInterrupt on Ctrl-C,
+    after which the same call goes on from the last whole epoch.
     """
     if logs not in LOGGERS:
         raise ConfigError(f"unknown logs {logs!r}: choose one of {', '.join(LOGGERS)}")
@@ -221,7 +223,11 @@ def fit(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # torch's class, in Lightning
-            trainer.fit(Fitting(model, config, data))
+            try:
+                trainer.fit(Fitting(model, config, data))
+            except SystemExit as stopped:  # Lightning's answer to Ctrl-C, which it also leaves switched off
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from stopped
     model = run.best_model(folder)
     _, best = load_tensors(folder / "best.safetensors")
     metrics = [metric for split in ("valid", "test") for metric in score(model, data.info, split, data.splits[split])]

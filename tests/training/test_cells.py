@@ -60,7 +60,9 @@ def test_step_is_the_papers_equations(name: str) -> None:
             for found, wanted in zip(state, expected, strict=True):
                 np.testing.assert_allclose(found.detach(), wanted, rtol=1e-12, atol=1e-12, err_msg=str(chosen))
             if gates:  # constant gates are not returned
-                np.testing.assert_allclose(torch.stack(gates).detach(), np.stack(expected_gates), rtol=1e-12, atol=1e-12)
+                np.testing.assert_allclose(
+                    torch.stack(gates).detach(), np.stack(expected_gates), rtol=1e-12, atol=1e-12
+                )
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -138,7 +140,7 @@ def gru_op(cell: Cell, batch: int, steps: int) -> onnxruntime.InferenceSession:
 @pytest.mark.parametrize("blend", ["write", "keep"])
 @pytest.mark.parametrize("name", RESETTING)
 def test_unit_equals_its_folding_into_the_onnx_gru_op(name: str, blend: str, reset: str) -> None:
-    """gru to gru3 and mgu to mgu3 are what ONNX Runtime's GRU op computes with zeroed, tied or negated blocks."""
+    """Units gru to gru3 and mgu to mgu3 are what ONNX Runtime's GRU op computes with zeroed, tied or negated blocks."""
     cell = random_cell(name, 5, 6, blend=blend, reset=reset)
     x, state = torch.randn(10, 3, 5, dtype=torch.float64), random_state(cell, 3)
     feeds = {"X": x.float().numpy(), "H": state[0][None].float().numpy()}

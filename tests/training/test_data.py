@@ -1,0 +1,185 @@
+"""Every data set: shapes, what is asked about, checks of the files, baselines."""
+
+from pathlib import Path
+
+import numpy as np
+import pooch
+import pytest
+import torch
+from scipy.io import savemat
+
+from training import data
+from training.data import adding, polymusic, sensors
+from training.data.sequences import Split, collate, next_step
+from training.errors import DataError
+
+
+@pytest.fixture
+def music(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small file in the layout of JSB_Chorales.mat, under LATCH_DATA, with its sha256 expected."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, lengths in {"train": [5, 9, 7], "valid": [6], "test": [4, 8]}.items():
+        cells = np.empty((1, len(lengths)), dtype=object)
+        for column, length in enumerate(lengths):
+            cells[0, column] = (rng.random((length, 88)) < 0.05).astype(np.uint8)
+        arrays[f"{split}data"] = cells
+    path = tmp_path / "polymusic" / "JSB_Chorales.mat"
+    path.parent.mkdir()
+    savemat(path, arrays)
+    monkeypatch.setenv("LATCH_DATA", str(tmp_path))
+    expect(path, monkeypatch)
+    return path
+
+
+def expect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `path`'s present content the right one."""
+    rolls = polymusic.SETS["chorales"]
+    known = type(rolls)(rolls.file, pooch.file_hash(str(path)), rolls.title, rolls.licence, rolls.references)
+    monkeypatch.setitem(polymusic.SETS, "chorales", known)
+
+
+def test_music_predicts_frames_two_to_the_last(music: Path) -> None:
+    """T frames give T-1 predictions, each of the frame that follows."""
+    found = data.load("chorales")
+    assert [len(inputs) for inputs, _, _ in found.splits["train"].items] == [4, 8, 6]
+    for inputs, targets, predicted in found.splits["test"].items:
+        np.testing.assert_array_equal(inputs[1:], targets[:-1])
+        assert predicted.all()
+    assert found.info.inputs[60 - polymusic.LOWEST_MIDI_NOTE] == ("C4", "")
+
+
+def test_a_changed_music_file_is_refused(music: Path) -> None:
+    """One byte more: the message names the file, both checksums and where to get it."""
+    music.write_bytes(music.read_bytes() + b"x")
+    with pytest.raises(DataError, match=r"JSB_Chorales\.mat has sha256 .* replace it with https"):
+        data.load("chorales")
+
+
+def test_a_truncated_music_file_is_refused(music: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where its checksum was expected, half a .mat is an error with a name, not a traceback of scipy's."""
+    music.write_bytes(music.read_bytes()[:200])
+    expect(music, monkeypatch)
+    with pytest.raises(DataError, match=r"JSB_Chorales\.mat is not a readable"):
+        data.load("chorales")
+
+
+def test_a_music_file_of_another_shape_is_refused(music: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """87 notes: the message names the split and the sequence."""
+    cells = np.empty((1, 1), dtype=object)
+    cells[0, 0] = np.zeros((5, 87))
+    savemat(music, {f"{split}data": cells for split in ("train", "valid", "test")})
+    expect(music, monkeypatch)
+    with pytest.raises(DataError, match="sequence 0 of train"):
+        data.load("chorales")
+
+
+def test_a_missing_music_file_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LATCH_DATA without the file."""
+    monkeypatch.setenv("LATCH_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"Nottingham\.mat does not exist: put"):
+        data.load("nottingham")
+
+
+def test_no_network_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing download names LATCH_DATA as the way out."""
+
+    def offline(*_: object, **__: object) -> str:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.delenv("LATCH_DATA", raising=False)
+    monkeypatch.setattr(pooch, "retrieve", offline)
+    with pytest.raises(DataError, match=r"check the network, or put the file .* LATCH_DATA"):
+        data.load("chorales")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    """The message is the list."""
+    with pytest.raises(DataError, match="unknown data set 'corals': choose one of chorales, "):
+        data.load("corals")
+
+
+def test_sensors_repeat_and_stay_in_range() -> None:
+    """The same seed gives the same numbers; another seed others; magnitudes stay below 100."""
+    first, again, other = sensors.load(), sensors.load(), sensors.load(seed=21)
+    values = np.concatenate([inputs for inputs, _, _ in first.splits["train"].items])
+    np.testing.assert_array_equal(values, np.concatenate([inputs for inputs, _, _ in again.splits["train"].items]))
+    assert not np.array_equal(first.splits["test"].items[0][0], other.splits["test"].items[0][0])
+    assert values.dtype == np.float32
+    assert np.isfinite(values).all()
+    assert np.abs(values).max() < 100
+
+
+def test_sensors_have_their_faults() -> None:
+    """Stuck-at, dropout and spike all occur in a hundred clean series."""
+    rng = np.random.default_rng(1)
+    clean = np.tile(10 + np.sin(np.arange(400))[:, None], (1, 5))
+    changed = [sensors.faults(rng, clean) for _ in range(100)]
+    assert any((np.diff(series, axis=0)[:-1] == 0).any() for series in changed)
+    assert any((series == 0).any() for series in changed)
+    assert any((series > 11.01).any() for series in changed)
+
+
+def test_sensor_baselines_are_the_naive_forecasts() -> None:
+    """On a clean daily cycle yesterday's value is exact and the last value is not."""
+    day = np.sin(np.arange(5 * sensors.DAY) / sensors.DAY * 2 * np.pi).astype(np.float32)
+    split = Split([next_step(np.tile(day[:, None], (1, 5)), skip=sensors.DAY - 1)])
+    found = {(one.name, one.metric): one.value for one in sensors.baselines(split, np.ones(5, dtype=np.float32))}
+    assert found["seasonal naive (yesterday)", "mae"] == pytest.approx(0, abs=1e-5)
+    steps = np.abs(np.diff(day))[sensors.DAY - 1 :]
+    assert found["last value", "mae"] == pytest.approx(steps.mean(), rel=1e-5)
+
+
+def test_adding_asks_once_for_the_marked_sum() -> None:
+    """One mark in each half; only the last step is asked about."""
+    for inputs, targets, predicted in adding.load(steps=20).splits["test"].items:
+        marks = np.flatnonzero(inputs[:, 1])
+        assert len(marks) == 2
+        assert marks[0] < 10 <= marks[1]
+        assert targets[-1, 0] == pytest.approx(inputs[marks, 0].sum())
+        assert predicted.tolist() == [False] * 19 + [True]
+
+
+def test_digits_are_rows_with_one_answer() -> None:
+    """1797 images of 8 rows, answered at the eighth; every digit is in every split."""
+    found = data.load("digits")
+    assert sum(len(split) for split in found.splits.values()) == 1797
+    for split in found.splits.values():
+        assert {int(targets[-1]) for _, targets, _ in split.items} == set(range(10))
+        assert all(inputs.shape == (8, 8) and predicted.sum() == 1 for inputs, _, predicted in split.items)
+
+
+def test_padding_is_never_predicted() -> None:
+    """Collating pads with zeros and marks the padding as not asked about."""
+    short, long = np.ones((3, 2), dtype=np.uint8), np.ones((6, 2), dtype=np.uint8)
+    inputs, targets, predicted = collate([next_step(short), next_step(long)])
+    assert inputs.shape == targets.shape == (2, 5, 2)
+    assert inputs.dtype == torch.float32
+    assert predicted.tolist() == [[True, True, False, False, False], [True] * 5]
+    assert not inputs[0, 2:].any()
+
+
+def test_ids_stay_integers_when_collated() -> None:
+    """int64 sequences are padded, not converted."""
+    inputs, _, _ = collate([next_step(np.arange(4)), next_step(np.arange(6))])
+    assert inputs.dtype == torch.int64
+
+
+def test_a_sequence_of_one_step_is_refused() -> None:
+    """There is nothing to predict in it."""
+    with pytest.raises(DataError, match="1 steps leaves nothing"):
+        next_step(np.zeros((1, 88)))
+
+
+def test_an_empty_split_is_refused() -> None:
+    """A split without sequences has no mean."""
+    with pytest.raises(DataError, match="no sequences"):
+        Split([])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "steps"), [("chorales", (13807, 4602, 4725)), ("nottingham", (176561, 45513, 44463))])
+def test_the_real_files_have_their_known_sizes(name: str, steps: tuple[int, ...], latch_data: Path) -> None:
+    """Frames per split are those of the data's README, one less a sequence."""
+    for split, count in zip(data.load(name).splits.values(), steps, strict=True):
+        assert sum(len(inputs) for inputs, _, _ in split.items) == count - len(split)

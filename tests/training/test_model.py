@@ -1,0 +1,154 @@
+"""The whole model: sequence against steps, heads, normalisation, layers, learned initial state."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.cells import UNITS
+from training.config import HEADS, ModelConfig
+from training.errors import ConfigError
+from training.model import RecurrentModel
+
+
+def make(cell: str = "gru", head: str = "gaussian", **settings: object) -> RecurrentModel:
+    """A small model with a normalisation that is not the identity, in evaluation mode."""
+    torch.manual_seed(3)
+    model = RecurrentModel(ModelConfig(cell, 4, 3, head, hidden=5, standardise=True, **settings))  # type: ignore[arg-type]
+    model.x_mean, model.x_std = torch.tensor([1.0, -2, 3, 0]), torch.tensor([2.0, 1, 0.5, 3])
+    model.y_mean, model.y_std = torch.tensor([10.0, 20, 30]), torch.tensor([1.0, 2, 3])
+    return model.eval()
+
+
+def unrolled(model: RecurrentModel, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """`forward` by hand: one step after the other."""
+    state, raws = model.init_state(len(x)), []
+    for now in x.unbind(1):
+        raw, _, state = model.step(now, state)
+        raws.append(raw)
+    return torch.stack(raws, dim=1), state
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(list(UNITS)), st.integers(1, 3), st.integers(1, 6), st.integers(1, 12), st.booleans())
+def test_a_sequence_is_its_steps_unrolled(cell: str, layers: int, batch: int, steps: int, learned: bool) -> None:
+    """Values and final states agree for every unit, depth and size, also from a learned initial state."""
+    model = make(cell, layers=layers, learned_initial_state=learned).double()
+    for value in model.initial:
+        torch.nn.init.normal_(value)
+    x = torch.randn(batch, steps, 4, dtype=torch.float64)
+    raw, state = model(x)
+    expected, expected_state = unrolled(model, x)
+    torch.testing.assert_close(raw, expected)
+    torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("cell", UNITS)
+def test_a_sequence_may_be_cut_anywhere(cell: str) -> None:
+    """Feeding the state of the first part to the second gives the whole: nothing is hidden in the model."""
+    model, x = make(cell, layers=2), torch.randn(2, 9, 4)
+    whole, end = model(x)
+    first, middle = model(x[:, :4])
+    second, last = model(x[:, 4:], middle)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole)
+    torch.testing.assert_close(last, end)
+
+
+def test_stacked_layers_are_their_cells_in_order() -> None:
+    """Layer two reads layer one's h; states are named h1 and h2."""
+    model = make(layers=2)
+    first, second = model.layers
+    x, state = torch.randn(3, 4), model.init_state(3)
+    (below,), _ = first((x - model.x_mean) / model.x_std, state[:1])
+    (above,), _ = second(below, state[1:])
+    raw, gates, after = model.step(x, state)
+    assert model.state_names == ["h1", "h2"]
+    assert model.gate_names == ["z1", "r1", "z2", "r2"]
+    assert len(gates) == 4
+    torch.testing.assert_close(after, (below, above))
+    torch.testing.assert_close(raw, model.head(above))
+
+
+def test_dropout_is_between_layers_and_only_in_training() -> None:
+    """Two training passes differ with two layers, not with one; evaluation never does."""
+    x = torch.randn(2, 6, 4)
+    deep, flat = make(layers=2, dropout=0.5), make(layers=1, dropout=0.5)
+    torch.testing.assert_close(deep(x)[0], deep(x)[0])
+    assert not torch.equal(deep.train()(x)[0], deep(x)[0])
+    assert torch.equal(flat.train()(x)[0], flat(x)[0])
+
+
+def test_a_learned_initial_state_is_trained() -> None:
+    """Every state, the LSTM's c too, gets a gradient; without it the state is zero."""
+    model = make("lstm", learned_initial_state=True)
+    raw, _ = model(torch.randn(2, 3, 4))
+    raw.sum().backward()
+    assert len(model.initial) == 2
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in model.initial)
+    assert not any(value.any() for value in make("lstm").init_state(2))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_predictions_are_in_the_clients_units(head: str) -> None:
+    """Probabilities lie in [0, 1] (categorical: and sum to one); values are denormalised; a spread is positive."""
+    model = make(head=head)
+    raw = 5 * torch.randn(7, model.head.out_features)
+    y, *spread = model.predict(raw)
+    if head in ("bernoulli", "categorical"):
+        assert ((y >= 0) & (y <= 1)).all()
+    if head == "categorical":
+        torch.testing.assert_close(y.sum(-1), torch.ones(7))
+    if head in ("gaussian", "regression"):
+        torch.testing.assert_close(y, raw[:, :3] * torch.tensor([1.0, 2, 3]) + torch.tensor([10.0, 20, 30]))
+    assert len(spread) == (head == "gaussian")
+    assert all((value > 0).all() for value in spread)
+
+
+def test_losses_are_the_negative_log_likelihoods_by_hand() -> None:
+    """Bernoulli, categorical and Gaussian losses in nats against NumPy; regression is the squared standard error."""
+    rng = np.random.default_rng(0)
+    raw, notes = rng.normal(size=(2, 5, 3)), rng.integers(0, 2, size=(2, 5, 3)).astype(float)
+    p = 1 / (1 + np.exp(-raw))
+    expected = -(notes * np.log(p) + (1 - notes) * np.log(1 - p)).sum(-1)
+    found = make(head="bernoulli").loss(torch.tensor(raw), torch.tensor(notes))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+    ids = rng.integers(0, 3, size=(2, 5))
+    logs = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
+    found = make(head="categorical").loss(torch.tensor(raw), torch.tensor(ids))
+    np.testing.assert_allclose(found, -np.take_along_axis(logs, ids[..., None], -1)[..., 0], rtol=1e-9)
+
+    values = rng.normal(size=(2, 5, 3)) * [1, 2, 3] + [10, 20, 30]
+    standard, std = (values - [10, 20, 30]) / [1, 2, 3], np.exp(raw) + 1e-3
+    expected = (0.5 * ((standard - raw) / std) ** 2 + np.log(std) + 0.5 * np.log(2 * np.pi)).sum(-1)
+    found = make().loss(torch.tensor(np.concatenate((raw, raw), -1)), torch.tensor(values))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+    found = make(head="regression").loss(torch.tensor(raw), torch.tensor(values))
+    np.testing.assert_allclose(found, ((standard - raw) ** 2).mean(-1), rtol=1e-6)
+
+
+def test_ids_are_embedded() -> None:
+    """An int64 input of no features is a row of the embedding."""
+    model = RecurrentModel(ModelConfig("gru", 4, 9, "categorical", hidden=5, vocabulary=9)).eval()
+    ids = torch.tensor([[3, 8, 0]])
+    assert model.embedding is not None
+    torch.testing.assert_close(model.encode(ids), model.embedding.weight[ids])
+    raw, _ = model(ids)
+    torch.testing.assert_close(raw, unrolled(model, ids)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"head": "softmax"}, "unknown head 'softmax'"),
+        ({"hidden": 0}, "hidden must be at least 1, not 0"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"vocabulary": 1}, "vocabulary must be at least 2"),
+    ],
+)
+def test_impossible_models_are_refused(settings: dict[str, object], words: str) -> None:
+    """The message names the bad value."""
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(**({"cell": "gru", "input_size": 3, "output_size": 3, "head": "bernoulli"} | settings))  # type: ignore[arg-type]

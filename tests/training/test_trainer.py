@@ -1,0 +1,237 @@
+"""Fitting: it learns, resumes exactly, survives interruption and kill, and refuses what it cannot do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from training.checkpoint import Run, load_tensors
+from training.config import ModelConfig, TrainConfig
+from training.data.sequences import DataSet, Split
+from training.errors import CheckpointError, ConfigError, DivergedError
+from training.trainer import configure, fit
+
+CONFIG = TrainConfig(seed=5, rate=0.02, batch_size=4, max_epochs=6, patience=3)
+
+
+def model_for(data: DataSet, **settings: Any) -> ModelConfig:
+    """Small, and with dropout, so that random numbers matter."""
+    return configure(data, "gru", **({"hidden": 6, "layers": 2, "dropout": 0.3} | settings))
+
+
+class StopAt(Callback):
+    """Raises `error` in the middle of an epoch (counted from 1)."""
+
+    def __init__(self, epoch: int, error: BaseException) -> None:
+        self.epoch, self.error = epoch, error
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """After the first batch."""
+        if trainer.current_epoch + 1 == self.epoch:
+            raise self.error
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Best and last checkpoints hold the same bits."""
+    for name in ("best.safetensors", "last.safetensors"):
+        (mine, my_meta), (theirs, their_meta) = load_tensors(first / name), load_tensors(second / name)
+        assert my_meta == their_meta
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_fitting_learns_the_scale(tiny: DataSet, tmp_path: Path) -> None:
+    """A deterministic rule of six notes is learned to well below the score of guessing."""
+    run = fit(tiny, configure(tiny, "mgu", hidden=12), replace(CONFIG, max_epochs=40, patience=40), tmp_path)
+    assert run.result is not None
+    score = next(metric for metric in run.result["metrics"] if metric["split"] == "test")
+    assert score["name"] == "nll"
+    assert score["value"] < 1.0
+    assert (tmp_path / "logs" / "version_0" / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "rmsprop"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the power went")])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny: DataSet, tmp_path: Path, optimiser: str, error: BaseException
+) -> None:
+    """Interrupted in the middle of epoch 4, three epochs are kept; resumed, the end is the same to the last bit."""
+    config = replace(CONFIG, optimiser=optimiser)
+    whole = fit(tiny, model_for(tiny), config, tmp_path / "whole")
+    with pytest.raises(type(error)):
+        fit(tiny, model_for(tiny), config, tmp_path / "cut", callbacks=(StopAt(4, error),))
+    assert load_tensors(tmp_path / "cut" / "last.safetensors")[1]["epoch"] == 3
+    resumed = fit(tiny, model_for(tiny), config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert whole.result is not None
+    assert resumed.result is not None
+    assert resumed.result["metrics"] == whole.result["metrics"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_early_stopping_survives_interruption(tiny: DataSet, tmp_path: Path) -> None:
+    """Patience counted before the interruption counts after it."""
+    config = replace(CONFIG, rate=3.0, clip=1e9, max_epochs=60, patience=4)
+    whole = fit(tiny, model_for(tiny), config, tmp_path / "whole")
+    assert whole.result is not None
+    assert whole.result["epochs"] == whole.result["best_epoch"] + 4
+    stop = StopAt(whole.result["epochs"] - 1, RuntimeError("the power went"))
+    with pytest.raises(RuntimeError):
+        fit(tiny, model_for(tiny), config, tmp_path / "cut", callbacks=(stop,))
+    fit(tiny, model_for(tiny), config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_kill_after_the_last_epoch_only_repeats_the_scores(tiny: DataSet, tmp_path: Path) -> None:
+    """Without its result but with a finished checkpoint, a run trains no further."""
+    run = fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    before = (tmp_path / "last.safetensors").read_bytes()
+    replace(run, result=None).save(tmp_path)
+    again = fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+    assert again.result is not None
+    assert run.result is not None
+    assert again.result["metrics"] == run.result["metrics"]
+
+
+def test_a_finished_run_is_found_not_repeated(tiny: DataSet, tmp_path: Path) -> None:
+    """The same call returns the stored result, seconds included."""
+    assert fit(tiny, model_for(tiny), CONFIG, tmp_path) == fit(tiny, model_for(tiny), CONFIG, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_at_most_one_epoch(tmp_path: Path) -> None:
+    """SIGKILL at an arbitrary moment: what was kept is readable, and resuming ends like an unkilled run."""
+    command = [sys.executable, "-W", "ignore", "-m", "training", "fit", "digits", "--hidden", "8", "--epochs", "6"]
+    command += ["--batch-size", "64", "--run"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    last = tmp_path / "cut" / "last.safetensors"
+    with subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None and not (last.is_file() and load_tensors(last)[1]["epoch"] >= 2):
+                time.sleep(0.01)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert load_tensors(last)[1]["epoch"] >= 2
+    assert Run.load(tmp_path / "cut").result is None
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_padding_is_never_counted(tiny: DataSet, tmp_path: Path) -> None:
+    """The logged valid loss is the mean over the true steps of sequences scored one at a time."""
+    run = fit(tiny, model_for(tiny, layers=1, dropout=0.0), replace(CONFIG, max_epochs=1), tmp_path)
+    model = run.best_model(tmp_path)
+    losses = []
+    for inputs, targets, _ in tiny.splits["valid"].items:
+        raw, _ = model(torch.from_numpy(inputs)[None].float())
+        losses.append(model.loss(raw, torch.from_numpy(targets)[None].float())[0])
+    expected = torch.cat(losses).mean().item()
+    assert len({len(loss) for loss in losses}) > 1
+    assert load_tensors(tmp_path / "best.safetensors")[1]["valid_loss"] == pytest.approx(expected, rel=1e-6)
+    assert run.result is not None
+    assert run.result["metrics"][0]["value"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny: DataSet, tmp_path: Path) -> None:
+    """The message gives the epoch, the step and the rate, and no checkpoint is overwritten."""
+    roll = np.full((5, 6), np.nan, dtype=np.float32)
+    broken = Split([*tiny.splits["train"].items, (roll, roll, np.ones(5, dtype=np.bool_))])
+    data = replace(tiny, splits=tiny.splits | {"train": broken})
+    with pytest.raises(DivergedError, match=r"became nan in epoch 1, step \d+, at rate 0.02"):
+        fit(data, model_for(data), CONFIG, tmp_path)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """The message names the setting that differs."""
+    fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    with pytest.raises(CheckpointError, match="model hidden=6, not 7"):
+        fit(tiny, model_for(tiny, hidden=7), CONFIG, tmp_path)
+    with pytest.raises(CheckpointError, match="train seed=5, not 6"):
+        fit(tiny, model_for(tiny), replace(CONFIG, seed=6), tmp_path)
+
+
+def test_a_truncated_checkpoint_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """Resuming from half a file is an error that names it."""
+    with pytest.raises(RuntimeError):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path, callbacks=(StopAt(3, RuntimeError("the power went")),))
+    last = tmp_path / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:300])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is not a readable checkpoint"):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path)
+
+
+def test_a_failing_write_leaves_the_previous_checkpoint(
+    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up while epoch 3 is written leaves epoch 2 whole."""
+    real, written = os.replace, []
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("last.safetensors"):
+            written.append(target)
+            if len(written) == 3:
+                raise OSError("no space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    assert load_tensors(tmp_path / "last.safetensors")[1]["epoch"] == 2
+
+
+def test_seeds_decide_everything(tiny: DataSet, tmp_path: Path) -> None:
+    """Two runs of one seed are equal bit by bit; another seed differs."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(tiny, model_for(tiny), replace(CONFIG, seed=seed, max_epochs=2), tmp_path / name)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    first, other = (
+        load_tensors(tmp_path / "a" / "best.safetensors")[0],
+        load_tensors(tmp_path / "c" / "best.safetensors")[0],
+    )
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_logs_may_be_tensorboards(tiny: DataSet, tmp_path: Path) -> None:
+    """The event file is there; an unknown kind is refused by name."""
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=1), tmp_path, logs="tensorboard")
+    assert list(tmp_path.glob("logs/version_0/events.out.tfevents.*"))
+    with pytest.raises(ConfigError, match="unknown logs 'wandb'"):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path / "other", logs="wandb")
+
+
+def test_nothing_is_printed(tiny: DataSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a progress bar a run is silent on stdout."""
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=1), tmp_path)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"rate": 0}, "rate must be more than 0"), ({"optimiser": "sgd"}, "unknown optimiser 'sgd'")],
+)
+def test_impossible_training_is_refused(settings: dict[str, Any], words: str) -> None:
+    """The message names the bad value."""
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**settings)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    """And so is one whose run.json is something else."""
+    with pytest.raises(CheckpointError, match=r"run\.json does not exist"):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"data": 1}')
+    with pytest.raises(CheckpointError, match=r"run\.json is not a run's description"):
+        Run.load(tmp_path)
