@@ -3,6 +3,7 @@
 Rule: the only module that imports onnxruntime. A run is a pure function of inputs and state; it keeps nothing.
 """
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ class OrtRunner:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Weights in a file of their own would be looked for in the working directory, under no sha256: look nowhere.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", f"{os.devnull}/")
         chosen = providers(device)
         if chosen != ["CPUExecutionProvider"]:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

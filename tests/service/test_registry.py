@@ -1,0 +1,118 @@
+"""Finding versions, and trusting no byte that the manifest does not cover."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service.errors import ManifestInvalid
+from service.registry import ModelKey, scan
+from tests.service import toys
+
+
+def test_versions_come_in_order_of_name_and_number(tmp_path: Path) -> None:
+    """Version 10 comes after 9, not after 1."""
+    for version in ("10", "9", "1"):
+        toys.save_leaky(tmp_path, version=version)
+    toys.save_counter(tmp_path)
+    found = scan(tmp_path)
+    keys = [(f.manifest.name, f.manifest.version) for f in found.found]
+    assert keys == [("counter", "1"), ("toy", "1"), ("toy", "9"), ("toy", "10")]
+    assert found.broken == {}
+
+
+def test_a_folder_that_is_not_there_says_which_setting(tmp_path: Path) -> None:
+    """The operator learns what to set."""
+    with pytest.raises(ManifestInvalid, match="LATCH_MODELS"):
+        scan(tmp_path / "nope")
+
+
+def flip_a_byte(folder: Path) -> None:
+    """A model file that somebody changed."""
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+
+
+def cut_short(folder: Path) -> None:
+    """A model file that was not copied whole."""
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-10])
+
+
+def lose_golden(folder: Path) -> None:
+    """A file that the manifest names is not there."""
+    (folder / "golden.npz").unlink()
+
+
+def lose_manifest(folder: Path) -> None:
+    """A folder without a manifest."""
+    (folder / "manifest.json").unlink()
+
+
+def scramble_golden(folder: Path) -> None:
+    """Golden vectors that are no npz, under a correct sha256."""
+    (folder / "golden.npz").write_bytes(b"PK not a zip")
+    toys.seal(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def pickle_golden(folder: Path) -> None:
+    """Golden vectors that would have to be unpickled, under a correct sha256."""
+    import numpy as np
+
+    np.savez(folder / "golden.npz", **{"input.x": np.array([object()], dtype=object)})
+    toys.seal(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def rename(folder: Path) -> None:
+    """A manifest that names another model than its folder does."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"name": "other"}))
+
+
+def climb_out(folder: Path) -> None:
+    """A manifest with a path outside its folder."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def link_out(folder: Path) -> None:
+    """A file name inside the folder that is a link to a file outside."""
+    outside = folder.parent.parent / "outside.onnx"
+    (folder / "model.onnx").rename(outside)
+    (folder / "model.onnx").symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_byte, "sha256"),
+        (cut_short, "sha256"),
+        (lose_golden, "golden.npz cannot be read"),
+        (lose_manifest, "manifest.json cannot be read"),
+        (scramble_golden, "golden.npz cannot be read"),
+        (pickle_golden, "golden.npz cannot be read"),
+        (rename, "the folder names the model"),
+        (climb_out, "does not match"),
+        (link_out, "outside the folder"),
+    ],
+)
+def test_a_damaged_version_is_reported_beside_the_good_one(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    """The damaged version is named with the reason; the other one is found as before."""
+    damage(toys.save_leaky(tmp_path))
+    toys.save_counter(tmp_path)
+    found = scan(tmp_path)
+    assert [f.manifest.name for f in found.found] == ["counter"]
+    assert list(found.broken) == [ModelKey("toy", "1")]
+    assert message in str(found.broken[ModelKey("toy", "1")])
+
+
+def test_hidden_folders_are_no_models(tmp_path: Path) -> None:
+    """An exporter's unfinished folder is not a broken model."""
+    toys.save_leaky(tmp_path)
+    (tmp_path / "toy" / ".2.partial").mkdir()
+    (tmp_path / ".git" / "hooks").mkdir(parents=True)
+    assert scan(tmp_path).broken == {}

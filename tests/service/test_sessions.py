@@ -1,0 +1,238 @@
+"""What doors may do with sessions, on a clock that the test moves."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.engine import EngineOptions, load_engines
+from service.errors import (
+    CapacityExceeded,
+    InferenceFailed,
+    InvalidInput,
+    ModelNotFound,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+)
+from service.metrics import Metrics
+from service.registry import scan
+from service.sessions import IdleLimits, SessionManager
+from service.stores.memory import MemoryStore
+from service.wire import StepRequest
+from tests.service import toys
+
+pytestmark = pytest.mark.anyio
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The time for the whole manager, monotonic and wall."""
+    return Clock()
+
+
+@pytest.fixture
+async def manager(repository: Path, metrics: Metrics, clock: Clock) -> AsyncIterator[SessionManager]:
+    """A manager of the toys with room for three sessions a model; idle after 60 s, 10 to 100 may be asked for."""
+    found = scan(repository)
+    engines = load_engines(found.found, {}, EngineOptions(max_sessions=3), metrics)
+    for engine in engines:
+        engine.start()
+    yield SessionManager(
+        engines,
+        MemoryStore(max_expired_ids=10),
+        idle=IdleLimits(60.0, 10.0, 100.0),
+        metrics=metrics,
+        monotonic=clock,
+        wall=clock,
+    )
+    for engine in engines:
+        await engine.close()
+
+
+def ones(steps: int = 1, first: int | None = None) -> StepRequest:
+    """Steps for `toy`."""
+    return StepRequest(np.ones((steps, toys.INPUTS), np.float32), ("y",), first)
+
+
+async def test_a_session_remembers(manager: SessionManager) -> None:
+    """The same input again gives another output, because the state moved."""
+    session, created = await manager.create("toy")
+    assert created
+    first, second = await manager.step(session, ones()), await manager.step(session, ones())
+    assert first.outputs is not None
+    assert second.outputs is not None
+    assert (first.step, second.step, session.step) == (1, 2, 2)
+    assert (first.outputs["y"] != second.outputs["y"]).any()
+
+
+async def test_creating_again_gives_the_same_session(manager: SessionManager) -> None:
+    """PUT is idempotent; another model or version under the same id is refused."""
+    session, created = await manager.create("toy", session_id="a", idle_ttl=20)
+    await manager.step(session, ones())
+    for version in (None, "1"):
+        again, created = await manager.create("toy", version, session_id="a")
+        assert (again is session, created, again.step) == (True, False, 1)
+    with pytest.raises(SessionExists, match="toy/1"):
+        await manager.create("counter", session_id="a")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-a", "x" * 129, "é", "a/b", "a\n"])
+async def test_a_bad_id_is_refused(manager: SessionManager, name: str) -> None:
+    """Ids are safe in addresses, keys and logs."""
+    with pytest.raises(InvalidInput, match="session id"):
+        await manager.create("toy", session_id=name)
+
+
+@pytest.mark.parametrize("ttl", [0, 9.9, 100.1, float("inf"), float("nan"), -1])
+async def test_an_idle_time_out_of_bounds_is_refused(manager: SessionManager, ttl: float) -> None:
+    """The message gives the bounds, and no slot is taken."""
+    with pytest.raises(InvalidInput, match="10000 to 100000"):
+        await manager.create("toy", idle_ttl=ttl)
+    assert len(manager.engines.get("toy").slab) == 0
+
+
+async def test_an_unknown_model_is_refused(manager: SessionManager) -> None:
+    """Before anything is taken."""
+    with pytest.raises(ModelNotFound):
+        await manager.create("nope")
+
+
+async def test_capacity_is_bounded_and_a_delete_makes_room(manager: SessionManager) -> None:
+    """The fourth session is refused; after a delete it is not."""
+    sessions = [(await manager.create("toy"))[0] for _ in range(3)]
+    with pytest.raises(CapacityExceeded):
+        await manager.create("toy")
+    await manager.create("counter")
+    await manager.delete(sessions[1].record.id)
+    await manager.create("toy")
+
+
+async def test_an_idle_session_expires_and_says_so(manager: SessionManager, clock: Clock) -> None:
+    """At its idle_ttl it is gone, before any sweep; the id answers expired, not unknown; its slot is free."""
+    session, _ = await manager.create("toy", session_id="a", idle_ttl=20)
+    clock.now += 19.9
+    assert await manager.find("a") is session
+    clock.now += 0.1
+    with pytest.raises(SessionExpired):
+        await manager.find("a")
+    with pytest.raises(SessionNotFound):
+        await manager.find("b")
+    assert len(manager.engines.get("toy").slab) == 0
+    again, created = await manager.create("toy", session_id="a")
+    assert (created, again.step) == (True, 0)
+
+
+async def test_a_step_keeps_a_session_alive(manager: SessionManager, clock: Clock) -> None:
+    """Idle time counts from the last step, and looking does not count as use."""
+    session, _ = await manager.create("toy", session_id="a", idle_ttl=20)
+    for _ in range(3):
+        clock.now += 15
+        await manager.step(session, ones())
+        assert manager.expires_at(session) == clock.now + 20
+    clock.now += 15
+    await manager.find("a")
+    clock.now += 15
+    with pytest.raises(SessionExpired):
+        await manager.find("a")
+
+
+async def test_a_sweep_expires_who_is_idle_and_nobody_else(manager: SessionManager, clock: Clock) -> None:
+    """Sessions are found by a sweep without anybody asking; those in use stay."""
+    await manager.create("toy", session_id="short", idle_ttl=10)
+    used, _ = await manager.create("toy", session_id="used", idle_ttl=10)
+    await manager.create("toy", session_id="long", idle_ttl=100)
+    assert await manager.sweep() == 0
+    clock.now += 9
+    await manager.step(used, ones())
+    clock.now += 2
+    assert await manager.sweep() == 1
+    assert [s.record.id for s in (await manager.page(None, "", 10))[0]] == ["long", "used"]
+    clock.now += 95
+    assert await manager.sweep() == 2
+    assert len(manager.engines.get("toy").slab) == 0
+
+
+async def test_a_session_with_work_is_not_idle(manager: SessionManager, clock: Clock) -> None:
+    """However long its request takes, it does not expire under it; its idle time starts when it is answered."""
+    session, _ = await manager.create("toy", session_id="a", idle_ttl=10)
+    waiting = manager.step(session, ones(50))
+    clock.now += 1000
+    assert await manager.sweep() == 0
+    assert (await waiting).step == 50
+    await asyncio.sleep(0)
+    clock.now += 9
+    assert await manager.find("a") is session
+    clock.now += 2
+    assert await manager.sweep() == 1
+
+
+async def test_ten_thousand_sessions_leave_nothing_behind(manager: SessionManager, clock: Clock) -> None:
+    """Opened and deleted, or opened and expired, they leave no slot, no entry and no bucket."""
+    for i in range(5000):
+        session, _ = await manager.create("toy")
+        await manager.delete(session.record.id)
+        await manager.create("counter", session_id=f"s{i}", idle_ttl=10)
+        clock.now += 11
+        await manager.sweep()
+    clock.now += 200
+    await manager.sweep()
+    assert manager._live == {}
+    assert len(manager._due) <= 1
+    assert [len(engine.slab) for engine in manager.engines] == [0, 0, 0]
+
+
+async def test_reset_returns_to_the_start(manager: SessionManager) -> None:
+    """After a reset the session gives the bits of a new one, from step 1."""
+    session, _ = await manager.create("toy")
+    first = await manager.step(session, ones(3, first=1))
+    await manager.reset(session)
+    assert session.step == 0
+    again = await manager.step(session, ones(3, first=1))
+    assert first.outputs is not None
+    assert again.outputs is not None
+    assert not again.replayed
+    np.testing.assert_array_equal(first.outputs["y"], again.outputs["y"])
+
+
+async def test_predict_equals_a_session_and_leaves_no_trace(manager: SessionManager) -> None:
+    """Whole sequences of different lengths have the bits of a session's steps, and take no slot in the end."""
+    session, _ = await manager.create("toy")
+    steps = [await manager.step(session, ones()) for _ in range(4)]
+    engine = manager.engines.get("toy")
+    short, long = await manager.predict(engine, [ones(2), ones(4)])
+    for reply, count in ((short, 2), (long, 4)):
+        expected = np.concatenate([step.outputs["y"] for step in steps[:count] if step.outputs])
+        assert reply.outputs is not None
+        np.testing.assert_array_equal(reply.outputs["y"], expected)
+    assert len(engine.slab) == 1
+
+
+async def test_predict_without_room_takes_nothing(manager: SessionManager) -> None:
+    """More sequences than slots are refused, and all slots come back."""
+    engine = manager.engines.get("toy")
+    with pytest.raises(CapacityExceeded):
+        await manager.predict(engine, [ones()] * 4)
+    assert len(engine.slab) == 0
+    assert len(await manager.predict(engine, [ones()] * 3)) == 3
+
+
+async def test_predict_that_fails_leaves_no_trace(manager: SessionManager) -> None:
+    """One bad sequence fails the call with its typed error; the slots come back."""
+    engine = manager.engines.get("counter")
+    good, bad = (StepRequest(np.array([1, i]), ("y",)) for i in (2, 99))
+    with pytest.raises(InferenceFailed):
+        await manager.predict(engine, [good, bad])
+    assert len(engine.slab) == 0

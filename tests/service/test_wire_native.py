@@ -1,0 +1,187 @@
+"""The JSON codec: round trips to the last bit, and the path of every bad value."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from service.errors import InvalidInput, LatchError, Malformed, PayloadTooLarge
+from service.registry import load
+from service.wire import StepReply, StepRequest
+from service.wire.native import NativeCodec, encode_outputs, encode_reply
+
+
+@pytest.fixture(scope="module")
+def toy(repository: Path) -> NativeCodec:
+    """Rows of 3 float32."""
+    return NativeCodec(load(repository / "toy" / "1").manifest, max_steps=100)
+
+
+@pytest.fixture(scope="module")
+def counter(repository: Path) -> NativeCodec:
+    """A single int64 a step."""
+    return NativeCodec(load(repository / "counter" / "1").manifest, max_steps=100)
+
+
+floats = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.just(3)),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+@given(rows=floats)
+def test_float32_survives_json_in_and_out(toy: NativeCodec, rows: np.ndarray) -> None:
+    """What the service writes, read as any JSON reader does, sent back and read by the service, is bit-equal."""
+    written = encode_reply(StepReply({"y": rows}, 5), 0.0)
+    values = json.loads(written)["outputs"]["y"]
+    np.testing.assert_array_equal(np.array(values, np.float32), rows)
+    again = toy.decode_step(json.dumps({"inputs": values}).encode()).inputs
+    np.testing.assert_array_equal(again.view(np.uint32), rows.view(np.uint32))
+
+
+@given(ids=hnp.arrays(np.int64, st.integers(1, 5)))
+def test_int64_survives_json_in_and_out(counter: NativeCodec, ids: np.ndarray) -> None:
+    """All 64 bits of an id."""
+    values = json.loads(encode_reply(StepReply({"y": ids}, 5), 0.0))["outputs"]["y"]
+    np.testing.assert_array_equal(counter.decode_step(json.dumps({"inputs": values})).inputs, ids)
+
+
+def test_a_step_has_its_number_and_outputs(toy: NativeCodec) -> None:
+    """The default is the first output and the next step; names may be outputs, gates and states, each once."""
+    plain = toy.decode_step('{"inputs": [[1, 2, 3]]}')
+    assert (plain.outputs, plain.first_step, plain.inputs.dtype) == (("y",), None, np.float32)
+    full = toy.decode_step('{"inputs": [[1, 2, 3]], "step": 7, "outputs": ["z", "h", "z"]}')
+    assert (full.outputs, full.first_step) == (("z", "h"), 7)
+    assert toy.decode_step('{"inputs": [[1, 2, 3]], "step": null, "outputs": []}').outputs == ()
+
+
+BAD_STEPS: list[tuple[str, type[LatchError], str | None]] = [
+    ("", Malformed, None),
+    ("{", Malformed, None),
+    ("\x00", Malformed, None),
+    ("nope", Malformed, None),
+    ('{"inputs": [[1, 2, 3]]} x', Malformed, None),
+    ("[" * 100_000, InvalidInput, "$"),
+    ("[]", InvalidInput, "$"),
+    ("{}", InvalidInput, "$"),
+    ('{"inputs": null}', InvalidInput, "$.inputs"),
+    ('{"inputs": 1}', InvalidInput, "$.inputs"),
+    ('{"inputs": []}', InvalidInput, "$.inputs"),
+    ('{"inputs": [[]]}', InvalidInput, "$.inputs[0]"),
+    ('{"inputs": [1, 2, 3]}', InvalidInput, "$.inputs[0]"),
+    ('{"inputs": [[1, 2, 3], [1, 2]]}', InvalidInput, "$.inputs[1]"),
+    ('{"inputs": [[1, 2, 3], [1, 2, 3, 4]]}', InvalidInput, "$.inputs[1]"),
+    ('{"inputs": [[1, 2, [3]]]}', InvalidInput, "$.inputs[0][2]"),
+    ('{"inputs": [[[1, 2, 3]]]}', InvalidInput, "$.inputs[0]"),
+    ('{"inputs": [[1, "2", 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, true, 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, null, 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, 2, 3], [1, NaN, 3]]}', InvalidInput, "$.inputs[1][1]"),
+    ('{"inputs": [[1, Infinity, 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, -Infinity, 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, 1e39, 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, -1e999, 3]]}', InvalidInput, "$.inputs[0][1]"),
+    ('{"inputs": [[1, 2, 3]], "step": 0}', InvalidInput, "$.step"),
+    ('{"inputs": [[1, 2, 3]], "step": -1}', InvalidInput, "$.step"),
+    ('{"inputs": [[1, 2, 3]], "step": 1.5}', InvalidInput, "$.step"),
+    ('{"inputs": [[1, 2, 3]], "step": "1"}', InvalidInput, "$.step"),
+    ('{"inputs": [[1, 2, 3]], "outputs": ["y", "q"]}', InvalidInput, "$.outputs[1]"),
+    ('{"inputs": [[1, 2, 3]], "outputs": "y"}', InvalidInput, "$.outputs"),
+    ('{"inputs": [[1, 2, 3]], "input": 1}', InvalidInput, "$"),
+    (json.dumps({"inputs": [[1, 2, 3]] * 101}), PayloadTooLarge, "$.inputs"),
+]
+
+
+@pytest.mark.parametrize(("body", "kind", "path"), BAD_STEPS, ids=[body[:40] for body, _, _ in BAD_STEPS])
+def test_a_bad_step_is_named(toy: NativeCodec, body: str, kind: type[LatchError], path: str | None) -> None:
+    """Each bad body gives its error, with the path of the first bad value."""
+    for form in (body, body.encode()):
+        with pytest.raises(kind) as caught:
+            toy.decode_step(form)
+        assert caught.value.extras.get("path") == path
+        assert path is None or path in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["1.5", '"1"', "true", "[1]", "9223372036854775808", "1e400", "null"])
+def test_a_bad_id_is_named(counter: NativeCodec, value: str) -> None:
+    """Whatever is no 64-bit integer is refused where it stands."""
+    with pytest.raises(InvalidInput) as caught:
+        counter.decode_step(f'{{"inputs": [1, {value}]}}')
+    assert caught.value.extras["path"] == "$.inputs[1]"
+
+
+@given(body=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
+def test_no_bytes_raise_anything_else(toy: NativeCodec, body: bytes) -> None:
+    """Random bytes are a typed error, never another exception."""
+    for decode in (toy.decode_step, toy.decode_predict):
+        with pytest.raises(LatchError):
+            decode(body)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(inputs=json_values, step=json_values, outputs=json_values)
+def test_no_json_raises_anything_else(toy: NativeCodec, inputs: Any, step: Any, outputs: Any) -> None:
+    """Any JSON in the fields decodes to finite rows of the right shape, or is a typed error."""
+    for decode, key in ((toy.decode_step, "inputs"), (toy.decode_predict, "sequences")):
+        body = {key: inputs} | ({"step": step} if key == "inputs" else {}) | {"outputs": outputs}
+        try:
+            decoded = decode(json.dumps(body).encode())
+        except LatchError:
+            continue
+        for request in [decoded] if isinstance(decoded, StepRequest) else decoded:
+            assert request.inputs.shape[1:] == (3,)
+            assert len(request.inputs) >= 1
+            assert np.isfinite(request.inputs).all()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "path"),
+    [
+        ('{"sequences": []}', InvalidInput, "$.sequences"),
+        ('{"sequences": [[[1, 2, 3]], []]}', InvalidInput, "$.sequences[1]"),
+        ('{"sequences": [[[1, 2, 3]], [[1, 2]]]}', InvalidInput, "$.sequences[1][0]"),
+        ('{"sequences": [[[1, 2, NaN]]]}', InvalidInput, "$.sequences[0][0][2]"),
+        (json.dumps({"sequences": [[[1, 2, 3]] * 60] * 2}), PayloadTooLarge, "$.sequences"),
+    ],
+)
+def test_a_bad_sequence_is_named(toy: NativeCodec, body: str, kind: type[LatchError], path: str) -> None:
+    """Predict's bodies are held to the same rules, with the sequence in the path."""
+    with pytest.raises(kind) as caught:
+        toy.decode_predict(body.encode())
+    assert caught.value.extras["path"] == path
+
+
+def test_predict_replies_in_order() -> None:
+    """One object a sequence."""
+    replies = [StepReply({"y": np.array([[i]], np.float32)}, 1) for i in range(3)]
+    assert [s["outputs"]["y"] for s in json.loads(encode_outputs(replies))["sequences"]] == [[[0]], [[1]], [[2]]]
+
+
+def test_the_digest_tells_requests_apart() -> None:
+    """Other inputs, another shape of the same bytes, or other outputs have another digest; the same has the same."""
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    base = StepRequest(rows, ("y",), 1)
+    assert base.digest == StepRequest(rows.copy(), ("y",)).digest
+    others = [StepRequest(rows + 1, ("y",)), StepRequest(rows, ("y", "z")), StepRequest(rows, ())]
+    assert all(other.digest != base.digest for other in others)
+
+
+def test_a_duplicate_is_flagged() -> None:
+    """`replayed` and `already_applied` appear only where they are true."""
+    plain = json.loads(encode_reply(StepReply({}, 1), 0.5))
+    assert plain == {"outputs": {}, "step": 1, "expires_at": "1970-01-01T00:00:00.500000Z"}
+    assert json.loads(encode_reply(StepReply({}, 1, True), 0.5))["replayed"] is True
+    applied = json.loads(encode_reply(StepReply(None, 1, True), 0.5))
+    assert (applied["already_applied"], applied["outputs"]) == (True, None)
