@@ -244,8 +244,8 @@ def export(folder: Path, models: Path, name: str, version: str = "1") -> Path:
     model = run.best_model(folder)
     graph = build_graph(model).SerializeToString()
     check_parity(model, graph)
-    (models / name).mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models / name))
+    models.mkdir(parents=True, exist_ok=True)
+    partial, target = Path(tempfile.mkdtemp(prefix=".partial-", dir=models)), models / name / version
     try:
         (partial / "model.onnx").write_bytes(graph)
         np.savez(partial / "golden.npz", allow_pickle=False, **golden_vectors(model))
@@ -254,8 +254,13 @@ def export(folder: Path, models: Path, name: str, version: str = "1") -> Path:
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (partial / "manifest.json").write_text(text, encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp's folder is private; a served one is not
-        target = models / name / version
-        shutil.rmtree(target, ignore_errors=True)
-        return partial.replace(target)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            with tempfile.TemporaryDirectory(prefix=".replaced-", dir=models) as old:
+                target.rename(Path(old) / version)
+                partial.replace(target)
+        else:
+            partial.replace(target)
+        return target
     finally:
         shutil.rmtree(partial, ignore_errors=True)

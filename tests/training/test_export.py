@@ -1,0 +1,231 @@
+"""Export: the contract for every unit, lean graphs, parity or nothing, no trace of the machine."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from training import export as module
+from training.cells import UNITS
+from training.checkpoint import Run, save_tensors
+from training.config import HEADS, ModelConfig, TrainConfig
+from training.data.sequences import DataSet
+from training.errors import ExportError
+from training.export import build_graph, check_parity, export
+from training.model import RecurrentModel
+
+SCHEMA = json.loads(Path("models/manifest.schema.json").read_text())
+METRICS = [{"name": "nll", "split": "test", "value": 1.5, "unit": "nats/frame"}]
+
+
+def finished(folder: Path, data: DataSet, cell: str = "gru", **settings: Any) -> RecurrentModel:
+    """A run folder with random weights that says it was trained."""
+    torch.manual_seed(11)
+    model = RecurrentModel(ModelConfig(cell, 6, 6, settings.pop("head", "bernoulli"), hidden=5, **settings)).eval()
+    for value in model.initial:
+        torch.nn.init.normal_(value)
+    result = {"epochs": 3, "best_epoch": 2, "seconds": 1.0, "metrics": METRICS}
+    Run(data.info, model.config, TrainConfig(), {"torch": "2"}, result).save(folder)
+    save_tensors(folder / "best.safetensors", dict(model.state_dict()), {"epoch": 2, "valid_loss": 1.0})
+    return model
+
+
+def replay(folder: Path) -> None:
+    """An independent reading of the contract: golden.npz through ONNX Runtime, by the manifest's words alone."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    jsonschema.validate(manifest, SCHEMA)
+    assert sorted(manifest["files"]) == sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    for name, expected in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    golden = np.load(folder / "golden.npz", allow_pickle=False)
+    sequences, steps = manifest["golden"]["sequences"], manifest["golden"]["steps"]
+    state = {}
+    for pair in manifest["state"]:
+        initial = np.reshape(pair.get("initial", np.zeros(pair["shape"])), pair["shape"])
+        state[pair["input"]] = np.repeat(initial[None], sequences, axis=0).astype(pair["dtype"])
+    outputs = [output["name"] for output in manifest["outputs"]]
+    inputs = golden[f"input.{manifest['input']['name']}"]
+    assert inputs.shape == (sequences, steps, *manifest["input"]["shape"])
+    assert inputs.dtype == manifest["input"]["dtype"]
+
+    def close(found: Any, expected: Any) -> None:
+        assert found.shape == expected.shape
+        assert (np.abs(found - expected) <= manifest["golden"]["tolerance"] * np.maximum(1, np.abs(expected))).all()
+
+    for step in range(steps):
+        found = session.run(
+            [*outputs, *(pair["output"] for pair in manifest["state"])],
+            {manifest["input"]["name"]: inputs[:, step], **state},
+        )
+        for output, value in zip(manifest["outputs"], found[: len(outputs)], strict=True):
+            assert value.shape == (sequences, *output["shape"])
+            close(value, golden[f"output.{output['name']}"][:, step])
+        state = {pair["input"]: value for pair, value in zip(manifest["state"], found[len(outputs) :], strict=True)}
+    for pair in manifest["state"]:
+        close(state[pair["input"]], golden[f"state.{pair['name']}"])
+
+
+@pytest.mark.parametrize("cell", UNITS)
+def test_every_unit_exports_to_the_contract(cell: str, tiny: DataSet, tmp_path: Path) -> None:
+    """Schema, checksums and golden vectors hold; the gates are outputs unless they are constant."""
+    model = finished(tmp_path / "run", tiny, cell)
+    folder = export(tmp_path / "run", tmp_path / "models", "a-model", "3")
+    assert folder == tmp_path / "models" / "a-model" / "3"
+    replay(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [o["name"] for o in manifest["outputs"] if o["role"] == "gate"] == model.gate_names
+    assert bool(model.gate_names) == (cell not in ("gru3", "mgu3", "rnn"))
+    assert manifest["unit"]["parameters"] == sum(value.numel() for value in model.cells.parameters())
+    assert manifest["unit"]["blend"] == ("write" if UNITS[cell].blends else None)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_stacked_models_with_every_head_export(head: str, cell: str, tiny: DataSet, tmp_path: Path) -> None:
+    """Two layers, reset after and blend keep where there are such, learned initial state, normalisation."""
+    data = replace(tiny, info=replace(tiny.info, head=head))
+    chosen = {"blend": "keep", "reset": "after"} if cell == "gru" else {}
+    finished(
+        tmp_path / "run", data, cell, head=head, layers=2, learned_initial_state=True, standardise=head == "gaussian",
+        **chosen,
+    )  # fmt: skip
+    folder = export(tmp_path / "run", tmp_path / "models", "deep")
+    replay(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    expected = ["h1", "h2"] if cell == "gru" else ["h1", "c1", "h2", "c2"]
+    assert [pair["name"] for pair in manifest["state"]] == expected
+    assert all(any(pair["initial"]) for pair in manifest["state"])
+
+
+def test_ids_export_as_int64(tiny: DataSet, tmp_path: Path) -> None:
+    """A next-token model takes ids of shape [B]."""
+    finished(tmp_path / "run", tiny, head="categorical", vocabulary=6)
+    replay(export(tmp_path / "run", tmp_path / "models", "tokens"))
+
+
+# Nodes of one bernoulli step, of which two are the head (Gemm, Sigmoid).
+NODES = {
+    "gru": 13, "gru1": 12, "gru2": 12, "gru3": 8, "mgu": 12, "mgu1": 11, "mgu2": 11, "mgu3": 8,
+    "lstm": 13, "rnn": 5, "mingru": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", UNITS)
+def test_step_graphs_are_lean(cell: str) -> None:
+    """No node more than the equations need, no product twice, no stored transpose undone at every step."""
+    nodes = build_graph(RecurrentModel(ModelConfig(cell, 6, 6, "bernoulli", hidden=5)).eval()).graph.node
+    assert len(nodes) == NODES[cell], [node.op_type for node in nodes]
+    products = sum(node.op_type in ("Gemm", "MatMul") for node in nodes)
+    recurrent = {"gru3": 1, "mgu3": 1, "lstm": 1, "rnn": 1, "mingru": 0}.get(cell, 2)
+    assert products == 1 + recurrent + 1
+    assert "Transpose" not in {node.op_type for node in nodes}
+
+
+@pytest.mark.parametrize("reset", ["before", "after"])
+@pytest.mark.parametrize("cell", ["gru3", "mgu3"])
+def test_constant_gates_fold_into_one_product(cell: str, reset: str) -> None:
+    """With either reset the step of a constant-gate unit has a single H x H product, and keeps parity."""
+    model = RecurrentModel(ModelConfig(cell, 6, 6, "bernoulli", hidden=5, reset=reset)).eval()
+    graph = build_graph(model)
+    shapes = [tuple(tensor.dims) for tensor in graph.graph.initializer]
+    assert shapes.count((5, 5)) == 1
+    assert check_parity(model, graph.SerializeToString()) < 1e-6
+
+
+def test_same_weights_give_the_same_bytes(tiny: DataSet, tmp_path: Path) -> None:
+    """Exporting twice changes no byte: no time, no counter, no address."""
+    finished(tmp_path / "run", tiny)
+    first = export(tmp_path / "run", tmp_path / "models", "same")
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    second = export(tmp_path / "run", tmp_path / "models", "same")
+    assert {path.name: path.read_bytes() for path in second.iterdir()} == before
+
+
+def test_nothing_of_the_machine_ships(tiny: DataSet, tmp_path: Path) -> None:
+    """The exporter's source lines and stack traces are gone, and with them every path."""
+    finished(tmp_path / "run", tiny)
+    folder = export(tmp_path / "run", tmp_path / "models", "clean")
+    graph = onnx.load(folder / "model.onnx")
+    assert not graph.metadata_props
+    assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert str(Path.cwd()).encode() not in content
+        assert b"site-packages" not in content
+        assert str(tmp_path).encode() not in content
+
+
+def break_weights(graph: onnx.ModelProto) -> None:
+    """Move one weight by a hundredth."""
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[0] += 0.01
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def break_gate(graph: onnx.ModelProto) -> None:
+    """Swap the two gate outputs."""
+    split = [node for node in graph.graph.node if node.op_type == "Split"][-1]
+    split.output[0], split.output[1] = split.output[1], split.output[0]
+
+
+@pytest.mark.parametrize("damage", [break_weights, break_gate])
+def test_without_parity_no_artifact_is_written(
+    damage: Any, tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that computes something else is refused, and the version that was there stays as it was."""
+    finished(tmp_path / "run", tiny)
+    models = tmp_path / "models"
+    good = (export(tmp_path / "run", models, "kept") / "manifest.json").read_bytes()
+
+    def broken(model: RecurrentModel) -> onnx.ModelProto:
+        graph = build_graph(model)
+        damage(graph)
+        return graph
+
+    monkeypatch.setattr(module, "build_graph", broken)
+    for name in ("kept", "new"):
+        with pytest.raises(ExportError, match=r"differ by .* nothing was written"):
+            export(tmp_path / "run", models, name)
+    assert [str(path.relative_to(models)) for path in sorted(models.rglob("*"))] == [
+        "kept", "kept/1", "kept/1/golden.npz", "kept/1/manifest.json", "kept/1/model.onnx",
+    ]  # fmt: skip
+    assert (models / "kept" / "1" / "manifest.json").read_bytes() == good
+
+
+def test_a_manifest_against_the_contract_is_not_written(tiny: DataSet, tmp_path: Path) -> None:
+    """A name that the schema refuses leaves nothing behind."""
+    finished(tmp_path / "run", tiny)
+    with pytest.raises(ExportError, match=r"breaks the contract at \$\.name"):
+        export(tmp_path / "run", tmp_path / "models", "Not A Name")
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_an_unfinished_run_is_not_exported(tiny: DataSet, tmp_path: Path) -> None:
+    """Without a result there is nothing to say in the manifest."""
+    finished(tmp_path / "run", tiny)
+    replace(Run.load(tmp_path / "run"), result=None).save(tmp_path / "run")
+    with pytest.raises(ExportError, match="has not finished"):
+        export(tmp_path / "run", tmp_path / "models", "early")
+
+
+@pytest.mark.parametrize("cell", UNITS)
+def test_parity_holds_for_any_batch(cell: str) -> None:
+    """The batch axis is free: a row of a batch of five has the very bits it has alone."""
+    model = RecurrentModel(ModelConfig(cell, 6, 6, "gaussian", hidden=5)).eval()
+    graph = build_graph(model).SerializeToString()
+    inputs = np.random.default_rng(0).normal(size=(5, 20, 6)).astype(np.float32)
+    together = list(module.onnx_steps(model, graph, inputs))
+    alone = list(module.onnx_steps(model, graph, inputs[2:3]))
+    for many, one in zip(together, alone, strict=True):
+        for name, value in one.items():
+            np.testing.assert_array_equal(many[name][2:3], value, err_msg=name)
