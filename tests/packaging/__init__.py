@@ -1,0 +1,1 @@
+"""The files that install, build and check the product."""
