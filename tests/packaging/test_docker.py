@@ -272,16 +272,13 @@ def test_nothing_can_be_written_beside_tmp(latch: Deployment, folder: str) -> No
 
 @pytest.mark.docker
 def test_sigterm_ends_the_service_cleanly(latch: Deployment) -> None:
-    """`docker stop` is answered in seconds with exit code 0, and the container starts again."""
+    """`docker stop` needs no kill: exit code 0 within ten seconds, and the container starts again."""
     container = latch.container
-    started = time.monotonic()
-    run(DOCKER, "stop", "--time", "15", container)
-    seconds = time.monotonic() - started
+    run(DOCKER, "stop", "--time", "10", container)
     code = run(DOCKER, "inspect", "--format", "{{.State.ExitCode}}", container).strip()
     run(DOCKER, "start", container)
     latch.wait_until_healthy()
     assert code == "0"
-    assert seconds < 10
 
 
 @pytest.mark.docker
