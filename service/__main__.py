@@ -1,6 +1,7 @@
 """`latch`: the command line. Rule: it reads arguments and prints; the work is done elsewhere."""
 
 import logging
+import signal
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +68,11 @@ def serve(
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
     )
-    make_server(settings).run()
+    server = make_server(settings)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn stops on these and then raises them again; a stop that was asked for is no failure.
+        signal.signal(stop, signal.SIG_IGN)
+    server.run()
 
 
 def make_server(settings: Settings) -> uvicorn.Server:
@@ -111,7 +116,7 @@ def list_models(models: ModelsOption = None) -> None:
     """List the models of the repository: unit, sizes and scores, as their manifests say."""
     settings = load_settings(models=models)
     found = scan(settings.models)
-    table = Table("model", "unit", "hidden", "parameters", "state bytes", "test score", "what it is")
+    table = Table("model", "unit", "hidden", "parameters", "state bytes", "test score")
     for files in found.found:
         manifest, unit = files.manifest, files.manifest.unit or {}
         score = next((m for m in manifest.metrics if m["split"] == "test"), None)
@@ -122,7 +127,6 @@ def list_models(models: ModelsOption = None) -> None:
             str(manifest.parameters or "-"),
             str(manifest.state_bytes),
             f"{score['name']} {score['value']:.3f} {score['unit']}" if score else "-",
-            manifest.description,
         )
     out.print(table)
     _report_broken(found.broken)

@@ -29,9 +29,6 @@ class Metrics:
         self.compute_seconds = Histogram(
             "latch_compute_seconds", "One run inside the runtime", ["model"], buckets=_SECONDS, registry=registry
         )
-        self.encode_seconds = Histogram(
-            "latch_encode_seconds", "Encoding one reply", buckets=_SECONDS, registry=registry
-        )
         self.queue_depth = Gauge("latch_queue_depth", "Requests waiting or running", ["model"], registry=registry)
         self.sessions = Gauge("latch_sessions", "Live sessions", ["model"], registry=registry)
         self.expired = Counter("latch_sessions_expired", "Sessions that idled out", ["model"], registry=registry)

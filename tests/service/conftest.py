@@ -70,7 +70,7 @@ def serving(models: Path, **settings: Any) -> Iterator[Server]:
     while not server.started:
         assert thread.is_alive(), "the server ended before it started"
         time.sleep(0.005)
-    url = "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=30) as client:
             yield Server(url, client, server.config.app)

@@ -30,9 +30,7 @@ class Folding:
         self.before_run: Callable[[], None] = lambda: None
         self.short = True
 
-    def run(
-        self, inputs: Any, state: Sequence[Any], outputs: Sequence[str]
-    ) -> tuple[dict[str, Any], list[Any]]:
+    def run(self, inputs: Any, state: Sequence[Any], outputs: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
         """As a step graph would; fails when it meets `poison`."""
         self.runs.append(inputs.shape[:2])
         self.before_run()
@@ -43,7 +41,7 @@ class Folding:
             h = 10 * h + inputs[:, t]
             columns.append(h)
         stacked = np.stack(columns, axis=1)
-        return {name: stacked for name in outputs}, [h]
+        return dict.fromkeys(outputs, stacked), [h]
 
     def is_short(self, rows: int, steps: int) -> bool:
         """On the loop's thread, unless the test wants a worker."""
@@ -207,9 +205,7 @@ async def test_a_bad_row_harms_no_other_row(metrics: Metrics) -> None:
     slots = [bench.slab.acquire() for _ in range(5)]
     bench.runner.poison = 3
     async with serving(bench):
-        results = await asyncio.gather(
-            *[bench.step(slot, i) for i, slot in enumerate(slots)], return_exceptions=True
-        )
+        results = await asyncio.gather(*[bench.step(slot, i) for i, slot in enumerate(slots)], return_exceptions=True)
         assert isinstance(results[3], InferenceFailed)
         assert [last(r) for i, r in enumerate(results) if i != 3 and isinstance(r, StepReply)] == [0, 1, 2, 4]
         assert [bench.slab.step(slot) for slot in slots] == [1, 1, 1, 0, 1]
@@ -381,7 +377,7 @@ async def test_random_traffic_is_folded_exactly(metrics: Metrics) -> None:
     rng = np.random.default_rng(0)
     bench = Bench(metrics, max_batch_size=4, max_run_steps=3, max_queue=10_000, max_session_queue=10_000)
     slots = [bench.slab.acquire() for _ in range(8)]
-    seen = {slot: 0.0 for slot in slots}
+    seen = dict.fromkeys(slots, 0.0)
 
     async def client(slot: Slot) -> None:
         step = 1

@@ -129,9 +129,7 @@ def test_an_unreadable_graph_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("location", ["weights.bin", "../weights.bin"])
-def test_weights_outside_the_graph_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
-) -> None:
+def test_weights_outside_the_graph_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
     """A graph that points at another file is not loaded, wherever that lies: no sha256 covers it."""
     folder = toys.save_leaky(tmp_path)
     model = onnx.load(folder / "model.onnx")

@@ -47,9 +47,7 @@ def unrolled(folder: Path, manifest: dict[str, Any], inputs: np.ndarray) -> dict
         `output.<name>` [B, T, ...] and `state.<name>` [B, ...], as golden.npz has them.
     """
     session = ort.InferenceSession((folder / "model.onnx").read_bytes(), providers=["CPUExecutionProvider"])
-    constants = {
-        c["name"]: np.array(c["value"], c["dtype"]).reshape(c["shape"]) for c in manifest["constants"]
-    }
+    constants = {c["name"]: np.array(c["value"], c["dtype"]).reshape(c["shape"]) for c in manifest["constants"]}
     results: dict[str, list[Any]] = {}
     for sequence in inputs:
         state = {}
@@ -185,7 +183,7 @@ def save_counter(root: Path, name: str = "counter", version: str = "1") -> Path:
 
 
 def save_exploding(root: Path, name: str = "exploding", version: str = "1") -> Path:
-    """h' = 1e30 h + x: two large inputs in a row leave float32."""
+    """H' = 1e30 h + x: two large inputs in a row leave float32."""
     graph = helper.make_graph(
         [
             helper.make_node("Mul", ["h", "huge"], ["hh"]),

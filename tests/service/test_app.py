@@ -1,0 +1,64 @@
+"""The app as a whole: one shape for every error, and an OpenAPI page that knows every call."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service.app import create_app
+from service.errors import ManifestInvalid, SettingsInvalid
+from service.settings import load_settings
+from tests.service.conftest import Server
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nope", 404, "not_found"),
+        ("GET", "/v1/sessions/a/b/c", 404, "not_found"),
+        ("PUT", "/health/live", 405, "method_not_allowed"),
+        ("GET", "/v1/sessions?limit=0", 422, "invalid_input"),
+        ("GET", "/v1/sessions?limit=many", 422, "invalid_input"),
+    ],
+)
+def test_the_framework_errors_have_our_shape(server: Server, method: str, path: str, status: int, code: str) -> None:
+    """FastAPI's own 404, 405 and 422 are overridden."""
+    reply = server.http.request(method, path)
+    assert (reply.status_code, reply.json()["code"]) == (status, code)
+    assert set(reply.json()) >= {"error", "code", "retryable"}
+    assert isinstance(reply.json()["error"], str)
+
+
+def test_a_fault_of_ours_is_500_without_its_inside(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets the shape, the log gets the traceback."""
+    server = start()
+    monkeypatch.setattr(server.app.state.manager, "page", None)
+    reply = server.http.get("/v1/sessions")
+    assert (reply.status_code, reply.json()["code"]) == (500, "internal")
+    assert "NoneType" not in reply.text
+    assert "NoneType" in caplog.text
+
+
+def test_openapi_documents_every_call(server: Server) -> None:
+    """All routes are in it, and those that decode their own bytes document their bodies."""
+    paths = server.http.get("/openapi.json").json()["paths"]
+    assert set(paths) >= {
+        "/v1/models", "/v1/models/{model}", "/v1/models/{model}/versions/{version}", "/v1/models/{model}/predict",
+        "/v1/sessions", "/v1/sessions/{session_id}", "/v1/sessions/{session_id}/steps",
+        "/v1/sessions/{session_id}/reset", "/health/live", "/health/ready", "/metrics",
+    }  # fmt: skip
+    for path in ("/v1/sessions/{session_id}/steps", "/v1/models/{model}/predict"):
+        assert "application/json" in paths[path]["post"]["requestBody"]["content"]
+    for methods in paths.values():
+        for call in methods.values():
+            assert call.get("description"), call
+
+
+def test_what_cannot_start_says_why(tmp_path: Path) -> None:
+    """An unknown store, a missing repository and a missing device are typed errors, before anything listens."""
+    with pytest.raises(SettingsInvalid, match="postgres"):
+        create_app(load_settings({}, models=tmp_path, store_url="postgres://x"))
+    with pytest.raises(ManifestInvalid, match="not a folder"):
+        create_app(load_settings({}, models=tmp_path / "nope"))

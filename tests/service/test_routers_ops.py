@@ -1,0 +1,73 @@
+"""Liveness, readiness, metrics."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.service import toys
+from tests.service.conftest import Server
+
+
+def test_live_and_ready(server: Server) -> None:
+    """A whole repository is ready, with every model and version named."""
+    assert server.http.get("/health/live").json() == {"status": "live"}
+    ready = server.http.get("/health/ready")
+    assert ready.status_code == 200
+    assert ready.json() == {
+        "status": "ready", "models": {"toy": ["1"], "counter": ["1"], "exploding": ["1"]}, "broken": {},
+    }  # fmt: skip
+
+
+def test_readiness_names_the_broken_model_and_the_others_serve(start: Callable[..., Server], tmp_path: Path) -> None:
+    """A tampered model is degraded, not down: it answers 503 model_broken, its neighbour works."""
+    toys.save_leaky(tmp_path)
+    folder = toys.save_counter(tmp_path)
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    server = start(models=tmp_path)
+    ready = server.http.get("/health/ready")
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    assert list(ready.json()["broken"]) == ["counter/1"]
+    assert "sha256" in ready.json()["broken"]["counter/1"]["error"]
+    refused = server.http.post("/v1/sessions", json={"model": "counter"})
+    assert (refused.status_code, refused.json()["code"]) == (503, "model_broken")
+    server.create("toy")
+
+
+def test_with_no_model_at_all_it_is_not_ready(start: Callable[..., Server], tmp_path: Path) -> None:
+    """503, so that nobody sends traffic; but it lives and says why."""
+    (toys.save_leaky(tmp_path) / "manifest.json").write_text(json.dumps({"manifest_version": 1}))
+    server = start(models=tmp_path)
+    ready = server.http.get("/health/ready")
+    assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+    assert "toy/1" in ready.json()["broken"]
+    assert server.http.get("/health/live").status_code == 200
+
+
+def test_metrics_count_what_happened(start: Callable[..., Server]) -> None:
+    """Steps, replays, errors by code, batch sizes and live sessions; never a session id."""
+    server = start()
+    session = server.create()
+    url = f"/v1/sessions/{session}/steps"
+    for step in (1, 1, 9):
+        server.http.post(url, json={"inputs": [[1, 2, 3]] * 2, "step": step})
+    text = server.http.get("/metrics").text
+    for line in (
+        'latch_steps_total{model="toy"} 2.0',
+        'latch_replays_total{model="toy"} 1.0',
+        'latch_errors_total{code="step_conflict"} 1.0',
+        'latch_batch_size_count{model="toy"} 1.0',
+        'latch_run_steps_sum{model="toy"} 2.0',
+        'latch_sessions{model="toy"} 1.0',
+        'latch_queue_depth{model="toy"} 0.0',
+    ):
+        assert line in text, line
+    assert session not in text
+    server.http.delete(f"/v1/sessions/{session}")
+    assert 'latch_sessions{model="toy"} 0.0' in server.http.get("/metrics").text
+
+
+def test_the_first_page_leads_on(server: Server) -> None:
+    """Every address on it answers."""
+    for path in list(server.http.get("/").json().values())[1:]:
+        assert server.http.get(path).status_code == 200, path

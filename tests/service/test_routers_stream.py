@@ -1,0 +1,222 @@
+"""One session over one WebSocket, with a real client."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.service.conftest import Server
+
+ROW = [1.0, 2.0, 3.0]
+
+
+def ask(socket: Any, **message: Any) -> Any:
+    """Sends one message and reads one reply."""
+    socket.send(json.dumps(message))
+    return json.loads(socket.recv(timeout=10))
+
+
+def test_hello_then_steps(server: Server) -> None:
+    """The server says who it talks about; steps answer as over HTTP, with the same bits."""
+    session, other = server.create(), server.create()
+    with server.socket(session) as socket:
+        assert socket.subprotocol == "latch.json"
+        hello = json.loads(socket.recv())
+        assert {k: hello[k] for k in ("type", "session", "model", "version", "step")} == {
+            "type": "hello", "session": session, "model": "toy", "version": "1", "step": 0,
+        }  # fmt: skip
+        reply = ask(socket, inputs=[ROW, ROW], step=1, outputs=["y", "z"])
+    assert (reply["type"], reply["step"]) == ("step", 2)
+    http = server.http.post(f"/v1/sessions/{other}/steps", json={"inputs": [ROW, ROW], "outputs": ["y", "z"]})
+    assert http.json()["outputs"] == reply["outputs"]
+
+
+def test_a_subprotocol_is_not_required(server: Server) -> None:
+    """A client that names none speaks JSON; one that names another gets none."""
+    for offered in (None, ["something.else"]):
+        options = {"subprotocols": offered}
+        with server.socket(server.create(), **options) as socket:
+            assert socket.subprotocol is None
+            assert json.loads(socket.recv())["type"] == "hello"
+
+
+def test_messages_may_be_sent_without_waiting(server: Server) -> None:
+    """A hundred pipelined messages are answered in order, each applied once."""
+    with server.socket(server.create()) as socket:
+        socket.recv()
+        for i in range(100):
+            socket.send(json.dumps({"inputs": [ROW], "step": i + 1}))
+        replies = [json.loads(socket.recv(timeout=10)) for _ in range(100)]
+    assert [(reply["type"], reply["step"]) for reply in replies] == [("step", i + 1) for i in range(100)]
+
+
+def test_a_dropped_socket_loses_nothing(server: Server) -> None:
+    """Reconnect, read the step from the hello, go on; the last message sent again is answered from the kept reply."""
+    session, calm = server.create(), server.create()
+    with server.socket(session) as socket:
+        socket.recv()
+        first = ask(socket, inputs=[ROW], step=1)
+        socket.socket.close()
+    with server.socket(session) as socket:
+        assert json.loads(socket.recv())["step"] == 1
+        again = ask(socket, inputs=[ROW], step=1)
+        assert (again["outputs"], again["replayed"]) == (first["outputs"], True)
+        second = ask(socket, inputs=[ROW], step=2)
+    with server.socket(calm) as socket:
+        socket.recv()
+        assert ask(socket, inputs=[ROW], step=1)["outputs"] == first["outputs"]
+        assert ask(socket, inputs=[ROW], step=2)["outputs"] == second["outputs"]
+
+
+BAD_MESSAGES: list[tuple[str | bytes, str]] = [
+    ("", "malformed"),
+    ("{", "malformed"),
+    ("[]", "invalid_input"),
+    ('{"inputs": [[1, 2]]}', "invalid_input"),
+    ('{"inputs": [[1, 2, NaN]]}', "invalid_input"),
+    ('{"inputs": []}', "invalid_input"),
+    ('{"inputs": [[1, 2, 3]], "step": 7}', "step_conflict"),
+    (json.dumps({"inputs": [ROW] * 16_385}), "payload_too_large"),
+    (b"\x00\x01", "malformed"),
+]
+
+
+@pytest.mark.parametrize(("message", "code"), BAD_MESSAGES, ids=[repr(m[:30]) for m, _ in BAD_MESSAGES])
+def test_a_refused_message_moves_nothing_and_the_socket_stays(server: Server, message: str | bytes, code: str) -> None:
+    """A typed error; the next good step is the same as for a session never bothered."""
+    results = []
+    for bad in (message, None):
+        with server.socket(server.create()) as socket:
+            socket.recv()
+            ask(socket, inputs=[ROW], step=1)
+            if bad is not None:
+                socket.send(bad)
+                error = json.loads(socket.recv(timeout=10))
+                assert (error["type"], error["code"]) == ("error", code)
+                assert isinstance(error["error"], str)
+            results.append(ask(socket, inputs=[ROW], step=2, outputs=["h"])["outputs"])
+    assert results[0] == results[1]
+
+
+def test_errors_keep_their_place_in_the_pipeline(server: Server) -> None:
+    """Good, bad, good without waiting: replies come in that order, and the bad one takes no step."""
+    with server.socket(server.create()) as socket:
+        socket.recv()
+        for message in ({"inputs": [ROW], "step": 1}, {"inputs": [[1]]}, {"inputs": [ROW], "step": 2}):
+            socket.send(json.dumps(message))
+        replies = [json.loads(socket.recv(timeout=10)) for _ in range(3)]
+    assert [reply["type"] for reply in replies] == ["step", "error", "step"]
+    assert replies[2]["step"] == 2
+
+
+def test_an_unknown_session_is_told_and_closed(server: Server) -> None:
+    """An error message that a browser can read, then close code 4404."""
+    with server.socket("nobody") as socket:
+        error = json.loads(socket.recv())
+        assert (error["type"], error["code"]) == ("error", "session_not_found")
+        with pytest.raises(ConnectionClosed):
+            socket.recv()
+        assert socket.close_code == 4404
+
+
+def test_a_session_deleted_under_its_socket_is_told_and_closed(server: Server) -> None:
+    """The next message learns of it; a new session under the same id is not touched."""
+    session = server.create()
+    with server.socket(session) as socket:
+        socket.recv()
+        server.http.delete(f"/v1/sessions/{session}")
+        assert server.http.put(f"/v1/sessions/{session}", json={"model": "toy"}).status_code == 201
+        assert ask(socket, inputs=[ROW])["code"] == "session_not_found"
+        with pytest.raises(ConnectionClosed):
+            socket.recv()
+        assert socket.close_code == 4404
+    assert server.http.get(f"/v1/sessions/{session}").json()["step"] == 0
+
+
+def test_an_expired_session_is_told_and_closed(start: Callable[..., Server]) -> None:
+    """Close code 4410 for a session that idled out under its socket."""
+    server = start(min_idle_ttl_ms=1)
+    session = server.create(idle_ttl_ms=1)
+    with server.socket(session) as socket:
+        for _ in range(1000):
+            reply = json.loads(socket.recv(timeout=10))
+            if reply["type"] == "error":
+                break
+            socket.send(json.dumps({"inputs": [ROW]}))
+        assert reply["code"] == "session_expired"
+        with pytest.raises(ConnectionClosed):
+            socket.recv()
+        assert socket.close_code == 4410
+
+
+def test_an_oversize_message_closes_with_1009(start: Callable[..., Server]) -> None:
+    """The library refuses to buffer it; the session is unharmed."""
+    server = start(max_body_bytes=2000)
+    session = server.create()
+    with server.socket(session) as socket:
+        socket.recv()
+        socket.send(json.dumps({"inputs": [ROW] * 500}))
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=10)
+        assert socket.close_code == 1009
+    assert server.http.get(f"/v1/sessions/{session}").json()["step"] == 0
+
+
+def test_a_flood_is_slowed_down_and_never_refused(start: Callable[..., Server]) -> None:
+    """Thousands of messages at once on one socket with a queue of eight: reading pauses, all are answered in order."""
+    server = start(max_session_queue=8)
+    session = server.create()
+
+    async def flood() -> list[Any]:
+        url = server.url.replace("http", "ws") + f"/v1/sessions/{session}/stream"
+        async with connect(url) as socket:
+            await socket.recv()
+
+            async def send() -> None:
+                for i in range(3000):
+                    await socket.send(json.dumps({"inputs": [ROW], "step": i + 1, "outputs": ["y", "z", "h"]}))
+
+            sender = asyncio.create_task(send())
+            replies = [json.loads(await socket.recv()) for _ in range(3000)]
+            await sender
+            return replies
+
+    replies = asyncio.run(flood())
+    assert [(reply["type"], reply["step"]) for reply in replies] == [("step", i + 1) for i in range(3000)]
+
+
+def test_hundreds_of_sockets_and_http_at_once(server: Server) -> None:
+    """Two hundred sessions, half over sockets and half over HTTP, all get what one alone gets."""
+    rows = [[0.1 * i, 0.2, -0.3] for i in range(10)]
+    alone = server.http.post(f"/v1/sessions/{server.create()}/steps", json={"inputs": rows}).json()["outputs"]["y"]
+
+    async def over_socket(session: str) -> list[Any]:
+        url = server.url.replace("http", "ws") + f"/v1/sessions/{session}/stream"
+        async with connect(url) as socket:
+            await socket.recv()
+            outputs = []
+            for i, row in enumerate(rows):
+                await socket.send(json.dumps({"inputs": [row], "step": i + 1}))
+                outputs += json.loads(await socket.recv())["outputs"]["y"]
+            return outputs
+
+    async def over_http(client: Any, session: str) -> list[Any]:
+        outputs = []
+        for i, row in enumerate(rows):
+            body = {"inputs": [row], "step": i + 1}
+            outputs += (await client.post(f"/v1/sessions/{session}/steps", json=body)).json()["outputs"]["y"]
+        return outputs
+
+    async def all_at_once() -> list[list[Any]]:
+        import httpx
+
+        sessions = [server.create() for _ in range(200)]
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            sockets = [over_socket(session) for session in sessions[:100]]
+            return await asyncio.gather(*sockets, *[over_http(client, session) for session in sessions[100:]])
+
+    assert all(outputs == alone for outputs in asyncio.run(all_at_once()))
