@@ -56,6 +56,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = TrainConfig.seed,
     optimiser: Annotated[str, typer.Option(help=f"{one_of(OPTIMISERS)}.")] = TrainConfig.optimiser,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = TrainConfig.rate,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty in the gradient.")] = TrainConfig.weight_decay,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = TrainConfig.batch_size,
     epochs: Annotated[int, typer.Option(help="At most this many epochs.")] = TrainConfig.max_epochs,
     patience: Annotated[
@@ -88,7 +89,7 @@ def fit(
         gate_activation=gate_activation,
         candidate_activation=candidate_activation,
     )
-    config = TrainConfig(seed, optimiser, rate, batch_size, epochs, patience, clip)
+    config = TrainConfig(seed, optimiser, rate, weight_decay, batch_size, epochs, patience, clip)
     folder = run or Path("runs") / f"{name}-{cell}"
     progress = sys.stdout.isatty()
     try:

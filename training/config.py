@@ -54,6 +54,7 @@ class TrainConfig:
     seed: int = 1
     optimiser: str = "adam"
     rate: float = 0.003
+    weight_decay: float = 3e-4
     batch_size: int = 8
     max_epochs: int = 300
     patience: int = 15
@@ -63,6 +64,7 @@ class TrainConfig:
         _require(self.optimiser in ("adam", "rmsprop"), f"unknown optimiser {self.optimiser!r}: choose adam or rmsprop")
         for name in ("rate", "batch_size", "max_epochs", "patience", "clip"):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
+        _require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
         _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
 
 

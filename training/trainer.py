@@ -40,7 +40,7 @@ LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda folder: CSVLogger(folder, name="logs"),
     "tensorboard": lambda folder: TensorBoardLogger(folder, name="logs"),
 }
-OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 
 def libraries() -> dict[str, str]:
@@ -124,8 +124,10 @@ class Fitting(lightning.LightningModule):
         self.log("valid_loss", self.valid_sum / self.valid_steps, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam or RMSProp at a constant rate."""
-        return OPTIMISERS[self.config.optimiser](self.model.parameters(), lr=self.config.rate)  # type: ignore[call-arg]
+        """Adam or RMSProp at a constant rate, with an L2 penalty in the gradient."""
+        config = self.config
+        make = OPTIMISERS[config.optimiser]
+        return make(self.model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
 
 
 class Keeper(Callback):
