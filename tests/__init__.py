@@ -1,0 +1,1 @@
+"""Tests of the parts, and of the contracts between them."""

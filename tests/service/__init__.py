@@ -1,0 +1,1 @@
+"""Tests of the service, a file a module."""

@@ -49,7 +49,7 @@ def test_every_unit_is_shipped() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_alone_in_batches_and_in_chunks(name: str) -> None:
-    """Batches of every size up to 33 and of 128, in runs of 1, 7 and all steps, give the loop's bits, gates included."""
+    """Batches of 1 to 33 and of 128, in runs of 1, 7 and all steps, give the loop's bits, gates included."""
     inputs, loop, names = expected(name)
     files = load(MODELS / name / "1")
     runner = OrtRunner(files.manifest, files.graph)

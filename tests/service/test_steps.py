@@ -28,10 +28,8 @@ def test_every_case_of_the_table(step: int) -> None:
         expected = oracle(step, kept, first, digest)
         try:
             got = {Decision.RUN: "run", Decision.REPLAY: "replay"}[decide(step, kept, first, digest)]
-        except StepConflict as error:
+        except StepConflict:
             got = "conflict"
-            assert error.extras["expected_step"] == step + 1
-            assert str(step + 1) in str(error)
         assert got == expected, (step, kept, first, digest)
 
 
@@ -40,5 +38,6 @@ def test_every_case_of_the_table(step: int) -> None:
 )
 def test_a_conflict_says_which_kind_it_is(first: int, word: str) -> None:
     """A person reading the error learns whether the step was stale, different or ahead."""
-    with pytest.raises(StepConflict, match=word):
+    with pytest.raises(StepConflict, match=rf"{word}.*the next is 5") as caught:
         decide(4, Kept(3, b"a", {}), first, b"b")
+    assert caught.value.extras["expected_step"] == 5

@@ -61,7 +61,9 @@ def unrolled(folder: Path, manifest: dict[str, Any], inputs: np.ndarray) -> dict
         for row in sequence:
             x = np.expand_dims(np.asarray(row, inputs.dtype), manifest["input"]["batch_axis"])
             names = [t["name"] for t in manifest["outputs"]] + [p["output"] for p in manifest["state"]]
-            values = dict(zip(names, session.run(names, {manifest["input"]["name"]: x} | state | constants)))
+            values = dict(
+                zip(names, session.run(names, {manifest["input"]["name"]: x} | state | constants), strict=True)
+            )
             for tensor in manifest["outputs"]:
                 columns[tensor["name"]].append(np.take(values[tensor["name"]], 0, axis=tensor["batch_axis"]))
             state = {pair["input"]: values[pair["output"]] for pair in manifest["state"]}
@@ -175,7 +177,10 @@ def save_counter(root: Path, name: str = "counter", version: str = "1") -> Path:
                 "name": "total", "input": "total", "output": "total_next", "dtype": "float32", "shape": [1],
                 "batch_axis": 1, "initial": [0.5],
             },
-            {"name": "steps", "input": "steps", "output": "steps_next", "dtype": "int64", "shape": [1], "batch_axis": 0},
+            {
+                "name": "steps", "input": "steps", "output": "steps_next", "dtype": "int64", "shape": [1],
+                "batch_axis": 0,
+            },
         ],
         constants=[{"name": "stride", "dtype": "int64", "shape": [], "value": [2]}],
     )  # fmt: skip

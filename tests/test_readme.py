@@ -1,0 +1,108 @@
+"""The README is run and compared: its sessions as a reader would type them, its tables with the code."""
+
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import errors
+from service.settings import PREFIX, Settings
+from tests.service.conftest import Server, serving
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(kind: str, after: str = "") -> str:
+    """The first fenced block of a kind, after some text."""
+    found = re.search(rf"```{kind}\n(.*?)```", README[README.index(after) :], re.DOTALL)
+    assert found is not None, f"no {kind} block after {after!r}"
+    return found[1]
+
+
+def table(name: str) -> list[str]:
+    """The rows of the table under a marker, without its head."""
+    found = re.search(rf"<!-- table: {name} -->\n\n(.*?)\n\n", README, re.DOTALL)
+    assert found is not None, f"no table {name}"
+    return found[1].splitlines()[2:]
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[Server]:
+    """What `make serve` starts, on another port."""
+    with serving(ROOT / "models") as server:
+        yield server
+
+
+def close(got: Any, expected: Any) -> bool:
+    """Equal but for times and for the last digits, which another processor may give otherwise."""
+    if expected == "...":
+        return isinstance(got, str)
+    if isinstance(expected, dict):
+        return set(got) == set(expected) and all(close(got[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(got) == len(expected) and all(map(close, got, expected))
+    if isinstance(expected, float):
+        return math.isclose(got, expected, rel_tol=1e-4)
+    return bool(got == expected)
+
+
+def test_the_sessions_do_what_the_readme_says(shipped: Server) -> None:
+    """Each curl command gives the line that is printed for it, and the Python session goes on where it ended."""
+    commands = block("sh", "<!-- tested: sh -->").strip().splitlines()
+    expected = block("json").strip().splitlines()
+    for command, line in zip(commands, expected, strict=True):
+        here = command.replace("http://127.0.0.1:8000", shipped.url)
+        run = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True, timeout=30)
+        assert close(json.loads(run.stdout), json.loads(line)), run.stdout
+    program = block("python", "<!-- tested: python -->").replace("ws://127.0.0.1:8000", f"ws{shipped.url[4:]}")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout == block("text")
+
+
+def test_every_setting_is_in_the_table() -> None:
+    """Names, defaults and meanings, in the order of the code."""
+    rows = [
+        f"| `{PREFIX}{name.upper()}` | `{field.default}` | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    assert table("settings") == rows
+
+
+def test_every_error_a_client_can_meet_is_in_the_table() -> None:
+    """Code, status, close code, whether to retry, and what it means, in the order of the code."""
+    rows = []
+    for kind in vars(errors).values():
+        if not (inspect.isclass(kind) and issubclass(kind, errors.LatchError)) or kind is errors.LatchError:
+            continue
+        meaning = " ".join((kind.__doc__ or "").split())
+        if "Raised at" in meaning:
+            continue
+        retry = "yes" if kind.retryable else ""
+        rows.append(f"| `{kind.code}` | {kind.http_status} | {kind.ws_close or ''} | {retry} | {meaning} |")
+    assert table("errors") == rows
+
+
+def test_every_shipped_unit_is_in_the_table() -> None:
+    """Sizes and scores are those of the manifests."""
+    rows = {row.split("|")[1].strip(" `"): row for row in table("units")}
+    manifests = [json.loads(path.read_text()) for path in sorted((ROOT / "models").glob("chorales-*/1/manifest.json"))]
+    assert set(rows) == {manifest["name"] for manifest in manifests}
+    for manifest in manifests:
+        unit = manifest["unit"]
+        score = next(m["value"] for m in manifest["metrics"] if (m["name"], m["split"]) == ("nll", "test"))
+        cells = [cell.strip() for cell in rows[manifest["name"]].split("|")[-4:-1]]
+        assert cells == [str(unit["hidden_size"]), f"{unit['parameters']:,}", f"{score:.2f}"], manifest["name"]
+
+
+def test_every_link_leads_somewhere() -> None:
+    """Files that the README points at exist."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
