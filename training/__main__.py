@@ -186,7 +186,8 @@ def main() -> None:
     try:
         app()
     except TrainingError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        # A message may hold brackets, which are not markup, and stays one line, so that it can be searched for.
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -159,30 +159,28 @@ class Cell(nn.Module):
 class GatedCell(Cell):
     """`gru` to `gru3` (gates z, r) and `mgu` to `mgu3` (one gate f for both)."""
 
+    u: nn.Parameter
+    u_gates: nn.Parameter  # absent where the gates are constant, and then not read
+
     def fuse(self) -> Fused:
-        """Constant gates are evaluated and r is folded into U, so that such a step is one H x H product."""
-        fused = super().fuse()
-        if self.u is None:
-            raise ConfigError(f"unit {self.name!r} has no recurrent candidate")
+        """Constant gates are evaluated and r is folded into U, so that such a step is one H x H product.
+
+        Where x feeds the gates their bias is in its product; otherwise it goes with h's. With reset after, all
+        recurrent products are of h itself: they are one.
+        """
         if self.unit.gate_terms == "b" and self.b_gates is not None:
             gates = self.s(self.b_gates).chunk(len(self.unit.gates))
             z, r = gates[0], gates[-1]
             u = self.u * r if self.reset == "before" else self.u * r[:, None]
             b = self.b if self.b_u is None else self.b + r * self.b_u
             return {"w": self.w.T, "b": b, "u": u.T, "z": z}
-        if self.u_gates is None:
-            raise ConfigError(f"unit {self.name!r} has gates without a recurrent term")
-        if self.b_u is not None:  # reset after: all recurrent products are of h itself, so they are one
-            bias = (
-                self.b_gates
-                if self.b_gates is not None and self.w_gates is None
-                else self.u_gates.new_zeros(len(self.u_gates))
-            )
+        fused = super().fuse()
+        bias: Tensor | None = self.b_gates if self.w_gates is None else None
+        if self.b_u is not None:
+            bias = self.u_gates.new_zeros(len(self.u_gates)) if bias is None else bias
             return fused | {"u": torch.cat((self.u_gates, self.u)).T, "b_u": torch.cat((bias, self.b_u))}
         fused["u_gates"] = self.u_gates.T
-        if self.w_gates is None and self.b_gates is not None:
-            fused["b_gates"] = self.b_gates
-        return fused
+        return fused if bias is None else fused | {"b_gates": bias}
 
     def step(self, fused: Fused, projected: Tensor, state: State) -> tuple[State, State]:
         """Module docstring, `gate`, `candidate` and `blend`."""
@@ -190,14 +188,12 @@ class GatedCell(Cell):
         if "z" in fused:
             c = self.phi(torch.addmm(projected, h, fused["u"]))
             return (self.mix(fused["z"], h, c),), ()
-        rows = len(self.unit.gates) * self.hidden_size
+        blocks = (len(self.unit.gates) * self.hidden_size, self.hidden_size)
         from_x: Tensor | None = None
         if self.w_gates is not None:
-            from_x, projected = projected.split_with_sizes((rows, self.hidden_size), dim=-1)
+            from_x, projected = projected.split_with_sizes(blocks, dim=-1)
         if "b_u" in fused:
-            from_h, recurrent = torch.addmm(fused["b_u"], h, fused["u"]).split_with_sizes(
-                (rows, self.hidden_size), dim=-1
-            )
+            from_h, recurrent = torch.addmm(fused["b_u"], h, fused["u"]).split_with_sizes(blocks, dim=-1)
             gates = self._gates(from_h if from_x is None else from_x + from_h)
             c = self.phi(projected + gates[-1] * recurrent)
         else:
@@ -216,13 +212,12 @@ class LstmCell(Cell):
     """`lstm` without peepholes (Chung 2014 eqs. 1-3; the blocks are i, f, o and the candidate)."""
 
     states = ("h", "c")
+    u: nn.Parameter
+    u_gates: nn.Parameter
 
     def fuse(self) -> Fused:
-        """Both recurrent blocks are products of h: one."""
-        fused = super().fuse()
-        if self.u_gates is not None and self.u is not None:
-            fused["u"] = torch.cat((self.u_gates, self.u)).T
-        return fused
+        """Gates and candidate are products of h itself: one."""
+        return super().fuse() | {"u": torch.cat((self.u_gates, self.u)).T}
 
     def step(self, fused: Fused, projected: Tensor, state: State) -> tuple[State, State]:
         """Module docstring, `lstm`."""

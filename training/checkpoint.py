@@ -5,7 +5,6 @@ moment leaves a folder to resume from. No pickle. It must not know Lightning or 
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def replace(path: Path, text: str) -> None:
     """Write `text` to `path` in one stroke."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)  # noqa: PTH105 - Path.replace does the same; this is the house's word for "atomic"
+    partial.replace(path)
 
 
 def save_tensors(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:

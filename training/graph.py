@@ -101,7 +101,7 @@ def synthetic_inputs(model: RecurrentModel, sequences: int, steps: int, seed: in
 
 @torch.no_grad()
 def torch_steps(model: RecurrentModel, inputs: NDArray[Any]) -> Iterator[Values]:
-    """Outputs and states of every step by torch, unfused, from the initial state; inputs [B, T, ...]."""
+    """Outputs and states of every step by torch, from the initial state; inputs [B, T, ...]."""
     state, fused = model.init_state(len(inputs)), model.fuse()
     names = [*output_names(model), *model.state_names]
     for x in torch.from_numpy(inputs).unbind(1):

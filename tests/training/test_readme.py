@@ -1,0 +1,42 @@
+"""The README's figures are the manifests' and its commands exist."""
+
+import json
+import re
+from pathlib import Path
+
+import onnx
+import pytest
+
+from training import data
+from training.__main__ import app
+from training.cells import UNITS
+from training.ship import SHIPPED
+
+README = Path("training/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("chorales-")])
+def test_the_units_table_is_what_the_manifests_say(name: str) -> None:
+    """Title, units, parameters, valid and test NLL and node count of every row."""
+    manifest = json.loads(Path("models", name, "1", "manifest.json").read_text())
+    nodes = len(onnx.load(Path("models", name, "1", "model.onnx")).graph.node)
+    unit, nll = manifest["unit"], {m["split"]: m["value"] for m in manifest["metrics"]}
+    row = (
+        f"| `{unit['cell']}` | {UNITS[unit['cell']].title} | {unit['hidden_size']} | {unit['parameters']} "
+        f"| {nll['valid']:.2f} | {nll['test']:.2f} | {nodes} |"
+    )
+    assert row in README
+
+
+def test_the_sensors_figures_are_measured() -> None:
+    """The model's error is its manifest's, the baselines' are the data set's."""
+    manifest = json.loads(Path("models/sensors/1/manifest.json").read_text())
+    mae = next(m["value"] for m in manifest["metrics"] if (m["name"], m["split"]) == ("mae", "test"))
+    last, season = (one.value for one in data.load("sensors").references if one.metric == "mae")
+    assert f"model {mae:.3f}, last value {last:.3f}, same time yesterday {season:.3f}" in README
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """And the README names no command that does not exist."""
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert set(re.findall(r"`latch-train (\w+)", README)) == known
