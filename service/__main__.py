@@ -97,14 +97,15 @@ def check(models: ModelsOption = None) -> None:
     """Load every model and replay its golden vectors; exit with 1 if one does not give what was exported."""
     settings = load_settings(models=models)
     found = scan(settings.models)
-    table = Table("model", "device", "largest golden error", "allowed", title=f"{settings.models}")
+    table = Table("model", "device", "largest golden error", "allowed", "bit-exact", title=f"{settings.models}")
     broken = dict(found.broken)
     for files in track(found.found, "loading", console=Console(stderr=True), transient=True):
         loaded = load_engines([files], {}, engine_options(settings), Metrics(CollectorRegistry()))
         broken |= loaded.broken
         for engine in loaded:
             allowed = f"{engine.manifest.golden.tolerance:g}"
-            table.add_row("/".join(engine.key), engine.device, f"{engine.golden_error:.2g}", allowed)
+            exact = "yes" if engine.bit_exact else "no"
+            table.add_row("/".join(engine.key), engine.device, f"{engine.golden_error:.2g}", allowed, exact)
     out.print(table)
     _report_broken(broken)
     if broken or not found.found:

@@ -46,6 +46,7 @@ class ModelInfo(BaseModel):
     libraries: dict[str, str]
     device: str
     golden_error: float
+    bit_exact: bool
     sha256: str
 
 
@@ -121,6 +122,7 @@ def _info(manager: SessionManager, engine: Engine) -> ModelInfo:
         libraries=manifest.libraries,
         device=engine.device,
         golden_error=engine.golden_error,
+        bit_exact=engine.bit_exact,
         sha256=manifest.files["model.onnx"],
     )
 

@@ -34,6 +34,13 @@ def test_a_model_that_replays_its_golden_vectors_is_live(repository: Path, metri
     assert engine.device == "cpu"
 
 
+def test_whether_rows_feel_their_batch_is_told(repository: Path, tmp_path: Path, metrics: Metrics) -> None:
+    """An engine knows whether its model gives the same bits alone and in a batch, on this device."""
+    for folder in (repository / "toy" / "1", repository / "counter" / "1"):
+        assert Engine(load(folder), EngineOptions(), metrics).bit_exact
+    assert not Engine(load(toys.save_uneven(tmp_path)), EngineOptions(), metrics).bit_exact
+
+
 @pytest.mark.parametrize("key", ["output__y", "output__z", "state__h"])
 def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, metrics: Metrics, key: str) -> None:
     """A golden value off by more than the tolerance, in any output or state, keeps the model out."""

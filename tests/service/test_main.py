@@ -58,6 +58,7 @@ def test_check_passes_on_good_models_and_names_the_bad_one(tmp_path: Path) -> No
     folder = toys.save_counter(tmp_path)
     good = latch("check", "--models", tmp_path)
     assert (good.returncode, "toy/1" in good.stdout, "counter/1" in good.stdout) == (0, True, True)
+    assert good.stdout.count(" yes ") == 2  # bit-exact
     (folder / "model.onnx").write_bytes(b"")
     bad = latch("check", LATCH_MODELS=str(tmp_path))
     assert bad.returncode == 1

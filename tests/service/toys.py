@@ -187,6 +187,39 @@ def save_counter(root: Path, name: str = "counter", version: str = "1") -> Path:
     return _save(root, graph, manifest, {"input.id": np.array([[0, 1, 2, 3, 3], [3, 2, 1, 0, 1]])})
 
 
+def save_uneven(root: Path, name: str = "uneven", version: str = "1") -> Path:
+    """A graph in which a row feels its batch: y = h' = x + 0 * h + 1e-6 * (sessions in the run)."""
+    node = helper.make_node
+    graph = helper.make_graph(
+        [
+            node("Shape", ["x"], ["sizes"]),
+            node("Gather", ["sizes", "zero"], ["batch"]),
+            node("Cast", ["batch"], ["count"], to=FLOAT),
+            node("Mul", ["count", "little"], ["shift"]),
+            node("Mul", ["h", "nothing"], ["past"]),
+            node("Add", ["x", "past"], ["now"]),
+            node("Add", ["now", "shift"], ["h_next"]),
+            node("Identity", ["h_next"], ["y"]),
+        ],
+        name,
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("x", "h")],
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("y", "h_next")],
+        [
+            numpy_helper.from_array(np.array(value, dtype), key)
+            for key, value, dtype in (("zero", 0, np.int64), ("little", 1e-6, np.float32), ("nothing", 0, np.float32))
+        ],
+    )
+    tensor = {"dtype": "float32", "shape": [1], "batch_axis": 0}
+    manifest = _manifest(
+        name,
+        version,
+        input={"name": "x"} | tensor,
+        outputs=[{"name": "y", "role": "prediction"} | tensor],
+        state=[{"name": "h", "input": "h", "output": "h_next"} | tensor],
+    )
+    return _save(root, graph, manifest, {"input.x": np.ones((2, 5, 1), np.float32)})
+
+
 def save_exploding(root: Path, name: str = "exploding", version: str = "1") -> Path:
     """H' = 1e30 h + x: two large inputs in a row leave float32."""
     graph = helper.make_graph(
