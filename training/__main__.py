@@ -65,7 +65,6 @@ def fit(
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<data>-<cell>.")] = None,
     logs: Annotated[str, typer.Option(help=f"{one_of(LOGGERS)}.")] = "csv",
-    accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto; resuming is exact on cpu.")] = "cpu",
     threads: Threads = 1,
 ) -> None:
     """Train until the valid split stops improving. The same command resumes an interrupted run.
@@ -93,9 +92,7 @@ def fit(
     folder = run or Path("runs") / f"{name}-{cell}"
     progress = sys.stdout.isatty()
     try:
-        done = fit_run(
-            data_set, model, config, folder, logs=logs, accelerator=accelerator, threads=threads, progress=progress
-        )
+        done = fit_run(data_set, model, config, folder, logs=logs, threads=threads, progress=progress)
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on from the last whole epoch in {folder}")
         raise typer.Exit(130) from None

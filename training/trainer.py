@@ -1,11 +1,12 @@
 """Fit: one model on one data set, into one run folder, on Lightning.
 
-Its one rule: a run that was interrupted and resumed ends with the weights of one that was not (on a CPU). It must not
+Its one rule: a run that was interrupted and resumed ends with the weights of one that was not. It must not
 know ONNX or the manifest.
 """
 
 import importlib.metadata
 import logging
+import math
 import platform
 import signal
 import time
@@ -22,14 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from training.checkpoint import (
-    Run,
-    flatten_optimiser,
-    load_tensors,
-    restore_optimiser,
-    save_tensors,
-    split_off,
-)
+from training.checkpoint import Run, flatten_optimiser, load_tensors, restore_optimiser, save_tensors, split_off
 from training.config import ModelConfig, TrainConfig
 from training.data.sequences import Batch, DataSet, Item, collate
 from training.errors import ConfigError, DivergedError
@@ -97,15 +91,18 @@ class Fitting(lightning.LightningModule):
         raw, _ = self.model(inputs)
         return self.model.loss(raw, targets)[predicted]
 
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the {what} became {value} in epoch {self.current_epoch + 1}, step {self.global_step + 1}, at rate "
+                f"{self.config.rate}: try a lower --rate or --clip; last.safetensors holds the epoch before"
+            )
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Mean loss of the batch's predicted steps; DivergedError when it is not a number."""
         losses = self._losses(batch)
         loss = losses.mean()
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the loss became {loss.item()} in epoch {self.current_epoch + 1}, step {self.global_step + 1}, at "
-                f"rate {self.config.rate}: try a lower --rate or --clip; last.safetensors holds the epoch before"
-            )
+        self._require_finite("loss", loss.item())
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
         return loss
 
@@ -121,6 +118,7 @@ class Fitting(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """What early stopping watches."""
+        self._require_finite("valid loss", self.valid_sum)
         self.log("valid_loss", self.valid_sum / self.valid_steps, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -168,7 +166,6 @@ def fit(
     folder: Path,
     *,
     logs: str = "csv",
-    accelerator: str = "cpu",
     threads: int = 1,
     progress: bool = False,
     callbacks: tuple[Callback, ...] = (),
@@ -201,7 +198,7 @@ def fit(
         # Judged when validation ends: at the end of the epoch Lightning would call it after the Keeper.
         early = EarlyStopping("valid_loss", patience=config.patience, check_on_train_epoch_end=False)
         trainer = lightning.Trainer(
-            accelerator=accelerator,
+            accelerator="cpu",
             devices=1,
             max_epochs=config.max_epochs,
             gradient_clip_val=config.clip,
@@ -215,12 +212,7 @@ def fit(
             reload_dataloaders_every_n_epochs=1,
         )
         # Lightning restores its epoch counter only from its own pickled checkpoints.
-        epochs = {
-            "ready": meta["epoch"],
-            "completed": meta["epoch"],
-            "started": meta["epoch"],
-            "processed": meta["epoch"],
-        }
+        epochs = dict.fromkeys(("ready", "started", "processed", "completed"), meta["epoch"])
         trainer.fit_loop.epoch_progress.current.load_state_dict(epochs)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -93,6 +93,20 @@ def test_no_network_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
         data.load("chorales")
 
 
+def test_a_download_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched is checked; here from a file instead of the network."""
+    (tmp_path / "JSB_Chorales.mat").write_bytes(b"<html>moved</html>")
+
+    def download(_: str, output_file: str, __: object) -> None:
+        Path(output_file).write_bytes((tmp_path / "JSB_Chorales.mat").read_bytes())
+
+    monkeypatch.delenv("LATCH_DATA", raising=False)
+    monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(pooch.core, "choose_downloader", lambda *_, **__: download)
+    with pytest.raises(DataError, match=r"sent as JSB_Chorales\.mat has not sha256 ac0e6085"):
+        data.load("chorales")
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     """The message is the list."""
     with pytest.raises(DataError, match="unknown data set 'corals': choose one of chorales, "):

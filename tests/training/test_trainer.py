@@ -144,12 +144,13 @@ def test_padding_is_never_counted(tiny: DataSet, tmp_path: Path) -> None:
     assert run.result["metrics"][0]["value"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tiny: DataSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("split", "what"), [("train", "loss"), ("valid", "valid loss")])
+def test_a_loss_that_is_not_a_number_stops_the_run(split: str, what: str, tiny: DataSet, tmp_path: Path) -> None:
     """The message gives the epoch, the step and the rate, and no checkpoint is overwritten."""
     roll = np.full((5, 6), np.nan, dtype=np.float32)
-    broken = Split([*tiny.splits["train"].items, (roll, roll, np.ones(5, dtype=np.bool_))])
-    data = replace(tiny, splits=tiny.splits | {"train": broken})
-    with pytest.raises(DivergedError, match=r"became nan in epoch 1, step \d+, at rate 0.02"):
+    broken = Split([*tiny.splits[split].items, (roll, roll, np.ones(5, dtype=np.bool_))])
+    data = replace(tiny, splits=tiny.splits | {split: broken})
+    with pytest.raises(DivergedError, match=rf"the {what} became nan in epoch 1, step \d+, at rate 0.02"):
         fit(data, model_for(data), CONFIG, tmp_path)
     assert not (tmp_path / "last.safetensors").exists()
 

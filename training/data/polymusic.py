@@ -90,7 +90,9 @@ def fetch(name: str) -> Path:
     try:
         cache = pooch.os_cache("latch")
         return Path(pooch.retrieve(SOURCE + rolls.file, rolls.sha256, rolls.file, cache, progressbar=True))
-    except (OSError, ValueError) as error:
+    except ValueError as error:  # pooch's word for a checksum that differs
+        raise DataError(f"what {SOURCE} sent as {rolls.file} has not sha256 {rolls.sha256}: try again later") from error
+    except OSError as error:
         raise DataError(
             f"{rolls.file} could not be downloaded from {SOURCE} ({type(error).__name__}): check the network, or put "
             f"the file into a folder polymusic/ and set LATCH_DATA to the folder above it"
