@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for server in self.servers:
             host, port = server.sockets[0].getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            address = ip_address(host)
+            name = "localhost" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
+            url = f"http://{name}:{port}"
             out.print(f"Latch listens on {url}  (stop it with Ctrl-C)", highlight=False)
             for path, what in (
                 ("/docs", "every call, to read and to try"),

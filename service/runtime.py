@@ -3,6 +3,7 @@
 Rule: the only module that imports onnxruntime. A run is a pure function of inputs and state; it keeps nothing.
 """
 
+import logging
 import os
 import re
 import time
@@ -15,14 +16,18 @@ import onnxruntime as ort
 from service.errors import InferenceFailed, ModelUnloadable, SettingsInvalid
 from service.manifest import Array, Manifest
 
+log = logging.getLogger(__name__)
+
 # A run shorter than this is cheaper on the event loop's own thread than a hop to a worker (20 to 300 us).
 INLINE_SECONDS = 500e-6
+
+ort.disable_telemetry_events()  # a service in somebody's rack tells nobody what it runs
 
 _ORT_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
 
 def providers(device: str) -> list[Any]:
-    """ONNX Runtime's provider list for `auto`, `cpu`, `cuda` or `cuda:N`.
+    """What to try, in order, for `auto`, `cpu`, `cuda` or `cuda:N`; only `auto` has a second choice.
 
     Raises:
         SettingsInvalid: CUDA was asked for by name and the installed runtime has none; never a silent fallback.
@@ -30,6 +35,8 @@ def providers(device: str) -> list[Any]:
     cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device == "cpu" or (device == "auto" and not cuda):
         return ["CPUExecutionProvider"]
+    if device == "auto":
+        return [*providers("cuda"), "CPUExecutionProvider"]
     if not cuda:
         raise SettingsInvalid(
             f"device {device!r}: the installed onnxruntime {ort.__version__} has no CUDA provider; "
@@ -37,6 +44,24 @@ def providers(device: str) -> list[Any]:
         )
     index = re.fullmatch(r"cuda:(\d+)", device)
     return [("CUDAExecutionProvider", {"device_id": index[1] if index else "0"})]
+
+
+def _open(graph: bytes, provider: Any, threads: int) -> ort.InferenceSession:
+    """A session whose every node is on `provider`. Raises ModelUnloadable where that cannot be."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Weights in a file of their own would be looked for in the working directory, under no sha256: look nowhere.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", f"{os.devnull}/")
+    if provider != "CPUExecutionProvider":
+        ort.preload_dlls()  # CUDA and cuDNN come as Python packages, where the loader does not look
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        return ort.InferenceSession(graph, options, providers=[provider])
+    except Exception as error:  # the errors of the binding share no base class
+        raise ModelUnloadable(f"model.onnx cannot be loaded by onnxruntime {ort.__version__}: {error}") from error
 
 
 class OrtRunner:
@@ -53,20 +78,15 @@ class OrtRunner:
     """
 
     def __init__(self, manifest: Manifest, graph: bytes, *, device: str = "cpu", threads: int = 1) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Weights in a file of their own would be looked for in the working directory, under no sha256: look nowhere.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", f"{os.devnull}/")
-        chosen = providers(device)
-        if chosen != ["CPUExecutionProvider"]:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        try:
-            self._session = ort.InferenceSession(graph, options, providers=chosen)
-        except Exception as error:
-            raise ModelUnloadable(f"model.onnx cannot be loaded by onnxruntime {ort.__version__}: {error}") from error
+        *first, last = providers(device)
+        for provider in first:
+            try:
+                self._session = _open(graph, provider, threads)
+                break
+            except ModelUnloadable as error:
+                log.warning("%s runs on the CPU: %s", manifest.name, error)
+        else:
+            self._session = _open(graph, last, threads)
         self.device = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         self._manifest = manifest
         self._constants = {constant.name: constant.array() for constant in manifest.constants}

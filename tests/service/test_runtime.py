@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from service import runtime
 from service.errors import InferenceFailed, ModelUnloadable, SettingsInvalid
 from service.registry import load
 from service.runtime import OrtRunner, providers
@@ -160,4 +161,25 @@ def test_a_cuda_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) 
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
     assert providers("cuda:3") == [("CUDAExecutionProvider", {"device_id": "3"})]
-    assert providers("auto") == providers("cuda") == [("CUDAExecutionProvider", {"device_id": "0"})]
+    assert providers("auto") == [*providers("cuda"), "CPUExecutionProvider"]
+
+
+def test_auto_says_when_it_ends_up_on_the_cpu(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CUDA build on a machine without a GPU: `auto` serves on the CPU with a warning, `cuda` refuses."""
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
+    open_session = runtime._open
+
+    def without_gpu(graph: bytes, provider: Any, threads: int) -> Any:
+        if provider != "CPUExecutionProvider":
+            raise ModelUnloadable("no CUDA-capable device is detected")
+        return open_session(graph, provider, threads)
+
+    monkeypatch.setattr(runtime, "_open", without_gpu)
+    files = load(repository / "toy" / "1")
+    assert OrtRunner(files.manifest, files.graph, device="auto").device == "cpu"
+    assert "toy runs on the CPU: no CUDA-capable device" in caplog.text
+    with pytest.raises(ModelUnloadable, match="no CUDA-capable"):
+        OrtRunner(files.manifest, files.graph, device="cuda")
