@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.batcher import Batcher
-from service.errors import GoldenMismatch, LatchError, ModelBroken, ModelNotFound
+from service.errors import GoldenMismatch, LatchError, ModelBroken, ModelNotFound, SettingsInvalid
 from service.manifest import Array, Manifest
 from service.metrics import Metrics
 from service.registry import ModelFiles, ModelKey
@@ -127,11 +127,17 @@ class Engines:
 def load_engines(
     found: Iterable[ModelFiles], broken: dict[ModelKey, LatchError], options: EngineOptions, metrics: Metrics
 ) -> Engines:
-    """Makes an engine of every version that can be one; the others join `broken`."""
+    """Makes an engine of every version that can be one; the others join `broken`.
+
+    Raises:
+        SettingsInvalid: the device is not there, for any model.
+    """
     live, broken = [], dict(broken)
     for files in found:
         try:
             live.append(Engine(files, options, metrics))
+        except SettingsInvalid:
+            raise
         except LatchError as error:
             broken[ModelKey(files.manifest.name, files.manifest.version)] = error
     return Engines(live, broken)

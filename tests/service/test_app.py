@@ -56,9 +56,12 @@ def test_openapi_documents_every_call(server: Server) -> None:
             assert call.get("description"), call
 
 
-def test_what_cannot_start_says_why(tmp_path: Path) -> None:
+def test_what_cannot_start_says_why(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unknown store, a missing repository and a missing device are typed errors, before anything listens."""
     with pytest.raises(SettingsInvalid, match="postgres"):
         create_app(load_settings({}, models=tmp_path, store_url="postgres://x"))
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(SettingsInvalid, match="no CUDA provider"):
+        create_app(load_settings({}, models=repository, device="cuda"))
     with pytest.raises(ManifestInvalid, match="not a folder"):
         create_app(load_settings({}, models=tmp_path / "nope"))
