@@ -1,5 +1,6 @@
 """`latch`: the command line. Rule: it reads arguments and prints; the work is done elsewhere."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -34,8 +35,17 @@ out = Console()
 ModelsOption = Annotated[Path | None, typer.Option("--models", help="Model repository [LATCH_MODELS, else ./models]")]
 
 
+# Open requests get this long when the service stops: less than most orchestrators wait before they kill.
+STOP_SECONDS = 10
+
+
 class _Server(uvicorn.Server):
-    """Says where to look once it listens."""
+    """Says where to look once it listens, and answers who still waits when it stops."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn cancels what is left after STOP_SECONDS, without an answer: answer before that.
+        asyncio.get_running_loop().call_later(0.8 * STOP_SECONDS, self.config.app.state.stop)  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -90,7 +100,7 @@ def make_server(settings: Settings) -> uvicorn.Server:
         ws_max_size=settings.max_body_bytes,
         access_log=False,
         log_config=None,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=STOP_SECONDS,
     )
     return _Server(config)
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
@@ -49,6 +50,10 @@ def create_app(settings: Settings) -> FastAPI:
         sweep_interval=settings.sweep_interval_ms / 1000,
     )
 
+    def stop() -> None:
+        for engine in engines:
+            engine.stop()
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -65,11 +70,13 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Serving models that remember: one hidden state per session.",
         version=version("latch"),
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     app.state.manager = manager
     app.state.metrics = metrics
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.max_waiting = settings.max_session_queue
+    app.state.stop = stop
     for router in (models.router, sessions.router, stream.router, ops.router):
         app.include_router(router)
     for kind in (LatchError, RequestValidationError, HTTPException, Exception):
@@ -81,7 +88,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     """Every failure of an HTTP call, as the one shape that all doors share."""
     typed = _typed(request, error)
     request.app.state.metrics.errors.labels(typed.code).inc()
-    return error_response(typed)
+    response = error_response(typed)
+    response.headers.update(getattr(error, "headers", None) or {})  # a 405 names the methods there are
+    return response
 
 
 def _typed(request: Request, error: Exception) -> LatchError:
@@ -110,17 +119,7 @@ def _typed(request: Request, error: Exception) -> LatchError:
 
 def engine_options(settings: Settings) -> EngineOptions:
     """The part of the settings that every engine is made with."""
-    return EngineOptions(
-        device=settings.device,
-        intra_op_threads=settings.intra_op_threads,
-        max_sessions=settings.max_sessions,
-        max_batch_size=settings.max_batch_size,
-        max_run_steps=settings.max_run_steps,
-        max_queue=settings.max_queue,
-        max_session_queue=settings.max_session_queue,
-        max_steps=settings.max_steps,
-        keep_reply_bytes=settings.keep_reply_bytes,
-    )
+    return EngineOptions(**settings.model_dump(include={field.name for field in fields(EngineOptions)}))
 
 
 def _registry() -> CollectorRegistry:

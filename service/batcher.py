@@ -37,13 +37,14 @@ class Runner(Protocol):
 
 
 class _Waiter:
-    """Somebody's place in the queue of a session. By itself it asks for a reset."""
+    """Somebody's place in the queue of a session. By itself it needs no run: it is answered when its turn comes."""
 
-    __slots__ = ("future", "slot", "submitted")
+    __slots__ = ("future", "resets", "slot", "submitted")
 
-    def __init__(self, slot: Slot, future: asyncio.Future[StepReply]) -> None:
+    def __init__(self, slot: Slot, *, resets: bool = False) -> None:
         self.slot = slot
-        self.future = future
+        self.resets = resets
+        self.future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
         self.submitted = time.perf_counter()
 
     def settle(self, outcome: StepReply | LatchError) -> None:
@@ -61,8 +62,8 @@ class _Chunk(_Waiter):
 
     __slots__ = ("compute_seconds", "done", "first_step", "outputs", "queue_seconds", "request", "started", "state")
 
-    def __init__(self, slot: Slot, future: asyncio.Future[StepReply], request: StepRequest) -> None:
-        super().__init__(slot, future)
+    def __init__(self, slot: Slot, request: StepRequest) -> None:
+        super().__init__(slot)
         self.request = request
         self.started = False
         self.first_step = 0
@@ -88,7 +89,7 @@ class Batcher:
         max_queue: requests waiting for this model.
         max_session_queue: requests waiting for one session.
         keep_reply_bytes: largest reply kept for a duplicate.
-        metrics, model: where and under which name to count.
+        metrics, key: where and under which model and version to count.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Batcher:
         max_session_queue: int,
         keep_reply_bytes: int,
         metrics: Metrics,
-        model: str,
+        key: tuple[str, str],
     ) -> None:
         self._runner = runner
         self._slab = slab
@@ -116,13 +117,13 @@ class Batcher:
         self._depth = 0
         self._wake = asyncio.Event()
         self._closed = False
-        self._steps = metrics.steps.labels(model)
-        self._replays = metrics.replays.labels(model)
-        self._batch_size = metrics.batch_size.labels(model)
-        self._run_steps = metrics.run_steps.labels(model)
-        self._queue_seconds = metrics.queue_seconds.labels(model)
-        self._compute_seconds = metrics.compute_seconds.labels(model)
-        metrics.queue_depth.labels(model).set_function(lambda: self._depth)
+        self._steps = metrics.steps.labels(*key)
+        self._replays = metrics.replays.labels(*key)
+        self._batch_size = metrics.batch_size.labels(*key)
+        self._run_steps = metrics.run_steps.labels(*key)
+        self._queue_seconds = metrics.queue_seconds.labels(*key)
+        self._compute_seconds = metrics.compute_seconds.labels(*key)
+        metrics.queue_depth.labels(*key).set_function(lambda: self._depth)
 
     def submit(self, slot: Slot, request: StepRequest) -> asyncio.Future[StepReply]:
         """Puts a request behind what its session has waiting.
@@ -134,15 +135,17 @@ class Batcher:
             Overloaded: a queue is full.
             Draining: the service is stopping.
         """
-        future = self._admit(slot)
-        self._enqueue(_Chunk(slot, future, request))
-        return future
+        self._check_room(slot)
+        return self._enqueue(_Chunk(slot, request))
 
     def reset(self, slot: Slot) -> asyncio.Future[StepReply]:
         """Returns the session to its initial state and step 0, after what it has waiting. Raises as `submit`."""
-        future = self._admit(slot)
-        self._enqueue(_Waiter(slot, future))
-        return future
+        self._check_room(slot)
+        return self._enqueue(_Waiter(slot, resets=True))
+
+    def turn(self, slot: Slot) -> asyncio.Future[StepReply]:
+        """A future of where the session stands once everything that it has waiting is applied or has failed."""
+        return self._enqueue(_Waiter(slot))
 
     def pending(self, slot: Slot) -> int:
         """Requests of this slot that wait or run."""
@@ -180,12 +183,7 @@ class Batcher:
                 for waiter in queue:
                     waiter.settle(Draining("the service is stopping"))
 
-    def _admit(self, slot: Slot) -> asyncio.Future[StepReply]:
-        """The future of one more request, if there is room for it."""
-        if self._closed:
-            raise Draining("the service is stopping")
-        if not self._slab.is_live(slot):
-            raise SessionNotFound("the session was deleted")
+    def _check_room(self, slot: Slot) -> None:
         for waiting, limit, what in (
             (self._depth, self._max_queue, "model"),
             (self.pending(slot), self._max_session_queue, "session"),
@@ -194,9 +192,12 @@ class Batcher:
                 raise Overloaded(
                     f"{waiting} requests wait for this {what}: send again later", limit=limit, retry_after_ms=100
                 )
-        return asyncio.get_running_loop().create_future()
 
-    def _enqueue(self, waiter: _Waiter) -> None:
+    def _enqueue(self, waiter: _Waiter) -> asyncio.Future[StepReply]:
+        if self._closed:
+            raise Draining("the service is stopping")
+        if not self._slab.is_live(waiter.slot):
+            raise SessionNotFound("the session was deleted")
         queue = self._queues.get(waiter.slot)
         if queue is None:
             self._queues[waiter.slot] = deque([waiter])
@@ -205,6 +206,7 @@ class Batcher:
             queue.append(waiter)
         self._depth += 1
         self._wake.set()
+        return waiter.future
 
     def _collect(self) -> list[_Chunk]:
         """The head of every queue that needs a run, oldest first, up to `max_batch_size`."""
@@ -227,8 +229,9 @@ class Batcher:
             waiter = queue[0]
             if not waiter.future.done():
                 if not isinstance(waiter, _Chunk):
-                    self._slab.commit([Commit(slot, 0, None)], self._slab.initial(1))
-                    waiter.settle(StepReply({}, 0))
+                    if waiter.resets:
+                        self._slab.commit([Commit(slot, 0, None)], self._slab.initial(1))
+                    waiter.settle(StepReply({}, self._slab.step(slot)))
                 elif waiter.started or self._begin(waiter):
                     return waiter
             queue.popleft()
@@ -277,11 +280,13 @@ class Batcher:
         self._compute_seconds.observe(seconds)
         self._batch_size.observe(len(batch))
         self._run_steps.observe(steps)
-        finite = _finite_rows([*outputs.values(), *state])
+        finite = {name: _finite_rows(rows) for name, rows in outputs.items()}
+        sound = np.logical_and.reduce([_finite_rows(rows) for rows in state])
         finished: list[int] = []
         for b, chunk in enumerate(batch):
             chunk.compute_seconds += seconds
-            if not finite[b]:
+            # Judged by its own outputs only: what a batch-mate asked for must not matter.
+            if not (sound[b] and all(finite[name][b] for name in chunk.request.outputs)):
                 chunk.settle(InferenceFailed("the step gave a value that is not finite; the state did not move"))
                 continue
             chunk.done += steps
@@ -329,14 +334,9 @@ class Batcher:
             del self._queues[slot]
 
 
-def _finite_rows(arrays: Sequence[Array]) -> Array:
-    """[B] of bool: whether row b is finite in every array."""
-    finite = np.ones(len(arrays[0]), bool)
-    for array in arrays:
-        whole = np.isfinite(array)
-        if not whole.all():
-            finite &= whole.reshape(len(array), -1).all(axis=1)
-    return finite
+def _finite_rows(rows: Array) -> Array:
+    """[B] of bool: whether row b is finite."""
+    return np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
 
 
 def _join(parts: list[dict[str, Array]]) -> dict[str, Array]:

@@ -57,6 +57,7 @@ def play(url: str, model: str, tempo: float, console: Console) -> None:
     """
     chorale = frames()
     foreseen: list[list[float]] = []
+    url = url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise DemoFailed(f"{url!r} is no address: it starts with http:// or https://")
     try:
@@ -80,6 +81,8 @@ def play(url: str, model: str, tempo: float, console: Console) -> None:
                 if tempo:
                     time.sleep(1 / tempo)
         _call(url, f"/v1/sessions/{quote(session)}", "DELETE")
+    except (ValueError, KeyError) as error:
+        raise DemoFailed(f"what answers at {url} is not Latch: say --url") from error
     except (OSError, HTTPException, WebSocketException) as error:
         raise DemoFailed(
             f"no service answers at {url} ({error}): start one with `latch serve`, or say --url"

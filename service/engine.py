@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.batcher import Batcher
-from service.errors import GoldenMismatch, LatchError, ModelBroken, ModelNotFound, SettingsInvalid
-from service.manifest import Array, Manifest
+from service.errors import GoldenMismatch, LatchError, ModelBroken, ModelNotFound, ModelUnloadable, SettingsInvalid
+from service.manifest import Array, Manifest, initial_state
 from service.metrics import Metrics
 from service.registry import ModelFiles, ModelKey
 from service.runtime import OrtRunner
@@ -23,17 +23,17 @@ from service.wire.native import NativeCodec
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The limits of an engine, as plain values; `Settings` describes each."""
+    """What every engine is made with, as plain values; `Settings` has the same fields and describes each."""
 
-    device: str = "cpu"
-    intra_op_threads: int = 1
-    max_sessions: int = 100_000
-    max_batch_size: int = 256
-    max_run_steps: int = 32
-    max_queue: int = 8_192
-    max_session_queue: int = 64
-    max_steps: int = 16_384
-    keep_reply_bytes: int = 65_536
+    device: str
+    intra_op_threads: int
+    max_sessions: int
+    max_batch_size: int
+    max_run_steps: int
+    max_queue: int
+    max_session_queue: int
+    max_steps: int
+    keep_reply_bytes: int
 
 
 class Engine:
@@ -68,18 +68,24 @@ class Engine:
             max_session_queue=options.max_session_queue,
             keep_reply_bytes=options.keep_reply_bytes,
             metrics=metrics,
-            model=files.manifest.name,
+            key=self.key,
         )
+        self.max_sequences = min(options.max_queue, options.max_sessions)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Starts the batcher's task on the running loop."""
         self._task = asyncio.create_task(self.batcher.serve(), name=f"batcher {self.key.name}/{self.key.version}")
 
-    async def close(self) -> None:
+    def stop(self) -> None:
         """Ends the task; whoever still waits is told that the service is stopping."""
         if self._task is not None:
             self._task.cancel()
+
+    async def close(self) -> None:
+        """`stop`, and waits until it has."""
+        self.stop()
+        if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
 
@@ -140,6 +146,9 @@ def load_engines(
             raise
         except LatchError as error:
             broken[ModelKey(files.manifest.name, files.manifest.version)] = error
+        except Exception as error:  # noqa: BLE001 - one broken model must not stop the others, however it is broken
+            reason = ModelUnloadable(f"cannot be loaded: {type(error).__name__}: {error}")
+            broken[ModelKey(files.manifest.name, files.manifest.version)] = reason
     return Engines(live, broken)
 
 
@@ -156,7 +165,7 @@ def replay_golden(runner: OrtRunner, files: ModelFiles) -> float:
     names = [tensor.name for tensor in manifest.outputs]
     shape = (manifest.golden.sequences, manifest.golden.steps)
     inputs = _golden_array(files, f"input.{manifest.input.name}", (*shape, *manifest.input.shape))
-    state = [np.broadcast_to(pair.initial_value(), (shape[0], *pair.shape)) for pair in manifest.state]
+    state = initial_state(manifest.state, shape[0])
     outputs, last = runner.run(inputs.astype(manifest.input.dtype), state, names)
     worst = 0.0
     got = [(f"output.{t.name}", outputs[t.name]) for t in manifest.outputs]
@@ -184,8 +193,7 @@ def is_bit_exact(runner: OrtRunner, files: ModelFiles) -> bool:
     golden = files.golden[f"input.{manifest.input.name}"].astype(manifest.input.dtype)
 
     def run(rows: Array) -> list[Array]:
-        state = [np.broadcast_to(pair.initial_value(), (len(rows), *pair.shape)) for pair in manifest.state]
-        outputs, last = runner.run(golden[rows], state, names)
+        outputs, last = runner.run(golden[rows], initial_state(manifest.state, len(rows)), names)
         return [*outputs.values(), *last]
 
     alone = [np.concatenate(parts) for parts in zip(*(run(np.array([b])) for b in range(len(golden))), strict=True)]

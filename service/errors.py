@@ -35,6 +35,8 @@ class LatchError(Exception):
 class Internal(LatchError):
     """A fault of the service itself; the log has its traceback."""
 
+    ws_close = 1011
+
 
 class InferenceFailed(LatchError):
     """The runtime refused the step; the state did not move."""
@@ -57,7 +59,7 @@ class InvalidInput(LatchError):
 
 
 class PayloadTooLarge(LatchError):
-    """More bytes or more steps than one request may carry; `limit` says how many it may."""
+    """More bytes, steps or sequences than one request may carry; `limit` says how many it may."""
 
     code = "payload_too_large"
     http_status = 413
@@ -68,6 +70,7 @@ class NotFound(LatchError):
 
     code = "not_found"
     http_status = 404
+    ws_close = 4404
 
 
 class MethodNotAllowed(LatchError):
@@ -115,7 +118,7 @@ class SessionExpired(LatchError):
 
 
 class SessionExists(LatchError):
-    """The id is taken by a session that differs from the one asked for."""
+    """The id is taken by a session of another model or version."""
 
     code = "session_exists"
     http_status = 409

@@ -5,6 +5,7 @@ downstream checks again. It knows tensors and names, not ONNX Runtime and not wh
 """
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from math import prod
@@ -60,6 +61,11 @@ class StatePair(_Batched, frozen=True, kw_only=True):
         if self.initial is None:
             return np.zeros(self.shape, self.dtype)
         return np.array(self.initial, self.dtype).reshape(self.shape)
+
+
+def initial_state(pairs: Sequence[StatePair], count: int) -> list[Array]:
+    """The state of `count` sessions that have seen nothing: one read-only [count, *shape] a pair."""
+    return [np.broadcast_to(pair.initial_value(), (count, *pair.shape)) for pair in pairs]
 
 
 class Constant(msgspec.Struct, frozen=True):
@@ -131,7 +137,8 @@ def parse_manifest(text: bytes) -> Manifest:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+        json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate could never be told to anybody
+    except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"manifest.json is not JSON: {error}") from error
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
     if problem is not None:

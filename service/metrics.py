@@ -14,21 +14,39 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.steps = Counter("latch_steps", "Steps committed", ["model"], registry=registry)
-        self.replays = Counter("latch_replays", "Duplicates answered without a run", ["model"], registry=registry)
+        self.steps = Counter("latch_steps", "Steps committed", ["model", "version"], registry=registry)
+        self.replays = Counter(
+            "latch_replays", "Duplicates answered without a run", ["model", "version"], registry=registry
+        )
         self.errors = Counter("latch_errors", "Calls refused or failed, by error code", ["code"], registry=registry)
         self.batch_size = Histogram(
-            "latch_batch_size", "Sessions in a run", ["model"], buckets=_POWERS, registry=registry
+            "latch_batch_size", "Sessions in a run", ["model", "version"], buckets=_POWERS, registry=registry
         )
         self.run_steps = Histogram(
-            "latch_run_steps", "Steps of each session in a run", ["model"], buckets=_POWERS, registry=registry
+            "latch_run_steps",
+            "Steps of each session in a run",
+            ["model", "version"],
+            buckets=_POWERS,
+            registry=registry,
         )
         self.queue_seconds = Histogram(
-            "latch_queue_seconds", "From submit to the first run", ["model"], buckets=_SECONDS, registry=registry
+            "latch_queue_seconds",
+            "From submit to the first run",
+            ["model", "version"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.compute_seconds = Histogram(
-            "latch_compute_seconds", "One run inside the runtime", ["model"], buckets=_SECONDS, registry=registry
+            "latch_compute_seconds",
+            "One run inside the runtime",
+            ["model", "version"],
+            buckets=_SECONDS,
+            registry=registry,
         )
-        self.queue_depth = Gauge("latch_queue_depth", "Requests waiting or running", ["model"], registry=registry)
-        self.sessions = Gauge("latch_sessions", "Live sessions", ["model"], registry=registry)
-        self.expired = Counter("latch_sessions_expired", "Sessions that idled out", ["model"], registry=registry)
+        self.queue_depth = Gauge(
+            "latch_queue_depth", "Requests waiting or running", ["model", "version"], registry=registry
+        )
+        self.sessions = Gauge("latch_sessions", "Live sessions", ["model", "version"], registry=registry)
+        self.expired = Counter(
+            "latch_sessions_expired", "Sessions that idled out", ["model", "version"], registry=registry
+        )

@@ -56,6 +56,8 @@ def scan(root: Path) -> Scan:
             result.found.append(load(folder))
         except LatchError as error:
             result.broken[key] = error
+        except Exception as error:  # noqa: BLE001 - files can be broken in more ways than anybody lists
+            result.broken[key] = ManifestInvalid(f"cannot be read: {type(error).__name__}: {error}")
     result.found.sort(key=lambda files: (files.manifest.name, int(files.manifest.version)))
     return result
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from service.errors import InferenceFailed, ModelUnloadable, SettingsInvalid
-from service.manifest import Array, Manifest
+from service.manifest import Array, Manifest, initial_state
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class OrtRunner:
         times = []
         for rows in (1, max(2, max_rows)):
             inputs = np.zeros((rows, 1, *self._manifest.input.shape), self._manifest.input.dtype)
-            state = [np.broadcast_to(pair.initial_value(), (rows, *pair.shape)) for pair in self._manifest.state]
+            state = initial_state(self._manifest.state, rows)
             self.run(inputs, state, [])
             start = time.perf_counter()
             self.run(inputs, state, [])
@@ -180,11 +180,12 @@ class OrtRunner:
             node = graph_inputs.get(name) or graph_outputs[name]
             if node.type != _ORT_TYPES[dtype]:
                 raise ModelUnloadable(f"model.onnx: {name} is {node.type}, the manifest says {dtype}")
+            if len(node.shape) != len(shape) + 1:
+                raise ModelUnloadable(
+                    f"model.onnx: {name} has {len(node.shape)} axes, the manifest says {len(shape)} and the batch"
+                )
             sizes = [size for axis, size in enumerate(node.shape) if axis != self._axes[name]]
-            fits = len(sizes) == len(shape) and all(
-                not isinstance(size, int) or size == want for size, want in zip(sizes, shape, strict=False)
-            )
-            if not fits:
+            if any(isinstance(size, int) and size != want for size, want in zip(sizes, shape, strict=True)):
                 raise ModelUnloadable(
                     f"model.onnx: {name} has shape {node.shape}, the manifest says {list(shape)} "
                     f"with the batch at axis {self._axes[name]}"

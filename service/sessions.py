@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from service.engine import Engine, Engines
-from service.errors import InvalidInput, SessionExists, SessionExpired
+from service.errors import InvalidInput, PayloadTooLarge, SessionExists, SessionExpired
 from service.metrics import Metrics
 from service.slab import Slot
 from service.stores import SessionRecord, SessionStore
@@ -131,7 +131,7 @@ class SessionManager:
         else:
             existing = await self._existing(session_id)
             if existing is not None:
-                return self._same(existing, engine, version), False
+                return self._same(existing, engine.key.name, version), False
         slot = engine.slab.acquire()
         record = SessionRecord(session_id, *engine.key, ttl, self._wall(), metadata or {})
         try:
@@ -142,7 +142,7 @@ class SessionManager:
         session = Session(record, engine, slot, self._monotonic())
         self._live[session_id] = session
         self._schedule(session)
-        self._metrics.sessions.labels(engine.key.name).inc()
+        self._metrics.sessions.labels(*engine.key).inc()
         return session, True
 
     async def find(self, session_id: str) -> Session:
@@ -173,6 +173,10 @@ class SessionManager:
         future.add_done_callback(lambda _: self._touch(session))
         return future
 
+    async def turn(self, session: Session) -> int:
+        """Waits until everything that the session has queued is applied or has failed; returns its step then."""
+        return (await session.engine.batcher.turn(session.slot)).step
+
     async def reset(self, session: Session) -> None:
         """Returns the session to its initial state and to step 0, after what it has waiting."""
         await session.engine.batcher.reset(session.slot)
@@ -187,15 +191,22 @@ class SessionManager:
     async def page(self, model: str | None, after: str, limit: int) -> tuple[list[Session], str | None]:
         """Live sessions in order of id, above `after`; and the id to go on after, if there are more."""
         records = await self._store.page(model, after, limit + 1)
-        sessions = [self._live[record.id] for record in records[:limit] if record.id in self._live]
-        return sessions, records[limit - 1].id if len(records) > limit else None
+        found = [self._live.get(record.id) for record in records[:limit]]
+        live = [session for session in found if session is not None and not self._idles_out(session)]
+        return live, records[limit - 1].id if len(records) > limit else None
 
     async def predict(self, engine: Engine, requests: Sequence[StepRequest]) -> list[StepReply]:
         """Runs whole sequences from the initial state, without sessions, beside everybody else's steps.
 
         Raises:
+            PayloadTooLarge: more sequences than could ever run at once.
             CapacityExceeded, Overloaded, InferenceFailed: for any sequence; none of them leaves a trace.
         """
+        if len(requests) > engine.max_sequences:
+            raise PayloadTooLarge(
+                f"{len(requests)} sequences: this model takes {engine.max_sequences} at once; send them in parts",
+                limit=engine.max_sequences,
+            )
         slots: list[Slot] = []
         waiting: list[asyncio.Future[StepReply]] = []
         try:
@@ -218,12 +229,13 @@ class SessionManager:
         now = self._tick(self._monotonic())
         count = 0
         for tick in range(self._swept, now):
-            for session in self._due.pop(tick, ()):
+            for session in list(self._due.get(tick, ())):
                 if self._idles_out(session):
                     await self._expire(session)
                     count += 1
                 elif self._live.get(session.record.id) is session:
                     self._schedule(session)
+            self._due.pop(tick, None)
         self._swept = now
         return count
 
@@ -245,10 +257,10 @@ class SessionManager:
             return None
 
     @staticmethod
-    def _same(existing: Session, engine: Engine, version: str | None) -> Session:
+    def _same(existing: Session, model: str, version: str | None) -> Session:
         """The session that a repeated create means. Without a version, it keeps the one that it has."""
         record = existing.record
-        if record.model != engine.key.name or version not in (None, record.version):
+        if record.model != model or version not in (None, record.version):
             raise SessionExists(
                 f"session {record.id!r} exists already, on {record.model}/{record.version}: "
                 "delete it first, or take another id",
@@ -267,7 +279,7 @@ class SessionManager:
 
     async def _expire(self, session: Session) -> None:
         self._forget(session)
-        self._metrics.expired.labels(session.record.model).inc()
+        self._metrics.expired.labels(*session.engine.key).inc()
         await self._store.expire(session.record.id)
 
     def _forget(self, session: Session) -> None:
@@ -276,7 +288,7 @@ class SessionManager:
         if (due := self._due.get(session.due)) is not None:
             due.discard(session)
         session.engine.batcher.release(session.slot)
-        self._metrics.sessions.labels(session.record.model).dec()
+        self._metrics.sessions.labels(*session.engine.key).dec()
 
     def _tick(self, now: float) -> int:
         return int(now / self._sweep_interval)

@@ -5,7 +5,6 @@ Milliseconds appear here and on the wire only; inside, times are float seconds.
 """
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.errors import SettingsInvalid
 
 PREFIX = "LATCH_"
+TEN_YEARS_MS = 315_360_000_000
 
 
 class Settings(BaseSettings):
@@ -35,9 +35,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line to log")
 
     max_sessions: int = Field(100_000, ge=1, le=10_000_000, description="Live sessions a model may have")
-    idle_ttl_ms: int = Field(900_000, ge=1, description="A session idle for this long expires, unless it asked else")
-    min_idle_ttl_ms: int = Field(1_000, ge=1, description="Shortest idle_ttl_ms that a session may ask for")
-    max_idle_ttl_ms: int = Field(86_400_000, ge=1, description="Longest idle_ttl_ms that a session may ask for")
+    idle_ttl_ms: int = Field(
+        900_000, ge=1, le=TEN_YEARS_MS, description="A session idle for this long expires, unless it asked else"
+    )
+    min_idle_ttl_ms: int = Field(
+        1_000, ge=1, le=TEN_YEARS_MS, description="Shortest idle_ttl_ms that a session may ask for"
+    )
+    max_idle_ttl_ms: int = Field(
+        86_400_000, ge=1, le=TEN_YEARS_MS, description="Longest idle_ttl_ms that a session may ask for"
+    )
     sweep_interval_ms: int = Field(1_000, ge=10, description="How often idle sessions are looked for")
     max_expired_ids: int = Field(
         100_000, ge=0, description="Expired ids remembered, so that they answer 410 and not 404"
@@ -65,18 +71,17 @@ class Settings(BaseSettings):
             )
 
 
-def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+def load_settings(**overrides: Any) -> Settings:
     """Builds `Settings` from the environment, with `overrides` (the command line's) on top.
 
     Args:
-        environ: names to check; the process environment when None. Values always come from the process environment.
         overrides: fields set explicitly; None means not given.
 
     Raises:
         SettingsInvalid: a value is out of bounds, or a `LATCH_*` name is unknown (pydantic-settings lets those pass).
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | Settings.FOREIGN
-    stray = sorted(name for name in (os.environ if environ is None else environ) if name.upper().startswith(PREFIX))
+    stray = sorted(name for name in os.environ if name.upper().startswith(PREFIX))
     unknown = [name for name in stray if name.upper() not in known]
     if unknown:
         raise SettingsInvalid(

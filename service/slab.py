@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.errors import CapacityExceeded
-from service.manifest import Array, StatePair
+from service.manifest import Array, StatePair, initial_state
 
 _FIRST_ROWS = 64
 
@@ -51,7 +51,7 @@ class StateSlab:
 
     def __init__(self, pairs: Sequence[StatePair], capacity: int) -> None:
         self._capacity = capacity
-        self._initial = [pair.initial_value() for pair in pairs]
+        self._pairs = pairs
         rows = min(capacity, _FIRST_ROWS)
         self._state = [np.zeros((rows, *pair.shape), pair.dtype) for pair in pairs]
         self._step = [0] * rows
@@ -71,8 +71,8 @@ class StateSlab:
         if not self._free:
             self._grow()
         index = self._free.pop()
-        for rows, initial in zip(self._state, self._initial, strict=True):
-            rows[index] = initial
+        for rows, initial in zip(self._state, self.initial(1), strict=True):
+            rows[index] = initial[0]
         return Slot(index, self._generation[index])
 
     def release(self, slot: Slot) -> None:
@@ -97,7 +97,7 @@ class StateSlab:
 
     def initial(self, count: int) -> list[Array]:
         """The state of `count` sessions that have seen nothing, one [count, *shape] a pair."""
-        return [np.broadcast_to(value, (count, *value.shape)) for value in self._initial]
+        return initial_state(self._pairs, count)
 
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""

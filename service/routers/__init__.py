@@ -6,11 +6,11 @@ Rule: no behaviour of a session is decided here. What all HTTP routes share live
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Response, WebSocket
+from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 
-from service.errors import LatchError, PayloadTooLarge, UnsupportedMediaType
+from service.errors import LatchError, Malformed, PayloadTooLarge, UnsupportedMediaType
 from service.sessions import SessionManager
 from service.wire import native
 
@@ -28,7 +28,11 @@ class BoundedRoute(APIRoute):
             request = _BoundedRequest(request.scope, request.receive)
             kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
             # Any other type reaches a server on this machine from any web page, without the browser asking first.
-            if await request.body() and kind != JSON:
+            try:
+                body = await request.body()
+            except ClientDisconnect as error:
+                raise Malformed("the client left before the body was whole") from error
+            if body and kind != JSON:
                 raise UnsupportedMediaType(f"content type {kind}: send the body as {JSON} (curl --json does)")
             return await handler(request)
 
@@ -49,14 +53,9 @@ class _BoundedRequest(Request):
                         break
                     parts.append(part)
             if size > limit:
-                raise body_too_large(limit)
+                raise PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
             self._body = b"".join(parts)
         return self._body
-
-
-def body_too_large(limit: int) -> PayloadTooLarge:
-    """The one error of bodies and messages over the size limit."""
-    return PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
 
 
 def error_response(error: LatchError) -> Response:
@@ -78,8 +77,6 @@ async def _json_body(request: Request) -> bytes:
 
 Manager = Annotated[SessionManager, Depends(_manager)]
 JsonBody = Annotated[bytes, Depends(_json_body)]
-
-__all__ = ["JSON", "BoundedRoute", "JsonBody", "Manager", "WebSocket", "body_too_large", "error_response"]
 
 
 def documented(schema: dict[str, Any]) -> dict[str, Any]:

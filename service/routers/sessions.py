@@ -16,11 +16,11 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=Bounded
 class CreateSession(BaseModel):
     """Which model the session runs, and for how long it may be idle."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     version: str | None = Field(None, description="The default version when absent")
-    idle_ttl_ms: int | None = Field(None, description="The service's default when absent")
+    idle_ttl_ms: int | None = Field(None, ge=1, le=10**12, description="The service's default when absent")
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=256)]] = Field(
         {}, max_length=16, description="Your own names and values, returned with the session"
     )

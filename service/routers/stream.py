@@ -8,18 +8,25 @@ The protocol, one JSON object a message:
 Messages may be sent without waiting for replies. A refused message changes nothing and the socket stays open, unless
 the session itself is gone. After a broken connection, connect again and go on from the hello's `step`.
 
-Rule: reading stops while `max_waiting` replies are owed, so neither a flood nor a slow reader costs memory.
+A message over the size limit closes the socket with 1009, before it is read.
+
+Rule: reading stops while `max_waiting` replies are owed or the session's queue is full, so neither a flood nor a slow
+reader costs memory.
 """
 
 import asyncio
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
-from service.errors import LatchError, Malformed, SessionNotFound
-from service.routers import Manager, body_too_large
+from service.errors import Internal, LatchError, Malformed, NotFound, Overloaded
+from service.routers import Manager
 from service.sessions import Session, SessionManager
 from service.wire import StepReply, native
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(tags=["sessions"])
 
@@ -31,95 +38,143 @@ _Owed = asyncio.Future[StepReply]
 @router.websocket("/v1/sessions/{session_id}/stream")
 async def stream(websocket: WebSocket, session_id: str, manager: Manager) -> None:
     """Steps of one session, pipelined; see the module's first page for the messages."""
-    offered = websocket.scope.get("subprotocols", [])
-    await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+    socket = _Socket(websocket)
+    try:
+        await socket.accept()
+        session = await manager.find(session_id)
+        await _Stream(socket, manager, session, websocket.app.state.max_waiting).run()
+    except WebSocketDisconnect:
+        pass
+    except LatchError as error:
+        await socket.fail(error)
+    except Exception:
+        log.exception("the stream of session %s failed", session_id)
+        await socket.fail(Internal("the service failed on this socket; its log says why"))
+
+
+@router.websocket("/{path:path}")
+async def nowhere(websocket: WebSocket, path: str) -> None:
+    """Any other address: told in a message, because a browser shows nothing of a refused handshake."""
+    socket = _Socket(websocket)
     with suppress(WebSocketDisconnect):
+        await socket.accept()
+        await socket.fail(NotFound(f"/{path}: no such address; a session's is /v1/sessions/<id>/stream"))
+
+
+class _Socket:
+    """A WebSocket that speaks JSON. Writing to one that the other side has left is a `WebSocketDisconnect`."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+
+    async def accept(self) -> None:
+        """Agrees on `latch.json` if the client offers it."""
+        offered = self._websocket.scope.get("subprotocols", [])
+        with self._left():
+            await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+
+    async def receive(self) -> str:
+        """The next message. Raises Malformed for a binary one."""
+        message = await self._websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1006))
+        text: str | None = message.get("text")
+        if text is None:
+            raise Malformed(f"a binary message: this socket speaks {SUBPROTOCOL}, in text")
+        return text
+
+    async def send(self, content: bytes) -> None:
+        """One JSON object."""
+        with self._left():
+            await self._websocket.send_text(content.decode())
+
+    async def tell(self, error: LatchError) -> None:
+        """An error that leaves the socket open."""
+        self._websocket.app.state.metrics.errors.labels(error.code).inc()
+        await self.send(native.encode({"type": "error"} | error.to_dict()))
+
+    async def fail(self, error: LatchError) -> None:
+        """An error that ends the socket, with its close code."""
+        with suppress(WebSocketDisconnect):
+            await self.tell(error)
+            with self._left():
+                await self._websocket.close(error.ws_close or 1011, error.code)
+
+    @staticmethod
+    @contextmanager
+    def _left() -> Iterator[None]:
         try:
-            session = await manager.find(session_id)
-        except LatchError as error:
-            await _send_error(websocket, error)
-        else:
-            await _Stream(websocket, manager, session).run()
+            yield
+        except RuntimeError as error:  # how uvicorn and Starlette say that the socket was closed meanwhile
+            raise WebSocketDisconnect(1006) from error
 
 
 class _Stream:
     """A reader that turns messages into futures, and a writer that sends what they hold, in order."""
 
-    def __init__(self, websocket: WebSocket, manager: SessionManager, session: Session) -> None:
-        self._websocket = websocket
+    def __init__(self, socket: _Socket, manager: SessionManager, session: Session, max_waiting: int) -> None:
+        self._socket = socket
         self._manager = manager
         self._session = session
-        self._max_bytes: int = websocket.app.state.max_body_bytes
-        self._room = asyncio.Semaphore(websocket.app.state.max_waiting)
-        self._owed: asyncio.Queue[_Owed | None] = asyncio.Queue()
+        self._room = asyncio.Semaphore(max_waiting)
+        self._owed: asyncio.Queue[_Owed] = asyncio.Queue()
 
     async def run(self) -> None:
-        """Until the client leaves or the session is gone."""
-        session = self._session
+        """Until the client leaves, or the session is gone (its error is raised)."""
+        record = self._session.record
         hello = {
             "type": "hello",
-            "session": session.record.id,
-            "model": session.record.model,
-            "version": session.record.version,
-            "step": session.step,
-            "expires_at": native.timestamp(self._manager.expires_at(session)),
+            "session": record.id,
+            "model": record.model,
+            "version": record.version,
+            # After what an earlier socket may have left in the queue: the client goes on from here.
+            "step": await self._manager.turn(self._session),
+            "expires_at": native.timestamp(self._manager.expires_at(self._session)),
         }
-        await self._websocket.send_text(native.encode(hello).decode())
-        reader = asyncio.create_task(self._read())
+        await self._socket.send(native.encode(hello))
+        reader, writer = asyncio.create_task(self._read()), asyncio.create_task(self._write())
         try:
-            await self._write()
+            done, _ = await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
             # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
             while not self._owed.empty():
-                if (future := self._owed.get_nowait()) is not None:
-                    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+                self._owed.get_nowait().add_done_callback(lambda future: future.cancelled() or future.exception())
 
     async def _read(self) -> None:
-        try:
-            while True:
-                await self._room.acquire()
-                message = await self._websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
-                self._owed.put_nowait(await self._submit(message.get("text")))
-        finally:
-            self._owed.put_nowait(None)
+        while True:
+            await self._room.acquire()
+            try:
+                future = await self._submit(await self._socket.receive())
+            except LatchError as error:
+                future = asyncio.get_running_loop().create_future()
+                future.set_exception(error)
+            self._owed.put_nowait(future)
 
-    async def _submit(self, text: str | None) -> _Owed:
-        try:
-            if text is None:
-                raise Malformed(f"a binary message: this socket speaks {SUBPROTOCOL}, in text")
-            if len(text) > self._max_bytes:
-                raise body_too_large(self._max_bytes)
-            session = await self._manager.find(self._session.record.id)
-            if session is not self._session:
-                raise SessionNotFound("the session was deleted, and its id belongs to a new one: connect again")
-            return self._manager.step(session, session.engine.codec.decode_step(text))
-        except LatchError as error:
-            refused: _Owed = asyncio.get_running_loop().create_future()
-            refused.set_exception(error)
-            return refused
+    async def _submit(self, text: str) -> _Owed:
+        await self._manager.find(self._session.record.id)
+        request = self._session.engine.codec.decode_step(text)
+        while True:
+            try:
+                return self._manager.step(self._session, request)
+            except Overloaded:  # others fill the queue: read no further until the session has had its turn
+                await self._manager.turn(self._session)
 
     async def _write(self) -> None:
-        while (future := await self._owed.get()) is not None:
+        while True:
+            future = await self._owed.get()
             try:
-                reply = await future
+                reply = await asyncio.shield(future)
             except LatchError as error:
-                if await _send_error(self._websocket, error):
-                    return
+                if error.ws_close is not None:
+                    raise
+                await self._socket.tell(error)
             else:
-                content = native.encode_reply(reply, self._manager.expires_at(self._session), type="step")
-                await self._websocket.send_text(content.decode())
+                await self._socket.send(
+                    native.encode_reply(reply, self._manager.expires_at(self._session), type="step")
+                )
             self._room.release()
-
-
-async def _send_error(websocket: WebSocket, error: LatchError) -> bool:
-    """Tells the client; where the error ends the socket, closes it and returns True."""
-    websocket.app.state.metrics.errors.labels(error.code).inc()
-    await websocket.send_text(native.encode({"type": "error"} | error.to_dict()).decode())
-    if error.ws_close is None:
-        return False
-    await websocket.close(error.ws_close, error.code)
-    return True

@@ -17,6 +17,7 @@ from service.manifest import Array, Manifest
 from service.wire import StepReply, StepRequest
 
 Values = TypeVar("Values")
+_FLOAT32_OVERFLOW = 2.0**128 - 2.0**103  # from here on a number rounds to infinity in float32
 _WRITE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
 
 
@@ -115,10 +116,13 @@ class NativeCodec:
             return None
         if not isinstance(document, dict):
             return None
-        shape = (None, *self._tensor.shape)
-        if "inputs" in document:
-            return self._problem(document["inputs"], shape, "$.inputs")
-        return self._problem(document.get("sequences", []), (None, *shape), "$.sequences")
+        key = "inputs" if "inputs" in document else "sequences"
+        values, path, shape = document.get(key, []), f"$.{key}", (None, *self._tensor.shape)
+        parts = [values] if key == "inputs" or not isinstance(values, list) else values
+        total = sum(len(part) for part in parts if isinstance(part, list))
+        if total > self._max_steps:  # before the search, which is slow
+            return self._too_many(total, path)
+        return self._problem(values, shape if key == "inputs" else (None, *shape), path)
 
     def _problem(self, value: Any, shape: tuple[int | None, ...], path: str) -> LatchError | None:
         """The first place where `value` is not nested lists of numbers of `shape` (None: any length)."""
@@ -188,13 +192,9 @@ def timestamp(seconds: float) -> datetime:
 
 
 def _fits(value: Any, dtype: str) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if dtype == "int64" else int | float):
-        return False
-    try:
-        with np.errstate(over="ignore"):
-            return bool(np.isfinite(np.array(value, dtype)))
-    except OverflowError:
-        return False
+    if dtype == "int64":
+        return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) in (int, float) and abs(value) < _FLOAT32_OVERFLOW
 
 
 def _show(value: Any) -> str:

@@ -14,9 +14,12 @@ from prometheus_client import CollectorRegistry
 from websockets.sync.client import ClientConnection, connect
 
 from service.__main__ import make_server
+from service.app import engine_options
 from service.metrics import Metrics
 from service.settings import load_settings
 from tests.service import toys
+
+OPTIONS = engine_options(load_settings())
 
 
 @pytest.fixture
@@ -48,6 +51,7 @@ class Server:
     url: str
     http: httpx.Client
     app: Any
+    uvicorn: Any
 
     def socket(self, session: str, **options: Any) -> ClientConnection:
         """A WebSocket on a session, its hello not yet read."""
@@ -64,7 +68,7 @@ class Server:
 @contextmanager
 def serving(models: Path, **settings: Any) -> Iterator[Server]:
     """Runs `latch serve` in a thread, on a free port, with real sockets."""
-    server = make_server(load_settings({}, models=models, port=0, **settings))
+    server = make_server(load_settings(models=models, port=0, **settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -73,7 +77,7 @@ def serving(models: Path, **settings: Any) -> Iterator[Server]:
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=30) as client:
-            yield Server(url, client, server.config.app)
+            yield Server(url, client, server.config.app, server)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

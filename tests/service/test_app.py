@@ -1,12 +1,15 @@
 """The app as a whole: one shape for every error, and an OpenAPI page that knows every call."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.app import create_app
-from service.errors import ManifestInvalid, SettingsInvalid
+from service.errors import InferenceFailed, ManifestInvalid, SettingsInvalid
 from service.settings import load_settings
 from tests.service.conftest import Server
 
@@ -17,6 +20,7 @@ from tests.service.conftest import Server
         ("GET", "/nope", 404, "not_found"),
         ("GET", "/v1/sessions/a/b/c", 404, "not_found"),
         ("PUT", "/health/live", 405, "method_not_allowed"),
+        ("POST", "/v1/sessions/", 404, "not_found"),
         ("GET", "/v1/sessions?limit=0", 422, "invalid_input"),
         ("GET", "/v1/sessions?limit=many", 422, "invalid_input"),
     ],
@@ -27,6 +31,35 @@ def test_the_framework_errors_have_our_shape(server: Server, method: str, path: 
     assert (reply.status_code, reply.json()["code"]) == (status, code)
     assert set(reply.json()) >= {"error", "code", "retryable"}
     assert isinstance(reply.json()["error"], str)
+    assert ("allow" in reply.headers) == (status == 405)
+
+
+def test_stopping_answers_who_still_waits(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step that outlasts the patience of a stopping service is told 503 draining, in JSON, without a traceback."""
+    monkeypatch.setattr("service.__main__.STOP_SECONDS", 1)
+    server = start()
+    session = server.create()
+    entered, go = threading.Event(), threading.Event()
+    runner = server.app.state.manager.engines.get("toy")._runner
+
+    def hold(*_: Any) -> Any:
+        entered.set()
+        go.wait(20)
+        raise InferenceFailed("too late")
+
+    monkeypatch.setattr(runner, "is_short", lambda rows, steps: False)
+    monkeypatch.setattr(runner, "run", hold)
+    with ThreadPoolExecutor() as pool:
+        body = {"inputs": [[1, 2, 3]]}
+        waiting = pool.submit(server.http.post, f"/v1/sessions/{session}/steps", json=body)
+        assert entered.wait(20)
+        server.uvicorn.should_exit = True
+        reply = waiting.result(20)
+        go.set()
+    assert (reply.status_code, reply.json()["code"], reply.json()["retryable"]) == (503, "draining", True)
+    assert "Traceback" not in caplog.text
 
 
 def test_a_fault_of_ours_is_500_without_its_inside(
@@ -59,9 +92,9 @@ def test_openapi_documents_every_call(server: Server) -> None:
 def test_what_cannot_start_says_why(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unknown store, a missing repository and a missing device are typed errors, before anything listens."""
     with pytest.raises(SettingsInvalid, match="postgres"):
-        create_app(load_settings({}, models=tmp_path, store_url="postgres://x"))
+        create_app(load_settings(models=tmp_path, store_url="postgres://x"))
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(SettingsInvalid, match="no CUDA provider"):
-        create_app(load_settings({}, models=repository, device="cuda"))
+        create_app(load_settings(models=repository, device="cuda"))
     with pytest.raises(ManifestInvalid, match="not a folder"):
-        create_app(load_settings({}, models=tmp_path / "nope"))
+        create_app(load_settings(models=tmp_path / "nope"))

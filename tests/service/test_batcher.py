@@ -22,7 +22,10 @@ PAIR = StatePair(name="h", input="h", output="h2", dtype="float64", shape=(1,), 
 
 
 class Folding:
-    """h' = 10 h + x, y = h': a state that spells the inputs in order, so that a lost or doubled one shows."""
+    """h' = 10 h + x: a state that spells the inputs in order, so that a lost or doubled one shows.
+
+    Outputs: y = h', inverse = 1 / y, nothing = 0.
+    """
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, int]] = []
@@ -41,7 +44,9 @@ class Folding:
             h = 10 * h + inputs[:, t]
             columns.append(h)
         stacked = np.stack(columns, axis=1)
-        return dict.fromkeys(outputs, stacked), [h]
+        with np.errstate(divide="ignore"):
+            named = {"y": stacked, "inverse": 1 / stacked, "nothing": 0 * inputs}
+        return {name: named[name] for name in outputs}, [h]
 
     def is_short(self, rows: int, steps: int) -> bool:
         """On the loop's thread, unless the test wants a worker."""
@@ -61,12 +66,14 @@ class Bench:
             "max_session_queue": 10,
             "keep_reply_bytes": 1000,
         }
-        self.batcher = Batcher(self.runner, self.slab, metrics=metrics, model="m", **(defaults | limits))
+        self.batcher = Batcher(self.runner, self.slab, metrics=metrics, key=("m", "1"), **(defaults | limits))
 
-    def step(self, slot: Slot, *digits: float, first: int | None = None) -> asyncio.Future[StepReply]:
+    def step(
+        self, slot: Slot, *digits: float, first: int | None = None, outputs: tuple[str, ...] = ("y",)
+    ) -> asyncio.Future[StepReply]:
         """Submits a chunk of digits."""
         inputs = np.array(digits, float).reshape(-1, 1)
-        return self.batcher.submit(slot, StepRequest(inputs, ("y",), first))
+        return self.batcher.submit(slot, StepRequest(inputs, outputs, first))
 
     def state(self, slot: Slot) -> float:
         """The digits that the slot has seen, as one number."""
@@ -224,6 +231,31 @@ async def test_a_row_that_leaves_the_numbers_fails_alone(metrics: Metrics) -> No
     assert (bench.state(fine), bench.slab.step(fine)) == (1, 1)
 
 
+async def test_a_state_that_leaves_the_numbers_is_refused_whatever_the_outputs_say(metrics: Metrics) -> None:
+    """Outputs that look well do not let an infinite state in."""
+    bench = Bench(metrics)
+    slot = bench.slab.acquire()
+    async with serving(bench):
+        await bench.step(slot, 1e308)
+        with np.errstate(over="ignore"), pytest.raises(InferenceFailed):
+            await bench.step(slot, 1, outputs=("nothing",))
+    assert (bench.state(slot), bench.slab.step(slot)) == (1e308, 1)
+
+
+async def test_what_a_batch_mate_asks_for_does_not_matter(metrics: Metrics) -> None:
+    """An output that is infinite for a row fails those who asked for it, and not the one beside them."""
+    bench = Bench(metrics)
+    asked, other = bench.slab.acquire(), bench.slab.acquire()
+    async with serving(bench):
+        results = await asyncio.gather(
+            bench.step(asked, 0, outputs=("inverse",)), bench.step(other, 0), return_exceptions=True
+        )
+    assert bench.runner.runs == [(2, 1)]
+    assert isinstance(results[0], InferenceFailed)
+    assert isinstance(results[1], StepReply)
+    assert [bench.slab.step(slot) for slot in (asked, other)] == [0, 1]
+
+
 async def test_a_failing_batch_answers_everybody_and_the_loop_lives(metrics: Metrics) -> None:
     """When the runner itself breaks, every waiter gets an error, no state moves, and the next step works."""
     bench = Bench(metrics)
@@ -318,6 +350,28 @@ async def test_a_reset_takes_its_turn(metrics: Metrics) -> None:
         assert (last(await after), bench.state(slot), bench.slab.step(slot)) == (6, 6, 1)
 
 
+async def test_a_reset_forgets_the_kept_reply(metrics: Metrics) -> None:
+    """The same first step after a reset runs again; nothing from before it is replayed."""
+    bench = Bench(metrics)
+    slot = bench.slab.acquire()
+    async with serving(bench):
+        await bench.step(slot, 5, first=1)
+        await bench.batcher.reset(slot)
+        again = await bench.step(slot, 5, first=1)
+    assert (again.replayed, again.step, bench.state(slot)) == (False, 1, 5)
+
+
+async def test_a_turn_comes_after_what_is_waiting(metrics: Metrics) -> None:
+    """Asking where a session stands waits for its chunks, even those that take many runs, and moves nothing."""
+    bench = Bench(metrics, max_run_steps=2)
+    slot = bench.slab.acquire()
+    async with serving(bench):
+        bench.step(slot, *[1.0] * 9)
+        assert (await bench.batcher.turn(slot)).step == 9
+        assert (await bench.batcher.turn(slot)).step == 9
+    assert bench.state(slot) == 111111111
+
+
 async def test_full_queues_refuse_and_say_when_to_come_again(metrics: Metrics) -> None:
     """Both the session's and the model's queue are bounded; what was refused left no trace."""
     bench = Bench(metrics, max_queue=5, max_session_queue=3)
@@ -381,7 +435,10 @@ async def test_random_traffic_is_folded_exactly(metrics: Metrics) -> None:
 
     async def client(slot: Slot) -> None:
         step = 1
-        for _ in range(15):
+        for turn in range(40):
+            if turn % 8 == 7:  # before the digits outgrow a float64
+                await bench.batcher.reset(slot)
+                seen[slot], step = 0.0, 1
             digits = rng.integers(0, 2, rng.integers(1, 3)).astype(float)
             if rng.random() < 0.3:
                 bench.step(slot, *digits, first=step).cancel()

@@ -62,6 +62,13 @@ def test_a_model_that_does_not_fit_is_explained(server: Server, model: str, word
         play(server.url, model, 0, render())
 
 
+def test_something_else_at_the_address_is_no_latch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers otherwise is a sentence, not a traceback."""
+    monkeypatch.setattr("service.demo._call", lambda *_: {})
+    with pytest.raises(DemoFailed, match="is not Latch"):
+        play("http://127.0.0.1:1/", "chorales-gru", 0, render())
+
+
 @pytest.mark.parametrize(
     ("url", "word"), [("http://127.0.0.1:9", "latch serve"), ("127.0.0.1:8000", "http://")], ids=["nobody", "no scheme"]
 )

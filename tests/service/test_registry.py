@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from service.errors import ManifestInvalid
@@ -58,10 +59,38 @@ def scramble_golden(folder: Path) -> None:
 
 def pickle_golden(folder: Path) -> None:
     """Golden vectors that would have to be unpickled, under a correct sha256."""
-    import numpy as np
-
     np.savez(folder / "golden.npz", **{"input.x": np.array([object()], dtype=object)})
     toys.seal(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def empty_golden(folder: Path) -> None:
+    """Golden vectors of no bytes, under a correct sha256."""
+    (folder / "golden.npz").write_bytes(b"")
+    toys.seal(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def single_golden(folder: Path) -> None:
+    """One array where an archive of arrays belongs."""
+    with (folder / "golden.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    toys.seal(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def nest_manifest(folder: Path) -> None:
+    """A manifest that nests deeper than a reader can follow."""
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
+def half_a_character(folder: Path) -> None:
+    """A manifest with a string that no reply could carry."""
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace("A toy.", r"A \ud800 toy."))
+
+
+def loop_link(folder: Path) -> None:
+    """A file that is a link to itself."""
+    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").symlink_to(folder / "model.onnx")
 
 
 def rename(folder: Path) -> None:
@@ -96,6 +125,11 @@ def link_out(folder: Path) -> None:
         (rename, "the folder names the model"),
         (climb_out, "does not match"),
         (link_out, "outside the folder"),
+        (empty_golden, "EOFError"),
+        (single_golden, "cannot be read"),
+        (nest_manifest, "not JSON"),
+        (half_a_character, "not JSON"),
+        (loop_link, "cannot be read"),
     ],
 )
 def test_a_damaged_version_is_reported_beside_the_good_one(

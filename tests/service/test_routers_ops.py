@@ -53,18 +53,18 @@ def test_metrics_count_what_happened(start: Callable[..., Server]) -> None:
         server.http.post(url, json={"inputs": [[1, 2, 3]] * 2, "step": step})
     text = server.http.get("/metrics").text
     for line in (
-        'latch_steps_total{model="toy"} 2.0',
-        'latch_replays_total{model="toy"} 1.0',
+        'latch_steps_total{model="toy",version="1"} 2.0',
+        'latch_replays_total{model="toy",version="1"} 1.0',
         'latch_errors_total{code="step_conflict"} 1.0',
-        'latch_batch_size_count{model="toy"} 1.0',
-        'latch_run_steps_sum{model="toy"} 2.0',
-        'latch_sessions{model="toy"} 1.0',
-        'latch_queue_depth{model="toy"} 0.0',
+        'latch_batch_size_count{model="toy",version="1"} 1.0',
+        'latch_run_steps_sum{model="toy",version="1"} 2.0',
+        'latch_sessions{model="toy",version="1"} 1.0',
+        'latch_queue_depth{model="toy",version="1"} 0.0',
     ):
         assert line in text, line
     assert session not in text
     server.http.delete(f"/v1/sessions/{session}")
-    assert 'latch_sessions{model="toy"} 0.0' in server.http.get("/metrics").text
+    assert 'latch_sessions{model="toy",version="1"} 0.0' in server.http.get("/metrics").text
 
 
 def test_the_first_page_leads_on(server: Server) -> None:

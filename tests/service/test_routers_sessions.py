@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from tests.service.conftest import Server
 ROW = [1.0, 2.0, 3.0]
 
 
-def snapshot(server: Server, session: str) -> Any:
-    """All that can be seen of a session's state: its step, and what a duplicate of its last step answers."""
+def committed(server: Server, session: str) -> Any:
+    """The steps that a session has committed."""
     return server.http.get(f"/v1/sessions/{session}").json()["step"]
 
 
@@ -74,7 +75,7 @@ def test_a_duplicate_replays_and_a_gap_says_what_is_expected(server: Server) -> 
         refused = step(server, session, step=number, inputs=inputs)
         assert (refused.status_code, refused.json()["code"]) == (409, "step_conflict")
         assert refused.json()["expected_step"] == 2
-    assert snapshot(server, session) == 1
+    assert committed(server, session) == 1
 
 
 def test_a_chunk_equals_its_steps(server: Server) -> None:
@@ -114,7 +115,7 @@ def test_a_refused_step_moves_nothing(server: Server, body: bytes, status: int, 
     reply = server.http.post(f"/v1/sessions/{bothered}/steps", content=body, headers=headers)
     assert (reply.status_code, reply.json()["code"]) == (status, code)
     assert isinstance(reply.json()["error"], str)
-    assert snapshot(server, bothered) == 1
+    assert committed(server, bothered) == 1
     assert hidden(server, bothered, 2) == hidden(server, calm, 2)
 
 
@@ -129,7 +130,7 @@ def test_an_oversize_body_is_refused_with_the_limit(start: Callable[..., Server]
         reply = server.http.post(url, content=content, headers=headers)
         assert (reply.status_code, reply.json()["code"], reply.json()["limit"]) == (413, "payload_too_large", 2000)
     assert server.http.post("/v1/sessions", content=large, headers=headers).status_code == 413
-    assert snapshot(server, session) == 0
+    assert committed(server, session) == 0
     assert step(server, session, step=1).status_code == 200
 
 
@@ -140,7 +141,7 @@ def test_only_json_is_read(server: Server, kind: str) -> None:
     for url in ("/v1/sessions", f"/v1/sessions/{session}/steps", "/v1/models/toy/predict"):
         reply = server.http.post(url, content=json.dumps({"inputs": [ROW]}), headers={"Content-Type": kind})
         assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_media_type")
-    assert snapshot(server, session) == 0
+    assert committed(server, session) == 0
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,10 @@ def test_an_unknown_session_is_named(server: Server, method: str, path: str, bod
         ({"model": 5}, 422, "invalid_input", "$.model"),
         ({"model": "toy", "idle_ttl_ms": 1}, 422, "invalid_input", "idle_ttl_ms 1 "),
         ({"model": "toy", "idle_ttl_ms": "soon"}, 422, "invalid_input", "$.idle_ttl_ms"),
+        ({"model": "toy", "idle_ttl_ms": "5000"}, 422, "invalid_input", "$.idle_ttl_ms"),
+        ({"model": "toy", "idle_ttl_ms": 10**400}, 422, "invalid_input", "$.idle_ttl_ms"),
+        ({"model": "toy", "idle_ttl_ms": 10**17}, 422, "invalid_input", "$.idle_ttl_ms"),
+        ({"model": "toy", "idle_ttl_ms": -1}, 422, "invalid_input", "$.idle_ttl_ms"),
         ({"model": "toy", "ttl": 5}, 422, "invalid_input", "$.ttl"),
         ({"model": "toy", "metadata": {"a": 5}}, 422, "invalid_input", "$.metadata.a"),
         ({"model": "toy", "metadata": {str(i): "" for i in range(17)}}, 422, "invalid_input", "$.metadata"),
@@ -186,6 +191,27 @@ def test_a_broken_create_body_is_malformed(server: Server) -> None:
     """Not JSON at all is 400 on the control calls too."""
     reply = server.http.post("/v1/sessions", content=b"{", headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["code"]) == (400, "malformed")
+
+
+def test_a_client_that_leaves_in_mid_body_is_no_fault_of_ours(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No traceback and no internal error; the session is as it was."""
+    server = start()
+    session = server.create()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(
+            f"POST /v1/sessions/{session}/steps HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            'Content-Length: 1000\r\n\r\n{"i'.encode()
+        )
+    for _ in range(500):
+        if 'latch_errors_total{code="malformed"} 1.0' in server.http.get("/metrics").text:
+            break
+    else:
+        pytest.fail("the broken request was not noticed")
+    assert "Traceback" not in caplog.text
+    assert committed(server, session) == 0
 
 
 def test_an_idle_session_answers_410(start: Callable[..., Server]) -> None:
@@ -229,7 +255,7 @@ def test_a_full_queue_answers_429_and_loses_nothing(start: Callable[..., Server]
     refused = next(reply for reply in replies if reply.status_code == 429)
     assert refused.json()["code"] == "overloaded"
     assert "Retry-After" in refused.headers
-    assert snapshot(server, session) == 2000 * codes.count(200)
+    assert committed(server, session) == 2000 * codes.count(200)
     reply = server.http.post(f"/v1/sessions/{session}/steps", json={"inputs": [0], "outputs": ["total"]})
     assert reply.json()["outputs"]["total"] == [[0.5 + 2000 * codes.count(200)]]
 
@@ -254,4 +280,4 @@ def test_a_step_that_leaves_the_numbers_is_refused(server: Server) -> None:
     assert server.http.post(url, json={"inputs": [[1e20]], "step": 1}).status_code == 200
     reply = server.http.post(url, json={"inputs": [[1.0]], "step": 2})
     assert (reply.status_code, reply.json()["code"]) == (500, "inference_failed")
-    assert snapshot(server, session) == 1
+    assert committed(server, session) == 1

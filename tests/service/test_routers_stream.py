@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import socket as std_socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect as connect_to
 
 from tests.service.conftest import Server
 
@@ -102,6 +105,99 @@ def test_a_refused_message_moves_nothing_and_the_socket_stays(server: Server, me
     assert results[0] == results[1]
 
 
+def test_a_hello_waits_for_what_the_last_socket_left(start: Callable[..., Server]) -> None:
+    """Chunks still queued when a socket dies are applied, and the next hello counts them: resuming never conflicts."""
+    server = start()
+    session, chunks, rows = server.create(), 8, 2_000
+    with server.socket(session) as socket:
+        socket.recv()
+        for i in range(chunks):
+            socket.send(json.dumps({"inputs": [ROW] * rows, "step": i * rows + 1, "outputs": []}))
+        socket.socket.close()
+    with server.socket(session) as socket:
+        step = json.loads(socket.recv(timeout=30))["step"]
+        assert step % rows == 0
+        assert ask(socket, inputs=[ROW], step=step + 1)["step"] == step + 1
+
+
+def test_what_was_received_is_applied_when_the_client_leaves(server: Server) -> None:
+    """Messages that the server has read run to their end, and the last one's reply is kept for the retry."""
+    session = server.create()
+    manager = server.app.state.manager
+    with server.socket(session) as socket:
+        socket.recv()
+        for i in range(5):
+            socket.send(json.dumps({"inputs": [ROW] * 500, "step": i * 500 + 1}))
+        while not manager._live[session].step:
+            pass
+        received = manager._live[session].step + 500 * manager._live[session].is_busy
+    with server.socket(session) as socket:
+        step = json.loads(socket.recv(timeout=30))["step"]
+        assert step >= received
+        assert ask(socket, inputs=[ROW] * 500, step=step - 499)["replayed"] is True
+
+
+def test_two_sockets_on_one_session_wait_for_each_other(start: Callable[..., Server]) -> None:
+    """Together they overfill the session's queue: reading pauses, and nobody is told overloaded."""
+    server = start(max_session_queue=4)
+    session = server.create()
+    with server.socket(session) as one, server.socket(session) as two:
+        for socket in (one, two):
+            socket.recv()
+            for _ in range(50):
+                socket.send(json.dumps({"inputs": [ROW] * 20, "outputs": []}))
+        replies = [json.loads(socket.recv(timeout=30)) for socket in (one, two) for _ in range(50)]
+    assert {reply["type"] for reply in replies} == {"step"}
+    assert max(reply["step"] for reply in replies) == 2_000
+
+
+def test_an_unknown_address_is_told_and_closed(server: Server) -> None:
+    """A socket to nowhere gets the one error shape, and close code 4404."""
+    with connect_to(server.url.replace("http", "ws") + "/v1/stream/nowhere") as socket:
+        assert json.loads(socket.recv())["code"] == "not_found"
+        with pytest.raises(ConnectionClosed):
+            socket.recv()
+        assert socket.close_code == 4404
+
+
+def test_a_fault_of_ours_is_told_logged_and_closed(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A decoder with a bug ends the socket with `internal` and 1011, and the log has the traceback."""
+    server = start()
+    session = server.create()
+    with server.socket(session) as socket:
+        socket.recv()
+        monkeypatch.setattr(server.app.state.manager.engines.get("toy").codec, "decode_step", None)
+        assert ask(socket, inputs=[ROW])["code"] == "internal"
+        with pytest.raises(ConnectionClosed):
+            socket.recv()
+        assert socket.close_code == 1011
+    assert "NoneType" in caplog.text
+    assert 'latch_errors_total{code="internal"} 1.0' in server.http.get("/metrics").text
+
+
+def test_sockets_torn_down_at_any_moment_leave_no_traceback(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reset after the handshake, between messages, or by an oversize message behind good ones: the log stays clean."""
+    server = start(max_body_bytes=2000)
+    for i in range(60):
+        with server.socket(server.create()) as socket:
+            for _ in range(i % 3):
+                socket.send(json.dumps({"inputs": [ROW]}))
+            if i % 2:
+                socket.send("x" * 3000)
+            linger = struct.pack("ii", 1, 0)
+            socket.socket.setsockopt(std_socket.SOL_SOCKET, std_socket.SO_LINGER, linger)
+            socket.socket.close()
+    with server.socket(server.create()) as socket:
+        socket.recv()
+        assert ask(socket, inputs=[ROW])["type"] == "step"
+    servers = ("service", "uvicorn", "asyncio")  # the client's own library logs, too
+    assert not [record for record in caplog.records if record.exc_info and record.name.startswith(servers)]
+
+
 def test_errors_keep_their_place_in_the_pipeline(server: Server) -> None:
     """Good, bad, good without waiting: replies come in that order, and the bad one takes no step."""
     with server.socket(server.create()) as socket:
@@ -137,17 +233,15 @@ def test_a_session_deleted_under_its_socket_is_told_and_closed(server: Server) -
     assert server.http.get(f"/v1/sessions/{session}").json()["step"] == 0
 
 
-def test_an_expired_session_is_told_and_closed(start: Callable[..., Server]) -> None:
-    """Close code 4410 for a session that idled out under its socket."""
-    server = start(min_idle_ttl_ms=1)
-    session = server.create(idle_ttl_ms=1)
+def test_an_expired_session_is_told_and_closed(start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close code 4410 for a session that idled out under its socket, after its hello."""
+    server = start(min_idle_ttl_ms=1_000)
+    session = server.create(idle_ttl_ms=1_000)
     with server.socket(session) as socket:
-        for _ in range(1000):
-            reply = json.loads(socket.recv(timeout=10))
-            if reply["type"] == "error":
-                break
-            socket.send(json.dumps({"inputs": [ROW]}))
-        assert reply["code"] == "session_expired"
+        assert json.loads(socket.recv())["type"] == "hello"
+        manager = server.app.state.manager
+        monkeypatch.setattr(manager, "_monotonic", lambda: manager._live[session].last_used + 1)
+        assert ask(socket, inputs=[ROW])["code"] == "session_expired"
         with pytest.raises(ConnectionClosed):
             socket.recv()
         assert socket.close_code == 4410

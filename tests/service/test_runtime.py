@@ -90,7 +90,9 @@ def change(folder: Path, edit: Callable[[Any], None]) -> None:
         (lambda m: m["outputs"][0].update(name="w"), "does not return w"),
         (lambda m: m["input"].update(shape=[7]), "x has shape"),
         (lambda m: m["input"].update(dtype="int64"), "x is tensor"),
-        (lambda m: m["state"][0].update(shape=[4, 1]), "h has shape"),
+        (lambda m: m["state"][0].update(shape=[4, 1]), "h has 2 axes"),
+        (lambda m: m["state"][0].update(shape=[4, 1], batch_axis=2), "h has 2 axes"),
+        (lambda m: m["state"][0].update(shape=[5]), "h has shape"),
         (lambda m: m["state"][0].update(output="y2"), "does not return y2"),
         (
             lambda m: m["constants"].append({"name": "k", "dtype": "int64", "shape": [], "value": [1]}),

@@ -2,17 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from service.engine import EngineOptions, load_engines
+from service.engine import load_engines
 from service.errors import (
     CapacityExceeded,
     InferenceFailed,
     InvalidInput,
     ModelNotFound,
+    PayloadTooLarge,
     SessionExists,
     SessionExpired,
     SessionNotFound,
@@ -23,6 +25,7 @@ from service.sessions import IdleLimits, SessionManager
 from service.stores.memory import MemoryStore
 from service.wire import StepRequest
 from tests.service import toys
+from tests.service.conftest import OPTIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -48,7 +51,7 @@ def clock() -> Clock:
 async def manager(repository: Path, metrics: Metrics, clock: Clock) -> AsyncIterator[SessionManager]:
     """A manager of the toys with room for three sessions a model; idle after 60 s, 10 to 100 may be asked for."""
     found = scan(repository)
-    engines = load_engines(found.found, {}, EngineOptions(max_sessions=3), metrics)
+    engines = load_engines(found.found, {}, replace(OPTIONS, max_sessions=3), metrics)
     for engine in engines:
         engine.start()
     yield SessionManager(
@@ -166,6 +169,41 @@ async def test_a_sweep_expires_who_is_idle_and_nobody_else(manager: SessionManag
     assert len(manager.engines.get("toy").slab) == 0
 
 
+async def test_an_expired_session_is_not_listed(manager: SessionManager, clock: Clock) -> None:
+    """Past its time it is gone from the list, even before the sweep."""
+    await manager.create("toy", idle_ttl=10)
+    clock.now += 11
+    assert (await manager.page(None, "", 10))[0] == []
+
+
+async def test_a_sweep_that_fails_is_made_up_for(
+    manager: SessionManager, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the store fails in the middle of a sweep, the next one expires the rest."""
+    for _ in range(3):
+        await manager.create("toy", idle_ttl=10)
+    clock.now += 12
+
+    async def fail(session: str) -> None:
+        raise OSError("the store is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(manager._store, "expire", fail)
+        with pytest.raises(OSError, match="away"):
+            await manager.sweep()
+    await manager.sweep()
+    assert len(manager.engines.get("toy").slab) == 0
+
+
+async def test_a_reset_counts_as_use(manager: SessionManager, clock: Clock) -> None:
+    """The idle time starts again."""
+    session, _ = await manager.create("toy", session_id="a", idle_ttl=10)
+    clock.now += 9
+    await manager.reset(session)
+    clock.now += 9
+    assert await manager.find("a") is session
+
+
 async def test_a_session_with_work_is_not_idle(manager: SessionManager, clock: Clock) -> None:
     """However long its request takes, it does not expire under it; its idle time starts when it is answered."""
     session, _ = await manager.create("toy", session_id="a", idle_ttl=10)
@@ -222,11 +260,16 @@ async def test_predict_equals_a_session_and_leaves_no_trace(manager: SessionMana
 
 
 async def test_predict_without_room_takes_nothing(manager: SessionManager) -> None:
-    """More sequences than slots are refused, and all slots come back."""
+    """More sequences than free slots are refused for now, more than there ever are for good; all slots come back."""
     engine = manager.engines.get("toy")
-    with pytest.raises(CapacityExceeded):
+    with pytest.raises(PayloadTooLarge) as caught:
         await manager.predict(engine, [ones()] * 4)
-    assert len(engine.slab) == 0
+    assert caught.value.extras["limit"] == 3
+    session, _ = await manager.create("toy")
+    with pytest.raises(CapacityExceeded):
+        await manager.predict(engine, [ones()] * 3)
+    assert len(engine.slab) == 1
+    await manager.delete(session.record.id)
     assert len(await manager.predict(engine, [ones()] * 3)) == 3
 
 

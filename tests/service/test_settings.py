@@ -1,5 +1,6 @@
 """Settings: bounds, names, and messages that say what to do."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,16 @@ from service.errors import SettingsInvalid
 from service.settings import PREFIX, Settings, load_settings
 
 
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine reaches these tests."""
+    for name in [name for name in os.environ if name.upper().startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+
+
 def test_defaults_need_no_environment() -> None:
     """A fresh machine serves ./models on the loopback address."""
-    settings = load_settings({})
+    settings = load_settings()
     assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, Path("models"))
     assert settings.store_url == "memory://"
     assert settings.idle_ttl_ms == 15 * 60 * 1000
@@ -25,15 +33,17 @@ def test_the_environment_sets_a_field_and_the_command_line_wins(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["LATCH_PROT", "latch_prot", "LATCH_MAX_BATCH"])
-def test_an_unknown_name_refuses_to_start(name: str) -> None:
+def test_an_unknown_name_refuses_to_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A typo in the environment is an error that names it, not a silent default."""
+    monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsInvalid, match=name):
-        load_settings({name: "1"})
+        load_settings()
 
 
-def test_the_data_folder_of_training_is_no_setting_of_ours() -> None:
+def test_the_data_folder_of_training_is_no_setting_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """LATCH_DATA belongs to the training package and may be set beside ours."""
-    load_settings({"LATCH_DATA": "/data"})
+    monkeypatch.setenv("LATCH_DATA", "/data")
+    load_settings()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,7 @@ def test_a_bad_value_is_named(name: str, value: str, monkeypatch: pytest.MonkeyP
 def test_idle_bounds_may_not_contradict_each_other() -> None:
     """A default outside the bounds that sessions are held to is refused."""
     with pytest.raises(SettingsInvalid, match="idle_ttl_ms 500"):
-        load_settings({}, idle_ttl_ms=500)
+        load_settings(idle_ttl_ms=500)
 
 
 def test_every_field_is_described() -> None:

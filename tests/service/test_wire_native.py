@@ -116,6 +116,28 @@ def test_a_bad_id_is_named(counter: NativeCodec, value: str) -> None:
     assert caught.value.extras["path"] == "$.inputs[1]"
 
 
+@pytest.mark.parametrize("value", [3.4028235e38, 3.402823669209385e38, 3.4028235677973362e38, 3.40282356779733e38])
+def test_the_edge_of_float32_is_where_rounding_puts_it(toy: NativeCodec, value: float) -> None:
+    """A number is refused exactly where it would become infinite, and the fast and the slow read agree on where."""
+    with np.errstate(over="ignore"):
+        fits = bool(np.isfinite(np.float32(value)))
+    if fits:
+        assert toy.decode_step(f'{{"inputs": [[1, 2, {value!r}]]}}').inputs[0, 2] == np.float32(value)
+    for last in ("3", "null"):
+        if fits and last == "3":
+            continue
+        with pytest.raises(InvalidInput) as caught:
+            toy.decode_step(f'{{"inputs": [[1, 2, {value!r}], [1, 2, {last}]]}}')
+        assert caught.value.extras["path"] == ("$.inputs[1][2]" if fits else "$.inputs[0][2]")
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_searched(toy: NativeCodec) -> None:
+    """Too many steps with a bad value at the end are too many steps: nobody waits for the search."""
+    for body in ({"inputs": [[1, 2, 3]] * 101 + [[None]]}, {"sequences": [[[1, 2, 3]] * 101, [[None]]]}):
+        with pytest.raises(PayloadTooLarge):
+            (toy.decode_step if "inputs" in body else toy.decode_predict)(json.dumps(body).encode())
+
+
 @given(body=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
 def test_no_bytes_raise_anything_else(toy: NativeCodec, body: bytes) -> None:
     """Random bytes are a typed error, never another exception."""
@@ -170,11 +192,12 @@ def test_predict_replies_in_order() -> None:
 
 
 def test_the_digest_tells_requests_apart() -> None:
-    """Other inputs, another shape of the same bytes, or other outputs have another digest; the same has the same."""
+    """Other inputs, fewer of them, or other outputs have another digest; the same has the same."""
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     base = StepRequest(rows, ("y",), 1)
     assert base.digest == StepRequest(rows.copy(), ("y",)).digest
     others = [StepRequest(rows + 1, ("y",)), StepRequest(rows, ("y", "z")), StepRequest(rows, ())]
+    others.append(StepRequest(rows[:1], ("y",)))
     assert all(other.digest != base.digest for other in others)
 
 
