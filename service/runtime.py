@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from service import scan
 from service.errors import InferenceFailed, ModelUnloadable, SettingsInvalid
 from service.manifest import Array, Manifest, initial_state
 
@@ -64,6 +65,14 @@ def _open(graph: bytes, provider: Any, threads: int) -> ort.InferenceSession:
         raise ModelUnloadable(f"model.onnx cannot be loaded by onnxruntime {ort.__version__}: {error}") from error
 
 
+def _run(session: ort.InferenceSession, wanted: list[str], feed: dict[str, Array]) -> list[Array]:
+    try:
+        values: list[Array] = session.run(wanted, feed)
+    except Exception as error:
+        raise InferenceFailed(f"onnxruntime refused the step: {error}") from error
+    return values
+
+
 class OrtRunner:
     """Runs the step graph of `manifest` for a batch of sessions.
 
@@ -78,15 +87,16 @@ class OrtRunner:
     """
 
     def __init__(self, manifest: Manifest, graph: bytes, *, device: str = "cpu", threads: int = 1) -> None:
-        *first, last = providers(device)
-        for provider in first:
+        *choices, last = providers(device)
+        for provider in choices:
             try:
                 self._session = _open(graph, provider, threads)
                 break
             except ModelUnloadable as error:
                 log.warning("%s runs on the CPU: %s", manifest.name, error)
         else:
-            self._session = _open(graph, last, threads)
+            provider = last
+            self._session = _open(graph, provider, threads)
         self.device = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         self._manifest = manifest
         self._constants = {constant.name: constant.array() for constant in manifest.constants}
@@ -98,6 +108,17 @@ class OrtRunner:
         self._moves_axes = any(self._axes.values())
         self._check_tensors()
         self._seconds_per_run, self._seconds_per_row = 0.0, 0.0
+        self._scan: ort.InferenceSession | None = None
+        self.chunks = "scan"
+        try:
+            self._scan = _open(scan.wrap(graph, manifest), provider, threads)
+        except Exception as error:  # noqa: BLE001 - whatever does not fit into a loop still runs step by step
+            self.step_by_step(str(error))
+
+    def step_by_step(self, reason: str) -> None:
+        """Gives up the one-run form of a chunk; `chunks` tells why."""
+        self._scan = None
+        self.chunks = f"loop: {reason}"
 
     def run(
         self, inputs: Array, state: Sequence[Array], outputs: Sequence[str]
@@ -115,6 +136,8 @@ class OrtRunner:
         Raises:
             InferenceFailed: the runtime refused; nothing was changed.
         """
+        if self._scan is not None and inputs.shape[1] > 1:
+            return self._run_scan(self._scan, inputs, state, outputs)
         names = [self._replies[name] for name in outputs]
         wanted = list(dict.fromkeys(names + self._next_state))
         columns: list[dict[str, Array]] = []
@@ -122,10 +145,7 @@ class OrtRunner:
             feed = {self._manifest.input.name: self._to_graph(self._manifest.input.name, inputs[:, t])}
             for pair, value in zip(self._manifest.state, state, strict=True):
                 feed[pair.input] = self._to_graph(pair.input, value)
-            try:
-                values = self._session.run(wanted, feed | self._constants)
-            except Exception as error:
-                raise InferenceFailed(f"onnxruntime refused the step: {error}") from error
+            values = _run(self._session, wanted, feed | self._constants)
             column = {name: self._from_graph(name, value) for name, value in zip(wanted, values, strict=True)}
             state = [column[name] for name in self._next_state]
             columns.append(column)
@@ -134,6 +154,23 @@ class OrtRunner:
             for public, name in zip(outputs, names, strict=True)
         }
         return stacked, list(state)
+
+    def _run_scan(
+        self, session: ort.InferenceSession, inputs: Array, state: Sequence[Array], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], list[Array]]:
+        x = self._manifest.input.name
+        feed = {scan.sequence(x): np.ascontiguousarray(np.moveaxis(inputs, (1, 0), (0, 1 + self._axes[x])))}
+        for pair, value in zip(self._manifest.state, state, strict=True):
+            feed[scan.first(pair.input)] = self._to_graph(pair.input, value)
+        names = [self._replies[name] for name in outputs]
+        wanted = [scan.sequence(name) for name in names] + [scan.last(name) for name in self._next_state]
+        values = _run(session, wanted, feed | self._constants)
+        stacked = {
+            public: np.moveaxis(value, (0, 1 + self._axes[name]), (1, 0))
+            for public, name, value in zip(outputs, names, values[: len(names)], strict=True)
+        }
+        last = zip(self._next_state, values[len(names) :], strict=True)
+        return stacked, [self._from_graph(name, value) for name, value in last]
 
     def warm_up(self, max_rows: int) -> None:
         """Runs the smallest and the largest batch once each, and learns from a second run what a row costs."""

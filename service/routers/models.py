@@ -47,6 +47,7 @@ class ModelInfo(BaseModel):
     device: str
     golden_error: float
     bit_exact: bool
+    chunks: str
     sha256: str
 
 
@@ -123,6 +124,7 @@ def _info(manager: SessionManager, engine: Engine) -> ModelInfo:
         device=engine.device,
         golden_error=engine.golden_error,
         bit_exact=engine.bit_exact,
+        chunks=engine.chunks,
         sha256=manifest.files["model.onnx"],
     )
 

@@ -64,7 +64,7 @@ def test_every_pin_of_the_service_carries_hashes(runtime: str) -> None:
 def test_the_service_is_locked_without_torch_and_with_one_runtime(runtime: str) -> None:
     """Serving needs no torch, and the two ONNX Runtime packages would overwrite each other."""
     locked = set(pins(f"{runtime}.txt"))
-    assert not locked & {"torch", "lightning", "onnx"}
+    assert not locked & {"torch", "lightning", "onnxscript"}
     assert {name for name in locked if name.startswith("onnxruntime")} == {
         "onnxruntime" if runtime == "cpu" else "onnxruntime-gpu"
     }

@@ -18,7 +18,7 @@ def test_models_tell_what_to_send_and_what_comes_back(server: Server) -> None:
     assert toy["input"]["shape"] == [3]
     assert [(t["name"], t["role"]) for t in toy["outputs"]] == [("y", "prediction"), ("z", "gate")]
     assert (toy["state"][0]["name"], toy["state_bytes"], toy["device"]) == ("h", 16, "cpu")
-    assert toy["bit_exact"] is True
+    assert (toy["bit_exact"], toy["chunks"]) == (True, "scan")
     assert server.http.get("/v1/models/toy").json() == toy
     assert server.http.get("/v1/models/toy/versions/1").json() == toy
 
