@@ -18,7 +18,7 @@ from rich.table import Table
 from service.app import create_app, engine_options
 from service.demo import play
 from service.engine import load_engines
-from service.errors import LatchError
+from service.errors import LatchError, SettingsInvalid
 from service.metrics import Metrics
 from service.registry import ModelKey, scan
 from service.settings import PREFIX, Settings, load_settings
@@ -78,14 +78,26 @@ def serve(
     Example: latch serve --port 8080 --models ./models
     """
     settings = load_settings(host=host, port=port, models=models, store_url=store, device=device)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
-    )
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True)
+    if level == "INFO":
+        logging.getLogger("uvicorn").setLevel("WARNING")  # it has two lines for every socket
+    listener = listen(settings.host, settings.port)
     server = make_server(settings)
     for stop in (signal.SIGINT, signal.SIGTERM):
         # uvicorn stops on these and then raises them again; a stop that was asked for is no failure.
         signal.signal(stop, signal.SIG_IGN)
-    server.run()
+    server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes the address, before models are loaded for nothing. Raises SettingsInvalid where it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingsInvalid(f"cannot listen on {host}:{port}: {reason}; choose --host and --port") from error
 
 
 def make_server(settings: Settings) -> uvicorn.Server:
@@ -158,7 +170,7 @@ def list_settings() -> None:
 
 @cli.command()
 def demo(
-    url: Annotated[str, typer.Option(help="A running service")] = "http://127.0.0.1:8000",
+    url: Annotated[str | None, typer.Option(help="A running service [else this machine's LATCH_PORT]")] = None,
     model: Annotated[str, typer.Option(help="A model of 88 notes")] = "chorales-gru",
     tempo: Annotated[float, typer.Option(help="Frames a second; 0 plays as fast as it can", min=0)] = 4.0,
 ) -> None:
@@ -166,7 +178,7 @@ def demo(
 
     Start the service first, in another terminal: latch serve
     """
-    play(url, model, tempo, out)
+    play(url or f"http://127.0.0.1:{load_settings().port}", model, tempo, out)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from service.engine import EngineOptions, load_engines
 from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound
 from service.metrics import Metrics
 from service.registry import scan
-from service.routers import error_response, models, ops, sessions, stream
+from service.routers import ERRORS, error_response, models, ops, sessions, stream
 from service.sessions import IdleLimits, SessionManager
 from service.settings import Settings
 from service.stores import open_store
@@ -68,9 +68,11 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Latch",
         summary="Serving models that remember: one hidden state per session.",
+        description=f"There is a WebSocket beside these calls, which OpenAPI cannot describe:\n```text\n{stream.__doc__}```",
         version=version("latch"),
         lifespan=lifespan,
         redirect_slashes=False,
+        responses=ERRORS,
     )
     app.state.manager = manager
     app.state.metrics = metrics

@@ -80,6 +80,7 @@ def play(url: str, model: str, tempo: float, console: Console) -> None:
                 live.update(draw(chorale[:step], foreseen), refresh=True)
                 if tempo:
                     time.sleep(1 / tempo)
+        console.print()
         _call(url, f"/v1/sessions/{quote(session)}", "DELETE")
     except (ValueError, KeyError) as error:
         raise DemoFailed(f"what answers at {url} is not Latch: say --url") from error
@@ -90,7 +91,7 @@ def play(url: str, model: str, tempo: float, console: Console) -> None:
 
 
 def draw(played: list[list[int]], foreseen: list[list[float]]) -> Group:
-    """The piano roll: a row a note, a column a frame, and in the last column what the model expects next.
+    """The piano roll: a row a note that was played or foreseen, a column a frame, and last what is expected next.
 
     Args:
         played: MIDI notes of every frame so far.
@@ -98,14 +99,15 @@ def draw(played: list[list[int]], foreseen: list[list[float]]) -> Group:
     """
     expected: list[list[float]] = [[0.0] * 88, *foreseen]
     notes = {note for frame in played for note in frame}
-    lines = [_line(note, played, expected) for note in range(max(notes) + 2, min(notes) - 3, -1)]
+    notes |= {LOWEST_NOTE + key for row in foreseen for key, probability in enumerate(row) if probability >= FORESEEN}
+    lines = [_line(note, played, expected) for note in sorted(notes, reverse=True)]
     pairs = [(note, expected[t][note - LOWEST_NOTE]) for t, frame in enumerate(played) for note in frame if t > 0]
     hits = sum(probability >= FORESEEN for _, probability in pairs)
     summary = f"{len(played)} frames; {hits} of {len(pairs)} notes after the first frame were foreseen"
     legend = Text.assemble(
-        ("██", "green"), " foreseen  ", ("██", "yellow"), " a surprise  ", ("░▒▓", "cyan"), " expected"
+        ("██", "green"), " foreseen  ", ("▞▞", "yellow"), " a surprise  ", ("░▒▓", "cyan"), " expected"
     )
-    return Group(*lines, Text(summary), legend)
+    return Group(legend, *lines, Text(summary))
 
 
 def _line(note: int, played: list[list[int]], expected: list[list[float]]) -> Text:
@@ -113,7 +115,7 @@ def _line(note: int, played: list[list[int]], expected: list[list[float]]) -> Te
     for frame, probabilities in zip([*played, []], expected, strict=True):
         probability = probabilities[note - LOWEST_NOTE]
         if note in frame:
-            line.append("██", "green" if probability >= FORESEEN else "yellow")
+            line.append(*(("██", "green") if probability >= FORESEEN else ("▞▞", "yellow")))
         else:
             line.append(_shade(probability) * 2, "cyan")
     return line

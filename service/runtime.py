@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 # A run shorter than this is cheaper on the event loop's own thread than a hop to a worker (20 to 300 us).
 INLINE_SECONDS = 500e-6
 
-ort.disable_telemetry_events()  # a service in somebody's rack tells nobody what it runs
-
 _ORT_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from service.errors import LatchError, Malformed, PayloadTooLarge, UnsupportedMediaType
@@ -27,11 +28,14 @@ class BoundedRoute(APIRoute):
         async def bounded(request: Request) -> Response:
             request = _BoundedRequest(request.scope, request.receive)
             kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
+            coding = request.headers.get("content-encoding", "identity")
             # Any other type reaches a server on this machine from any web page, without the browser asking first.
             try:
                 body = await request.body()
             except ClientDisconnect as error:
                 raise Malformed("the client left before the body was whole") from error
+            if body and coding != "identity":
+                raise UnsupportedMediaType(f"content encoding {coding}: send the body as it is")
             if body and kind != JSON:
                 raise UnsupportedMediaType(f"content type {kind}: send the body as {JSON} (curl --json does)")
             return await handler(request)
@@ -73,6 +77,23 @@ def _manager(connection: HTTPConnection) -> SessionManager:
 
 async def _json_body(request: Request) -> bytes:
     return await request.body()
+
+
+class ErrorInfo(BaseModel):
+    """Why a call was refused. Further fields say more: `path`, `limit`, `expected_step`, `retry_after_ms`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    error: str
+    code: str
+    retryable: bool
+
+
+# For every route, and instead of FastAPI's own 422.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorInfo, "description": "Refused; nothing has changed"},
+    "5XX": {"model": ErrorInfo, "description": "Failed; no state has moved"},
+}
 
 
 Manager = Annotated[SessionManager, Depends(_manager)]

@@ -76,8 +76,21 @@ async def get_version(model: str, version: str, manager: Manager) -> ModelInfo:
     return _info(manager, manager.engines.get(model, version))
 
 
+class Outputs(BaseModel):
+    """Outputs of every row of one sequence, by name."""
+
+    outputs: dict[str, list[Any]]
+
+
+class Predictions(BaseModel):
+    """One a sequence, in the order of the request."""
+
+    sequences: list[Outputs]
+
+
 @router.post(
     "/{model}/predict",
+    response_model=Predictions,
     openapi_extra=documented(
         {
             "type": "object",

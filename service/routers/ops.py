@@ -19,12 +19,14 @@ class Readiness(BaseModel):
     broken: dict[str, dict[str, Any]]
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live")
 async def live() -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses={503: {"model": Readiness}})
 async def ready(response: Response, manager: Manager) -> Readiness:
     """Whether models can be served, and which cannot."""

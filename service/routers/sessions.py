@@ -106,7 +106,17 @@ async def delete_session(session_id: str, manager: Manager) -> None:
     await manager.delete(session_id)
 
 
-@router.post("/{session_id}/steps", openapi_extra=documented(STEP_BODY))
+class Steps(BaseModel):
+    """Outputs of every row by name, and the steps that the session has committed with this request."""
+
+    outputs: dict[str, list[Any]] | None
+    step: int
+    expires_at: datetime
+    replayed: bool = Field(False, description="A duplicate: nothing ran")
+    already_applied: bool = Field(False, description="A duplicate whose reply was too large to keep: outputs is null")
+
+
+@router.post("/{session_id}/steps", response_model=Steps, openapi_extra=documented(STEP_BODY))
 async def step(session_id: str, body: JsonBody, manager: Manager) -> Response:
     """Advances a session by T >= 1 steps; all of them are applied, or none."""
     session = await manager.find(session_id)

@@ -84,9 +84,13 @@ def test_openapi_documents_every_call(server: Server) -> None:
     }  # fmt: skip
     for path in ("/v1/sessions/{session_id}/steps", "/v1/models/{model}/predict"):
         assert "application/json" in paths[path]["post"]["requestBody"]["content"]
+        assert "$ref" in paths[path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
     for methods in paths.values():
         for call in methods.values():
             assert call.get("description"), call
+            assert call["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorInfo")
+            assert "422" not in call["responses"]
+    assert "/v1/sessions/{id}/stream" in server.http.get("/openapi.json").json()["info"]["description"]
 
 
 def test_what_cannot_start_says_why(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_settings_lists_every_one_with_its_value() -> None:
     assert "4711" in listed.stdout
 
 
+def test_a_taken_port_is_named(repository: Path) -> None:
+    """Before any model is loaded, with what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        failed = latch("serve", "--port", str(port), "--models", repository)
+    assert failed.returncode == 2
+    assert f"latch: cannot listen on 127.0.0.1:{port}: Address already in use" in failed.stderr
+    assert "--port" in failed.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "word"),
     [
@@ -94,7 +105,9 @@ def test_settings_lists_every_one_with_its_value() -> None:
         (("serve", "--models", "/nowhere"), {}, "/nowhere"),
         (("serve", "--store", "floppy://a"), {}, "floppy"),
         (("serve", "--device", "abacus"), {}, "LATCH_DEVICE"),
+        (("serve", "--host", "256.1.2.3"), {}, "256.1.2.3"),
         (("demo", "--url", "http://127.0.0.1:9"), {}, "latch serve"),
+        (("demo",), {"LATCH_PORT": "9"}, "http://127.0.0.1:9 "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(

@@ -11,6 +11,8 @@ from tests.service.conftest import Server
 def test_live_and_ready(server: Server) -> None:
     """A whole repository is ready, with every model and version named."""
     assert server.http.get("/health/live").json() == {"status": "live"}
+    for path in ("/health/live", "/health/ready"):
+        assert server.http.head(path).status_code == 200
     ready = server.http.get("/health/ready")
     assert ready.status_code == 200
     assert ready.json() == {

@@ -1,6 +1,7 @@
 """`/v1/sessions` over real HTTP: every call, every error, and that a refused step moves nothing."""
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import Callable
@@ -141,6 +142,17 @@ def test_only_json_is_read(server: Server, kind: str) -> None:
     for url in ("/v1/sessions", f"/v1/sessions/{session}/steps", "/v1/models/toy/predict"):
         reply = server.http.post(url, content=json.dumps({"inputs": [ROW]}), headers={"Content-Type": kind})
         assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_media_type")
+    assert committed(server, session) == 0
+
+
+def test_a_compressed_body_is_refused(server: Server) -> None:
+    """Gzip is told to be what it is, not called broken JSON."""
+    session = server.create()
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    content = gzip.compress(json.dumps({"inputs": [ROW]}).encode())
+    reply = server.http.post(f"/v1/sessions/{session}/steps", content=content, headers=headers)
+    assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_media_type")
+    assert "gzip" in reply.json()["error"]
     assert committed(server, session) == 0
 
 

@@ -1,6 +1,9 @@
 """One step graph in ONNX Runtime: shapes, axes, constants, and graphs that do not fit."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,14 @@ def test_weights_outside_the_graph_are_refused(tmp_path: Path, monkeypatch: pyte
     change(folder, lambda _: None)
     with pytest.raises(ModelUnloadable):
         runner_of(folder)
+
+
+def test_importing_it_leaves_no_trace(tmp_path: Path) -> None:
+    """ONNX Runtime writes no device id and no events into the home of whoever runs the service."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    command = [sys.executable, "-c", "import service.runtime"]
+    subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, check=True, timeout=60)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_a_device_that_is_not_there_is_never_replaced_silently(monkeypatch: pytest.MonkeyPatch) -> None:
