@@ -26,6 +26,13 @@ from service.stores import open_store
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = f"""
+Beside these calls there is a WebSocket, which OpenAPI cannot describe:
+
+```text
+{stream.__doc__}```
+"""
+
 
 def create_app(settings: Settings) -> FastAPI:
     """Loads the models and puts the service together; its tasks start with the app's lifespan.
@@ -68,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Latch",
         summary="Serving models that remember: one hidden state per session.",
-        description=f"There is a WebSocket beside these calls, which OpenAPI cannot describe:\n```text\n{stream.__doc__}```",
+        description=DESCRIPTION,
         version=version("latch"),
         lifespan=lifespan,
         redirect_slashes=False,

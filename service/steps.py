@@ -40,7 +40,7 @@ def decide(step: int, kept: Kept | None, first_step: int | None, digest: bytes) 
             return Decision.REPLAY
         problem = f"step {first_step} was committed with other inputs or outputs"
     elif first_step <= step:
-        problem = f"step {first_step} is stale: the session has committed {step} steps"
+        problem = f"step {first_step} is stale: the session is at step {step}"
     else:
-        problem = f"step {first_step} leaves a gap: the session has committed {step} steps"
+        problem = f"step {first_step} leaves a gap: the session is at step {step}"
     raise StepConflict(f"{problem}; the next is {expected}", expected_step=expected)
