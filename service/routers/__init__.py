@@ -70,7 +70,7 @@ def error_response(error: LatchError) -> Response:
     return Response(native.encode(error.to_dict()), error.http_status, headers, JSON)
 
 
-def _manager(connection: HTTPConnection) -> SessionManager:
+async def _manager(connection: HTTPConnection) -> SessionManager:  # async, or FastAPI would hop to a thread for it
     manager: SessionManager = connection.app.state.manager
     return manager
 
