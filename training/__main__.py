@@ -19,7 +19,7 @@ from training.data import polymusic
 from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
 from training.export import export as export_run
-from training.scores import Metric, score
+from training.scores import Metric, score_all
 from training.trainer import LOGGERS, OPTIMISERS, configure
 from training.trainer import fit as fit_run
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train recurrent units and hand them to the service as model folders.",
 )
-console = Console()
+console = Console(markup=False, soft_wrap=True)  # paths and names may hold brackets, and stay whole
 DataName = Annotated[str, typer.Argument(help=f"One of {', '.join(data.LOADERS)}.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, as given to `fit --run`.")]
 Models = Annotated[Path, typer.Option(help="The model repository to write to.")]
@@ -48,7 +48,9 @@ def fit(
     hidden: Annotated[int, typer.Option(help="Hidden units of each layer.")] = 46,
     layers: Annotated[int, typer.Option(help="Stacked layers.")] = 1,
     dropout: Annotated[float, typer.Option(help="Dropout between layers.")] = 0.0,
-    learned_initial_state: Annotated[bool, typer.Option(help="Train the state before the first step.")] = False,
+    learned_initial_state: Annotated[
+        bool, typer.Option("--learned-initial-state", help="Train the state before the first step.")
+    ] = False,
     blend: Annotated[str | None, typer.Option(help=f"{one_of(BLENDS)}; the paper's is write.")] = None,
     reset: Annotated[str | None, typer.Option(help=f"{one_of(RESETS)}; the paper's is before.")] = None,
     gate_activation: Annotated[str | None, typer.Option(help=f"{one_of(GATE_ACTIVATIONS)}.")] = None,
@@ -58,20 +60,22 @@ def fit(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = TrainConfig.rate,
     weight_decay: Annotated[float, typer.Option(help="L2 penalty in the gradient.")] = TrainConfig.weight_decay,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = TrainConfig.batch_size,
-    epochs: Annotated[int, typer.Option(help="At most this many epochs.")] = TrainConfig.max_epochs,
+    epochs: Annotated[int, typer.Option(help="At most this many epochs in all.")] = TrainConfig.max_epochs,
     patience: Annotated[
         int, typer.Option(help="Epochs without a better valid loss before stopping.")
     ] = TrainConfig.patience,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
-    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<data>-<cell>.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-CELL.")] = None,
     logs: Annotated[str, typer.Option(help=f"{one_of(LOGGERS)}.")] = "csv",
     threads: Threads = 1,
 ) -> None:
     """Train until the valid split stops improving. The same command resumes an interrupted run.
 
+    With more `--epochs` or `--patience` it takes a finished run further; all else stays as the run began.
+
     **Examples**
 
-    `latch-train fit chorales --cell mgu2 --seed 1 --run runs/chorales-mgu2`
+    `latch-train fit chorales --cell mgu2 --seed 2 --run runs/mine`
 
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """
@@ -94,7 +98,10 @@ def fit(
     try:
         done = fit_run(data_set, model, config, folder, logs=logs, threads=threads, progress=progress)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from the last whole epoch in {folder}")
+        console.print(
+            f"interrupted; the same command goes on from the last whole epoch in {folder}, "
+            f"and `latch-train export {folder} --best-so-far` writes the best one as a model"
+        )
         raise typer.Exit(130) from None
     result = done.result or {}
     console.print(f"{folder}: best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']} s")
@@ -114,27 +121,36 @@ def show(data_set: DataSet, metrics: list[Metric]) -> None:
 
 @app.command()
 def evaluate(folder: RunFolder) -> None:
-    """Score a run's best weights anew on the valid and test splits, beside baselines and the papers' figures.
+    """Score a run's best weights (so far) anew on the valid and test splits, beside baselines and the papers' figures.
 
-    **Example:** `latch-train evaluate runs/chorales-mgu2`
+    **Example:** `latch-train evaluate runs/mine`
     """
     run = Run.load(folder)
-    model, data_set = run.best_model(folder), data.load(run.data.name)
-    show(data_set, [m for split in ("valid", "test") for m in score(model, run.data, split, data_set.splits[split])])
+    model, epoch = run.best_model(folder)
+    data_set = data.load(run.data.name)
+    console.print(f"{folder}: best epoch {epoch}" + ("" if run.result else " so far; the run has not finished"))
+    show(data_set, score_all(model, data_set))
 
 
 @app.command()
 def export(
     folder: RunFolder,
     name: Annotated[str, typer.Option(help="The model's name; default the run folder's.")] = "",
-    version: Annotated[str, typer.Option(help="The model's version, a whole number.")] = "1",
+    version: Annotated[
+        str | None, typer.Option(help="The model's version, a whole number; default the next free one.")
+    ] = None,
     models: Models = Path("models"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a version that exists.")] = False,
+    best_so_far: Annotated[
+        bool, typer.Option("--best-so-far", help="Write the best weights of a run that has not finished.")
+    ] = False,
 ) -> None:
-    """Write a finished run as models/NAME/VERSION: step graph, manifest, golden vectors. No parity, no artifact.
+    """Write a run as models/NAME/VERSION: step graph, manifest, golden vectors. No parity, no artifact.
 
-    **Example:** `latch-train export runs/chorales-mgu2 --name chorales-mgu2 --models models`
+    **Example:** `latch-train export runs/mine --name my-chorales --models models`
     """
-    console.print(f"wrote {export_run(folder, models, name or folder.resolve().name, version)}")
+    name = name or folder.resolve().name
+    console.print(f"wrote {export_run(folder, models, name, version, force=force, best_so_far=best_so_far)}")
 
 
 @app.command(name="data")
@@ -168,7 +184,7 @@ def ship_command(
     models: Models = Path("models"),
     threads: Threads = 1,
 ) -> None:
-    """Train and export the shipped models again: the content of models/ from the data.
+    """Train and export the shipped models again, replacing their version 1: the content of models/ from the data.
 
     **Examples:** `latch-train ship`, `latch-train ship sensors --models /tmp/models`
     """

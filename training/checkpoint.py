@@ -41,7 +41,7 @@ def save_tensors(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
 def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """What `save_tensors` wrote; CheckpointError when the file is absent, truncated or something else."""
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: fit the run first")
+        raise CheckpointError(f"{path} does not exist: fit the run for at least one whole epoch first")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
@@ -109,23 +109,23 @@ class Run:
             raise CheckpointError(f"{path} is not a run's description ({error}): choose another folder") from error
 
     def same_as(self, other: "Run") -> None:
-        """CheckpointError naming the first setting in which `other` asks for another run."""
+        """CheckpointError naming the first setting in which `other` asks for another run; limits may differ."""
         for part in ("data", "model", "train"):
             mine, theirs = getattr(self, part), getattr(other, part)
             for name in (found.name for found in fields(mine)):
                 before, now = getattr(mine, name), getattr(theirs, name)
-                if before != now:
+                if before != now and name not in TrainConfig.LIMITS:
                     raise CheckpointError(
                         f"the folder holds a run with {part} {name}={before!r}, not {now!r}: "
                         f"choose another --run, or delete the folder to start over"
                     )
 
-    def best_model(self, folder: Path) -> RecurrentModel:
-        """The model with its best weights, in evaluation mode."""
+    def best_model(self, folder: Path) -> tuple[RecurrentModel, int]:
+        """The model with its best weights so far, in evaluation mode, and the epoch that they are of."""
         model = RecurrentModel(self.model)
-        tensors, _ = load_tensors(folder / "best.safetensors")
+        tensors, meta = load_tensors(folder / "best.safetensors")
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(f"{folder / 'best.safetensors'} does not fit run.json: {error}") from error
-        return model.eval()
+        return model.eval(), meta["epoch"]

@@ -4,6 +4,7 @@ Its one rule: no behaviour beyond checking itself. It must not know torch.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from training.errors import ConfigError
 
@@ -49,7 +50,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: everything that the final weights depend on."""
+    """How to train: everything that the final weights depend on.
+
+    `LIMITS` only say when to stop: they alone may change when a run is taken up again.
+    """
+
+    LIMITS: ClassVar[tuple[str, ...]] = ("max_epochs", "patience")
 
     seed: int = 1
     optimiser: str = "adam"

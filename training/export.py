@@ -1,4 +1,4 @@
-"""From a finished run to a folder that the service can load: step graph, manifest, golden vectors.
+"""From a run to a folder that the service can load: step graph, manifest, golden vectors.
 
 Its one rule: without parity no artifact, and an artifact appears whole or not at all. It must not know how a model
 was trained.
@@ -9,17 +9,19 @@ import importlib.resources
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 
-from training.checkpoint import Run
+from training import data
+from training.checkpoint import Run, load_tensors
 from training.errors import ExportError
 from training.graph import TOLERANCE, Values, build_graph, check_parity, output_names, synthetic_inputs, torch_steps
 from training.model import RecurrentModel
+from training.scores import score_all
 
 GOLDEN_SEQUENCES, GOLDEN_STEPS, GOLDEN_SEED = 3, 24, 20141212
 
@@ -43,21 +45,19 @@ def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, An
 
 def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, files: dict[str, str]) -> dict[str, Any]:
     """The contract's words for `run`; the same weights give the same bytes (no times in it)."""
-    data, config, cell = run.data, run.model, model.layers[0]
-    if run.result is None:
-        raise ExportError("the run has not finished: fit it to the end first")
+    info, config, cell, result = run.data, run.model, model.layers[0], run.result or {}
     outputs = []
     for output in output_names(model):
         described = output in ("y", "std")
         entry = _tensor(output, [config.output_size if described else config.hidden])
         entry["role"] = {"y": "prediction", "std": "spread"}.get(output, "gate")
-        outputs.append(entry | ({"features": _features(data.outputs)} if described else {}))
+        outputs.append(entry | ({"features": _features(info.outputs)} if described else {}))
     states = []
     for index, state in enumerate(model.state_names):
         entry = _tensor(state, [config.hidden]) | {"input": state, "output": f"{state}_next"}
         initial = {"initial": model.initial[index].tolist()} if config.learned_initial_state else {}
         states.append(entry | initial)
-    x = _tensor("x", [config.input_size]) | {"features": _features(data.inputs)}
+    x = _tensor("x", [config.input_size]) | {"features": _features(info.inputs)}
     normalisation: dict[str, Any] = {"kind": "none"}
     if config.standardise:
         normalisation = {"kind": "standard", "mean": model.x_mean.tolist(), "std": model.x_std.tolist()}
@@ -65,15 +65,15 @@ def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, file
         "manifest_version": 1,
         "name": name,
         "version": version,
-        "description": f"{data.description}: {cell.unit.title}, {config.hidden} units",
-        "task": data.task,
+        "description": f"{info.description}: {cell.unit.title}, {config.hidden} units",
+        "task": info.task,
         "head": config.head,
         "input": x if config.vocabulary is None else _tensor("x", [], "int64"),
         "outputs": outputs,
         "state": states,
         "constants": [],
         "normalisation": normalisation,
-        "feedback": None if data.feedback is None else {"output": "y", "rule": data.feedback},
+        "feedback": None if info.feedback is None else {"output": "y", "rule": info.feedback},
         "unit": {
             "cell": config.cell,
             "blend": cell.blend,
@@ -89,10 +89,11 @@ def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, file
         "parameters": sum(value.numel() for value in model.parameters()),
         "files": files,
         "golden": {"sequences": GOLDEN_SEQUENCES, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE},
-        "data": {key: getattr(data, key) for key in ("name", "source", "sha256", "split", "licence")},
+        "data": {key: getattr(info, key) for key in ("name", "source", "sha256", "split", "licence")},
         "training": asdict(run.train)
-        | {"dropout": config.dropout, "epochs": run.result["epochs"], "best_epoch": run.result["best_epoch"]},
-        "metrics": run.result["metrics"],
+        | {"dropout": config.dropout}
+        | {key: result[key] for key in ("epochs", "best_epoch", "unfinished") if key in result},
+        "metrics": result["metrics"],
         "libraries": run.libraries,
     }
     try:
@@ -104,17 +105,46 @@ def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, file
     return manifest
 
 
-def export(folder: Path, models: Path, name: str, version: str = "1") -> Path:
-    """The finished run in `folder` as models/<name>/<version>, replaced whole; returns that path.
+def next_version(folder: Path) -> str:
+    """One more than the highest version in a model's folder; 1 where there is none."""
+    return str(1 + max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0))
 
+
+def scored_now(run: Run, folder: Path, model: RecurrentModel, epoch: int) -> Run:
+    """An unfinished run with a result all the same: what `model`, its best of `epoch`, scores at this moment."""
+    metrics = [metric.as_dict() for metric in score_all(model, data.load(run.data.name))]
+    epochs = load_tensors(folder / "last.safetensors")[1]["epoch"]
+    return replace(run, result={"epochs": epochs, "best_epoch": epoch, "unfinished": True, "metrics": metrics})
+
+
+def export(
+    folder: Path,
+    models: Path,
+    name: str,
+    version: str | None = None,
+    *,
+    force: bool = False,
+    best_so_far: bool = False,
+) -> Path:
+    """The run in `folder` as models/<name>/<version>, by default the next free one; returns that path.
+
+    An existing version is replaced, whole, only by `force`; an unfinished run is exported only as `best_so_far`.
     Raises ExportError, and leaves `models` as it was, when any check fails.
     """
+    version = version or next_version(models / name)
+    target = models / name / version
+    if target.exists() and not force:
+        raise ExportError(f"{target} exists: leave out --version for the next free one, or replace it with --force")
     run = Run.load(folder)
-    model = run.best_model(folder)
+    if run.result is None and not best_so_far:
+        raise ExportError(f"the run in {folder} has not finished: fit it to the end, or export it with --best-so-far")
+    model, epoch = run.best_model(folder)
+    if run.result is None:
+        run = scored_now(run, folder, model, epoch)
     graph = build_graph(model).SerializeToString()
     check_parity(model, graph)
     models.mkdir(parents=True, exist_ok=True)
-    partial, target = Path(tempfile.mkdtemp(prefix=".partial-", dir=models)), models / name / version
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
     try:
         (partial / "model.onnx").write_bytes(graph)
         np.savez(partial / "golden.npz", allow_pickle=False, **golden_vectors(model))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from training.config import DataInfo
-from training.data.sequences import Split, collate
+from training.data.sequences import DataSet, Split, collate
 from training.model import RecurrentModel
 
 
@@ -56,3 +56,8 @@ def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) 
         for (feature, unit), value in zip(info.outputs, errors.abs().mean(0).tolist(), strict=True):
             found.append((f"mae {feature}", value, unit or "1"))
     return [Metric(name, split_name, value, unit) for name, value, unit in found]
+
+
+def score_all(model: RecurrentModel, data: DataSet) -> list[Metric]:
+    """The scores of a model: on the valid split, by which it was chosen, and on the test split."""
+    return [metric for split in ("valid", "test") for metric in score(model, data.info, split, data.splits[split])]

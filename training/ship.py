@@ -33,8 +33,8 @@ SHIPPED = {f"chorales-{cell}": Shipped("chorales", cell, HIDDEN.get(cell, 46)) f
 
 
 def ship(name: str, runs: Path, models: Path, **options: Any) -> Path:
-    """Train (or resume, or find finished in runs/<name>) and export one shipped model as its version 1."""
+    """Train (or resume, or find finished in runs/<name>) and export one shipped model, replacing its version 1."""
     what = SHIPPED[name]
     data_set = data.load(what.data)
     fit(data_set, configure(data_set, what.cell, hidden=what.hidden), what.train, runs / name, **options)
-    return export(runs / name, models, name)
+    return export(runs / name, models, name, "1", force=True)

@@ -28,7 +28,8 @@ from training.config import ModelConfig, TrainConfig
 from training.data.sequences import Batch, DataSet, Item, collate
 from training.errors import ConfigError, DivergedError
 from training.model import RecurrentModel
-from training.scores import score
+from training.progress import EpochBar
+from training.scores import score_all
 
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda folder: CSVLogger(folder, name="logs"),
@@ -143,9 +144,8 @@ class Keeper(Callback):
             tensors, meta = load_tensors(self.last)
             pl_module.load_state_dict(split_off(tensors, "fitting"))
             restore_optimiser(trainer.optimizers[0], tensors)
-            self.early.load_state_dict(
-                meta["early_stopping"] | {"best_score": torch.tensor(meta["early_stopping"]["best_score"])}
-            )
+            self.early.wait_count = meta["early_stopping"]["wait_count"]
+            self.early.best_score = torch.tensor(meta["early_stopping"]["best_score"])
             torch.set_rng_state(tensors["random"])
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -155,8 +155,23 @@ class Keeper(Callback):
             save_tensors(self.best, split_off(pl_module.state_dict(), "model"), {"epoch": epoch, "valid_loss": valid})
         tensors = {f"fitting.{name}": value for name, value in pl_module.state_dict().items()}
         tensors |= flatten_optimiser(trainer.optimizers[0]) | {"random": torch.get_rng_state()}
-        early = self.early.state_dict() | {"best_score": self.early.best_score.item()}
-        save_tensors(self.last, tensors, {"epoch": epoch, "done": trainer.should_stop, "early_stopping": early})
+        # Without the patience, which is the run's: it may be another one when the run is taken up again.
+        early = {"wait_count": self.early.wait_count, "best_score": self.early.best_score.item()}
+        save_tensors(self.last, tensors, {"epoch": epoch, "early_stopping": early})
+
+
+def resume_point(folder: Path, config: TrainConfig) -> tuple[int, bool]:
+    """How many whole epochs `folder` holds, and whether the limits of `config` leave room for more."""
+    last = folder / "last.safetensors"
+    if not last.is_file():
+        return 0, True
+    meta = load_tensors(last)[1]
+    if meta["epoch"] > config.max_epochs:
+        raise ConfigError(
+            f"max_epochs is {config.max_epochs}, but the run in {folder} has {meta['epoch']} epochs already: "
+            f"ask for at least as many, or choose another --run"
+        )
+    return meta["epoch"], meta["epoch"] < config.max_epochs and meta["early_stopping"]["wait_count"] < config.patience
 
 
 def fit(
@@ -172,27 +187,30 @@ def fit(
 ) -> Run:
     """Train until the valid split stops improving, then score the best weights; resumes what `folder` holds.
 
+    A finished run goes on where other `TrainConfig.LIMITS` leave it room, and is returned as it is where they do not.
     One thread is the default: at these sizes a second costs more than it does. Raises CheckpointError when `folder`
     belongs to a different run or is damaged, DivergedError when the loss is not a number; KeyboardInterrupt on Ctrl-C,
     after which the same call goes on from the last whole epoch.
     """
     if logs not in LOGGERS:
         raise ConfigError(f"unknown logs {logs!r}: choose one of {', '.join(LOGGERS)}")
+    if threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}")
     run = Run(data.info, model_config, config, libraries())
-    if (folder / "run.json").is_file():
-        found = Run.load(folder)
-        found.same_as(run)
-        if found.result is not None:
-            return found
+    found = Run.load(folder) if (folder / "run.json").is_file() else run
+    found.same_as(run)
+    if found.result is not None and found.train == config:
+        return found
+    epoch, unfinished = resume_point(folder, config)
+    if found.result is not None and not unfinished:
+        return found
     started = time.monotonic()
     torch.set_num_threads(threads)
     lightning.seed_everything(config.seed, verbose=False)
     model = RecurrentModel(model_config)
     set_normalisation(model, data)
     run.save(folder)
-    last = folder / "last.safetensors"
-    meta = load_tensors(last)[1] if last.is_file() else {"epoch": 0, "done": False}
-    if not meta["done"]:
+    if unfinished:
         # Lightning's hints about itself, and its advice to add loader workers: batches here are made in microseconds.
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         # Judged when validation ends: at the end of the epoch Lightning would call it after the Keeper.
@@ -203,7 +221,7 @@ def fit(
             max_epochs=config.max_epochs,
             gradient_clip_val=config.clip,
             logger=LOGGERS[logs](folder),
-            callbacks=[early, *callbacks, Keeper(folder, early)],
+            callbacks=[early, *callbacks, Keeper(folder, early), *([EpochBar(early)] if progress else [])],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=progress,
@@ -212,7 +230,7 @@ def fit(
             reload_dataloaders_every_n_epochs=1,
         )
         # Lightning restores its epoch counter only from its own pickled checkpoints.
-        epochs = dict.fromkeys(("ready", "started", "processed", "completed"), meta["epoch"])
+        epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
         trainer.fit_loop.epoch_progress.current.load_state_dict(epochs)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -222,14 +240,12 @@ def fit(
             except SystemExit as stopped:  # Lightning's answer to Ctrl-C, which it also leaves switched off
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from stopped
-    model = run.best_model(folder)
-    _, best = load_tensors(folder / "best.safetensors")
-    metrics = [metric for split in ("valid", "test") for metric in score(model, data.info, split, data.splits[split])]
+    model, best_epoch = run.best_model(folder)
     result = {
-        "epochs": load_tensors(last)[1]["epoch"],
-        "best_epoch": best["epoch"],
+        "epochs": resume_point(folder, config)[0],
+        "best_epoch": best_epoch,
         "seconds": round(time.monotonic() - started, 1),
-        "metrics": [metric.as_dict() for metric in metrics],
+        "metrics": [metric.as_dict() for metric in score_all(model, data)],
     }
     run = replace(run, result=result)
     run.save(folder)

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def latch_data() -> Path:
     """The folder of the real data sets."""
-    if "LATCH_DATA" not in os.environ:
+    if not os.environ.get("LATCH_DATA"):
         pytest.skip("needs the data sets: set LATCH_DATA to their folder")
     return Path(os.environ["LATCH_DATA"])
 

@@ -81,13 +81,16 @@ def test_a_missing_music_file_says_where_to_put_it(tmp_path: Path, monkeypatch: 
         data.load("nottingham")
 
 
-def test_no_network_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing download names LATCH_DATA as the way out."""
+@pytest.mark.parametrize("root", [None, ""])
+def test_no_network_is_said_plainly(root: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing download names LATCH_DATA as the way out, also where LATCH_DATA is there but empty."""
+    monkeypatch.delenv("LATCH_DATA", raising=False)
+    if root is not None:
+        monkeypatch.setenv("LATCH_DATA", root)
 
     def offline(*_: object, **__: object) -> str:
         raise ConnectionError("no route to host")
 
-    monkeypatch.delenv("LATCH_DATA", raising=False)
     monkeypatch.setattr(pooch, "retrieve", offline)
     with pytest.raises(DataError, match=r"check the network, or put the file .* LATCH_DATA"):
         data.load("chorales")

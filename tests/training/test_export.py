@@ -117,7 +117,7 @@ def test_same_weights_give_the_same_bytes(tiny: DataSet, tmp_path: Path) -> None
     finished(tmp_path / "run", tiny)
     first = export(tmp_path / "run", tmp_path / "models", "same")
     before = {path.name: path.read_bytes() for path in first.iterdir()}
-    second = export(tmp_path / "run", tmp_path / "models", "same")
+    second = export(tmp_path / "run", tmp_path / "models", "same", "1", force=True)
     assert {path.name: path.read_bytes() for path in second.iterdir()} == before
 
 
@@ -166,7 +166,7 @@ def test_without_parity_no_artifact_is_written(
     monkeypatch.setattr(module, "build_graph", broken)
     for name in ("kept", "new"):
         with pytest.raises(ExportError, match=r"differ by .* nothing was written"):
-            export(tmp_path / "run", models, name)
+            export(tmp_path / "run", models, name, "1", force=True)
     assert [str(path.relative_to(models)) for path in sorted(models.rglob("*"))] == [
         "kept", "kept/1", "kept/1/golden.npz", "kept/1/manifest.json", "kept/1/model.onnx",
     ]  # fmt: skip
@@ -185,5 +185,32 @@ def test_an_unfinished_run_is_not_exported(tiny: DataSet, tmp_path: Path) -> Non
     """Without a result there is nothing to say in the manifest."""
     finished(tmp_path / "run", tiny)
     replace(Run.load(tmp_path / "run"), result=None).save(tmp_path / "run")
-    with pytest.raises(ExportError, match="has not finished"):
+    with pytest.raises(ExportError, match=r"has not finished: .* --best-so-far"):
         export(tmp_path / "run", tmp_path / "models", "early")
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_best_so_far_of_a_finished_run_is_the_finished_run(tiny: DataSet, tmp_path: Path) -> None:
+    """Nothing is scored anew, and the manifest does not call it unfinished."""
+    finished(tmp_path / "run", tiny)
+    folder = export(tmp_path / "run", tmp_path / "models", "whole", best_so_far=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert "unfinished" not in manifest["training"]
+    assert manifest["metrics"] == METRICS
+
+
+def test_a_version_is_never_replaced_unasked(tiny: DataSet, tmp_path: Path) -> None:
+    """By default the next number is taken, past gaps; an existing one is refused by name, and replaced by force."""
+    models = tmp_path / "models"
+    finished(tmp_path / "run", tiny)
+    first = export(tmp_path / "run", models, "kept")
+    assert first == models / "kept" / "1"
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    finished(tmp_path / "run", tiny, "mgu")
+    with pytest.raises(ExportError, match=r"kept/1 exists: leave out --version .* --force"):
+        export(tmp_path / "run", models, "kept", "1")
+    assert export(tmp_path / "run", models, "kept", "9") == models / "kept" / "9"
+    assert export(tmp_path / "run", models, "kept") == models / "kept" / "10"
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    export(tmp_path / "run", models, "kept", "1", force=True)
+    assert json.loads((first / "manifest.json").read_text())["unit"]["cell"] == "mgu"

@@ -1,5 +1,10 @@
 """The step graph: lean for every unit, folded where gates are constant, the same bits in any batch."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -48,3 +53,11 @@ def test_a_row_has_the_same_bits_in_any_batch(cell: str) -> None:
     for many, one in zip(together, alone, strict=True):
         for name, value in one.items():
             np.testing.assert_array_equal(many[name][2:3], value, err_msg=name)
+
+
+def test_importing_leaves_nothing_in_the_users_home(tmp_path: Path) -> None:
+    """ONNX Runtime would leave a device id and a database of usage events there, from its import on."""
+    kept = {key: os.environ[key] for key in os.environ if key not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    code = "import training.graph, onnxruntime"
+    subprocess.run([sys.executable, "-c", code], check=True, env=kept | {"HOME": str(tmp_path)})
+    assert list(tmp_path.rglob("*")) == []

@@ -92,6 +92,44 @@ def test_early_stopping_survives_interruption(tiny: DataSet, tmp_path: Path) -> 
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    ("first", "settings"), [({"max_epochs": 3}, {}), ({"patience": 1}, {"rate": 3.0, "clip": 1e9, "max_epochs": 60})]
+)
+def test_a_finished_run_goes_on_with_new_limits(
+    first: dict[str, Any], settings: dict[str, Any], tiny: DataSet, tmp_path: Path
+) -> None:
+    """Stopped by epochs or by patience, then given more of them, it ends as one that had them from the start."""
+    config = replace(CONFIG, **settings)
+    whole = fit(tiny, model_for(tiny), config, tmp_path / "whole")
+    short = fit(tiny, model_for(tiny), replace(config, **first), tmp_path / "more")
+    more = fit(tiny, model_for(tiny), config, tmp_path / "more")
+    assert_same_run(tmp_path / "whole", tmp_path / "more")
+    assert short.result is not None
+    assert more.result is not None
+    assert whole.result is not None
+    assert short.result["epochs"] < more.result["epochs"]
+    assert more == Run.load(tmp_path / "more")
+    assert replace(more, result=None) == replace(whole, result=None)
+    assert more.result["metrics"] == whole.result["metrics"]
+
+
+def test_limits_without_room_change_nothing(tiny: DataSet, tmp_path: Path) -> None:
+    """More epochs for a run that patience ended: the stored run comes back and no file is written."""
+    config = replace(CONFIG, rate=3.0, clip=1e9, max_epochs=60, patience=2)
+    run = fit(tiny, model_for(tiny), config, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert fit(tiny, model_for(tiny), replace(config, max_epochs=90), tmp_path) == run
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_fewer_epochs_than_there_are_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """Else run.json would promise weights that no such run has."""
+    run = fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    with pytest.raises(ConfigError, match=r"max_epochs is 4, but the run in .* has 6 epochs already"):
+        fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=4), tmp_path)
+    assert Run.load(tmp_path) == run
+
+
 def test_a_kill_after_the_last_epoch_only_repeats_the_scores(tiny: DataSet, tmp_path: Path) -> None:
     """Without its result but with a finished checkpoint, a run trains no further."""
     run = fit(tiny, model_for(tiny), CONFIG, tmp_path)
@@ -132,7 +170,7 @@ def test_a_killed_process_loses_at_most_one_epoch(tmp_path: Path) -> None:
 def test_padding_is_never_counted(tiny: DataSet, tmp_path: Path) -> None:
     """The logged valid loss is the mean over the true steps of sequences scored one at a time."""
     run = fit(tiny, model_for(tiny, layers=1, dropout=0.0), replace(CONFIG, max_epochs=1), tmp_path)
-    model = run.best_model(tmp_path)
+    model, _ = run.best_model(tmp_path)
     losses = []
     for inputs, targets, _ in tiny.splits["valid"].items:
         raw, _ = model(torch.from_numpy(inputs)[None].float())
@@ -217,6 +255,30 @@ def test_nothing_is_printed(tiny: DataSet, tmp_path: Path, capfd: pytest.Capture
     """Without a progress bar a run is silent on stdout."""
     fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=1), tmp_path)
     assert capfd.readouterr().out == ""
+
+
+def test_progress_is_one_line_of_80_columns(
+    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Epochs count from 1; the losses of the last epoch and the best one stand beside them; nothing else comes up."""
+    monkeypatch.setenv("COLUMNS", "80")
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=2), tmp_path, progress=True)
+    drawn = capsys.readouterr().out
+    lines = drawn.rstrip("\n").split("\r")
+    assert "\n" not in "".join(lines)
+    assert max(len(line) for line in lines) <= 80
+    assert {line.split(":")[0] for line in lines if "Epoch" in line} == {"Epoch 1/2", "Epoch 2/2"}
+    logged = np.genfromtxt(tmp_path / "logs" / "version_0" / "metrics.csv", delimiter=",", names=True)
+    train, valid = (logged[name][~np.isnan(logged[name])] for name in ("train_loss", "valid_loss"))
+    assert lines[-1].endswith(f"3/3, train={train[-1]:.4g}, valid={valid[-1]:.4g}, best={valid.min():.4g}")
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_impossible_threads_are_refused(threads: int, tiny: DataSet, tmp_path: Path) -> None:
+    """Before anything is written."""
+    with pytest.raises(ConfigError, match=f"threads must be at least 1, not {threads}"):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path / "run", threads=threads)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

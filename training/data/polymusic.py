@@ -76,10 +76,11 @@ SETS = {
 def fetch(name: str) -> Path:
     """The checked file: from LATCH_DATA/polymusic where LATCH_DATA is set, else downloaded once to the user's cache.
 
-    Raises DataError with the file and what to do when it is absent, differs, or cannot be downloaded.
+    An empty LATCH_DATA is an unset one. Raises DataError with the file and what to do when it is absent, differs, or
+    cannot be downloaded.
     """
     rolls, root = SETS[name], os.environ.get("LATCH_DATA")
-    if root is not None:
+    if root:
         path = Path(root) / "polymusic" / rolls.file
         if not path.is_file():
             raise DataError(f"{path} does not exist: put {rolls.file} there, or unset LATCH_DATA to download it")
