@@ -75,6 +75,17 @@ class Bench:
         inputs = np.array(digits, float).reshape(-1, 1)
         return self.batcher.submit(slot, StepRequest(inputs, outputs, first))
 
+    def hold(self) -> tuple[threading.Event, threading.Event]:
+        """Stops every run in a worker: the first event says that one has begun, the second lets it go."""
+        entered, go = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            entered.set()
+            go.wait(10)
+
+        self.runner.short, self.runner.before_run = False, wait
+        return entered, go
+
     def state(self, slot: Slot) -> float:
         """The digits that the slot has seen, as one number."""
         return float(self.slab.gather([slot])[0][0, 0])
@@ -186,14 +197,7 @@ async def test_a_caller_cancelled_before_the_run_leaves_no_trace(metrics: Metric
 async def test_a_caller_cancelled_during_the_run_harms_nobody_and_may_ask_again(metrics: Metrics) -> None:
     """The run commits; the mates get their replies; the same step sent again is answered from the kept reply."""
     bench = Bench(metrics)
-    bench.runner.short = False
-    entered, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        go.wait(10)
-
-    bench.runner.before_run = hold
+    entered, go = bench.hold()
     slot, other = bench.slab.acquire(), bench.slab.acquire()
     async with serving(bench):
         gone, mate = bench.step(slot, 1, first=1), bench.step(other, 9, first=1)
@@ -277,14 +281,7 @@ async def test_a_slot_released_in_flight_never_leaks_into_its_next_owner(metrics
     """Deleted during its run and the row taken again at once: the old step is refused, the new owner starts at zero."""
     bench = Bench(metrics)
     bench.slab = bench.batcher._slab = StateSlab([PAIR], 1)
-    bench.runner.short = False
-    entered, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        go.wait(10)
-
-    bench.runner.before_run = hold
+    entered, go = bench.hold()
     old = bench.slab.acquire()
     async with serving(bench):
         running, queued = bench.step(old, 8), bench.step(old, 9)
@@ -405,14 +402,7 @@ async def test_a_kept_reply_does_not_hold_the_batch(metrics: Metrics) -> None:
 async def test_stopping_answers_whoever_still_waits(metrics: Metrics) -> None:
     """When the task ends, waiting callers get an error that says come again, and new ones too."""
     bench = Bench(metrics)
-    bench.runner.short = False
-    entered, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        go.wait(10)
-
-    bench.runner.before_run = hold
+    entered, go = bench.hold()
     slot = bench.slab.acquire()
     async with serving(bench):
         running, queued = bench.step(slot, 1), bench.step(slot, 2)
