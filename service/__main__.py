@@ -40,7 +40,7 @@ STOP_SECONDS = 10
 
 
 class _Server(uvicorn.Server):
-    """Says where to look once it listens, and answers who still waits when it stops."""
+    """Says where to look once it listens, and answers who still waits over HTTP when it stops; sockets get a 1012."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn cancels what is left after STOP_SECONDS, without an answer: answer before that.
@@ -95,8 +95,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise SettingsInvalid(f"cannot listen on {host}:{port}: {reason}; choose --host and --port") from error
 
 
@@ -110,6 +110,8 @@ def make_server(settings: Settings) -> uvicorn.Server:
         http="httptools",
         ws="websockets-sansio",
         ws_max_size=settings.max_body_bytes,
+        # Where reading pauses for a full queue, the pong waits behind the messages: its lateness proves nothing.
+        ws_ping_timeout=None,
         access_log=False,
         log_config=None,
         timeout_graceful_shutdown=STOP_SECONDS,

@@ -82,7 +82,7 @@ def play(url: str, model: str, tempo: float, console: Console) -> None:
                     time.sleep(1 / tempo)
         console.print()
         _call(url, f"/v1/sessions/{quote(session)}", "DELETE")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DemoFailed(f"what answers at {url} is not Latch: say --url") from error
     except (OSError, HTTPException, WebSocketException) as error:
         raise DemoFailed(

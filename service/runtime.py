@@ -157,18 +157,21 @@ class OrtRunner:
         self, session: ort.InferenceSession, inputs: Array, state: Sequence[Array], outputs: Sequence[str]
     ) -> tuple[dict[str, Array], list[Array]]:
         x = self._manifest.input.name
-        feed = {scan.sequence(x): np.ascontiguousarray(np.moveaxis(inputs, (1, 0), (0, 1 + self._axes[x])))}
+        feed = {scan.inputs(x): np.ascontiguousarray(np.moveaxis(inputs, (1, 0), (0, 1 + self._axes[x])))}
         for pair, value in zip(self._manifest.state, state, strict=True):
             feed[scan.first(pair.input)] = self._to_graph(pair.input, value)
-        names = [self._replies[name] for name in outputs]
-        wanted = [scan.sequence(name) for name in names] + [scan.last(name) for name in self._next_state]
-        values = _run(session, wanted, feed | self._constants)
+        names = {public: self._replies[public] for public in outputs}
+        sequences = [scan.sequence(name) for name in dict.fromkeys(names.values())]
+        lasts = [scan.last(pair.input) for pair in self._manifest.state]
+        wanted = sequences + lasts
+        values = dict(zip(wanted, _run(session, wanted, feed | self._constants), strict=True))
         stacked = {
-            public: np.moveaxis(value, (0, 1 + self._axes[name]), (1, 0))
-            for public, name, value in zip(outputs, names, values[: len(names)], strict=True)
+            public: np.moveaxis(values[scan.sequence(name)], (0, 1 + self._axes[name]), (1, 0))
+            for public, name in names.items()
         }
-        last = zip(self._next_state, values[len(names) :], strict=True)
-        return stacked, [self._from_graph(name, value) for name, value in last]
+        return stacked, [
+            self._from_graph(name, values[last]) for name, last in zip(self._next_state, lasts, strict=True)
+        ]
 
     def warm_up(self, max_rows: int) -> None:
         """Runs the smallest and the largest batch once each, and learns from a second run what a row costs."""

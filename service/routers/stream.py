@@ -109,6 +109,12 @@ class _Socket:
             raise WebSocketDisconnect(1006) from error
 
 
+def _heard(future: _Owed) -> None:
+    """Looks at the outcome, so that asyncio does not complain of one that nobody was left to read."""
+    if not future.cancelled():
+        future.exception()
+
+
 class _Stream:
     """A reader that turns messages into futures, and a writer that sends what they hold, in order."""
 
@@ -140,10 +146,8 @@ class _Stream:
         finally:
             reader.cancel()
             writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
             # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
-            while not self._owed.empty():
-                self._owed.get_nowait().add_done_callback(lambda future: future.cancelled() or future.exception())
+            await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _read(self) -> None:
         while True:
@@ -153,6 +157,7 @@ class _Stream:
             except LatchError as error:
                 future = asyncio.get_running_loop().create_future()
                 future.set_exception(error)
+            future.add_done_callback(_heard)
             self._owed.put_nowait(future)
 
     async def _submit(self, text: str) -> _Owed:

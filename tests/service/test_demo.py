@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -65,9 +66,10 @@ def test_a_model_that_does_not_fit_is_explained(server: Server, model: str, word
         play(server.url, model, 0, render())
 
 
-def test_something_else_at_the_address_is_no_latch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [{}, [], None, "x", {"id": 1}])
+def test_something_else_at_the_address_is_no_latch(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     """A server that answers otherwise is a sentence, not a traceback."""
-    monkeypatch.setattr("service.demo._call", lambda *_: {})
+    monkeypatch.setattr("service.demo._call", lambda *_: answer)
     with pytest.raises(DemoFailed, match="is not Latch"):
         play("http://127.0.0.1:1/", "chorales-gru", 0, render())
 

@@ -106,6 +106,7 @@ def test_a_taken_port_is_named(repository: Path) -> None:
         (("serve", "--store", "floppy://a"), {}, "floppy"),
         (("serve", "--device", "abacus"), {}, "LATCH_DEVICE"),
         (("serve", "--host", "256.1.2.3"), {}, "256.1.2.3"),
+        (("serve", "--host", "a..b"), {}, "a..b"),
         (("demo", "--url", "http://127.0.0.1:9"), {}, "latch serve"),
         (("demo",), {"LATCH_PORT": "9"}, "http://127.0.0.1:9 "),
     ],

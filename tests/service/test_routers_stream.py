@@ -1,6 +1,7 @@
 """One session over one WebSocket, with a real client."""
 
 import asyncio
+import gc
 import json
 import socket as std_socket
 import struct
@@ -135,6 +136,27 @@ def test_what_was_received_is_applied_when_the_client_leaves(server: Server) -> 
         step = json.loads(socket.recv(timeout=30))["step"]
         assert step >= received
         assert ask(socket, inputs=[ROW] * 500, step=step - 499)["replayed"] is True
+
+
+def test_a_step_that_fails_after_its_client_left_is_no_noise(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Deleted under a socket that is gone: the outcome nobody waits for is not reported as forgotten."""
+    server = start()
+    session = server.create()
+    with server.socket(session) as socket:
+        socket.recv()
+        for _ in range(4):
+            socket.send(json.dumps({"inputs": [ROW] * 4_000, "outputs": []}))
+        while not server.app.state.manager._live[session].is_busy:
+            pass
+        socket.socket.close()
+    server.http.delete(f"/v1/sessions/{session}")
+    with server.socket(server.create()) as socket:
+        socket.recv()
+        ask(socket, inputs=[ROW])
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_two_sockets_on_one_session_wait_for_each_other(start: Callable[..., Server]) -> None:

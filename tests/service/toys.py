@@ -220,6 +220,28 @@ def save_uneven(root: Path, name: str = "uneven", version: str = "1") -> Path:
     return _save(root, graph, manifest, {"input.x": np.ones((2, 5, 1), np.float32)})
 
 
+def save_echo(root: Path, name: str = "echo", version: str = "1") -> Path:
+    """Values under two names: sum' = sum + x + kept is output and state, x is input and output, kept' = kept = 5."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "kept"], ["plus"]), helper.make_node("Add", ["sum", "plus"], ["sum_next"])],
+        name,
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("x", "sum", "kept")],
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("sum_next", "x", "kept")],
+    )
+    tensor = {"dtype": "float32", "shape": [1], "batch_axis": 0}
+    manifest = _manifest(
+        name,
+        version,
+        input={"name": "x"} | tensor,
+        outputs=[{"name": n, "role": "prediction"} | tensor for n in ("sum_next", "x")],
+        state=[
+            {"name": "total", "input": "sum", "output": "sum_next"} | tensor,
+            {"name": "kept", "input": "kept", "output": "kept", "initial": [5.0]} | tensor,
+        ],
+    )
+    return _save(root, graph, manifest, {"input.x": np.ones((2, 5, 1), np.float32)})
+
+
 def save_exploding(root: Path, name: str = "exploding", version: str = "1") -> Path:
     """H' = 1e30 h + x: two large inputs in a row leave float32."""
     graph = helper.make_graph(
