@@ -29,13 +29,13 @@ class BoundedRoute(APIRoute):
             request = _BoundedRequest(request.scope, request.receive)
             kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
             coding = request.headers.get("content-encoding", "identity")
-            # Any other type reaches a server on this machine from any web page, without the browser asking first.
             try:
                 body = await request.body()
             except ClientDisconnect as error:
                 raise Malformed("the client left before the body was whole") from error
             if body and coding != "identity":
                 raise UnsupportedMediaType(f"content encoding {coding}: send the body as it is")
+            # Any other type reaches a server on this machine from any web page, without the browser asking first.
             if body and kind != JSON:
                 raise UnsupportedMediaType(f"content type {kind}: send the body as {JSON} (curl --json does)")
             return await handler(request)
