@@ -8,22 +8,12 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
-
-import numpy as np
 
 from service.batcher import Batcher
-from service.errors import (
-    GoldenMismatch,
-    InferenceFailed,
-    LatchError,
-    ModelBroken,
-    ModelNotFound,
-    ModelUnloadable,
-    SettingsInvalid,
-)
-from service.manifest import Array, Manifest, initial_state
+from service.errors import LatchError, ModelBroken, ModelNotFound, ModelUnloadable, SettingsInvalid
+from service.manifest import Manifest
 from service.metrics import Metrics
+from service.proof import prove_bits, replay_golden
 from service.registry import ModelFiles, ModelKey
 from service.runtime import OrtRunner
 from service.slab import StateSlab
@@ -160,89 +150,3 @@ def load_engines(
             reason = ModelUnloadable(f"cannot be loaded: {type(error).__name__}: {error}")
             broken[ModelKey(files.manifest.name, files.manifest.version)] = reason
     return Engines(live, broken)
-
-
-def replay_golden(runner: OrtRunner, files: ModelFiles) -> float:
-    """Runs the golden sequences from the initial state and compares every output and the last state.
-
-    Returns:
-        The largest |got - expected| / max(1, |expected|).
-
-    Raises:
-        GoldenMismatch: an array is missing or misshapen, or that error is over the manifest's tolerance.
-    """
-    manifest = files.manifest
-    names = [tensor.name for tensor in manifest.outputs]
-    shape = (manifest.golden.sequences, manifest.golden.steps)
-    inputs = _golden_array(files, f"input.{manifest.input.name}", (*shape, *manifest.input.shape))
-    state = initial_state(manifest.state, shape[0])
-    outputs, last = runner.run(inputs.astype(manifest.input.dtype), state, names)
-    worst = 0.0
-    got = [(f"output.{t.name}", outputs[t.name]) for t in manifest.outputs]
-    got += [(f"state.{pair.name}", rows) for pair, rows in zip(manifest.state, last, strict=True)]
-    for key, value in got:
-        expected = _golden_array(files, key, value.shape)
-        error = float(np.max(np.abs(value - expected) / np.maximum(1.0, np.abs(expected)), initial=0.0))
-        if not error <= manifest.golden.tolerance:
-            raise GoldenMismatch(
-                f"{key} differs from golden.npz by {error:.3g}, the manifest allows {manifest.golden.tolerance:g}: "
-                f"this runtime does not compute what was exported"
-            )
-        worst = max(worst, error)
-    return worst
-
-
-def prove_bits(runner: OrtRunner, files: ModelFiles) -> bool:
-    """Runs the golden sequences alone and in batches of many sizes, one by one and in chunks, and compares the bits.
-
-    Where a chunk in one run fails or gives other bits than its steps, the runner is told to go step by step.
-
-    Returns:
-        Whether a session gets the same bits alone and among others. So for the CPU provider and our own graphs; an
-        operator may round a row by its place in the batch (ONNX Runtime's Elu does), and a GPU may choose another
-        kernel for another size. Told on the model's page.
-
-    Raises:
-        GoldenMismatch: the golden input is missing or misshapen.
-        InferenceFailed: the runtime refuses it.
-    """
-    manifest = files.manifest
-    names = [tensor.name for tensor in manifest.outputs]
-    steps = manifest.golden.steps
-    once = _golden_array(
-        files, f"input.{manifest.input.name}", (manifest.golden.sequences, steps, *manifest.input.shape)
-    )
-    inputs = np.concatenate([once.astype(manifest.input.dtype)] * 3, axis=1)
-
-    def run(rows: Array, chunk: int) -> list[Array]:
-        """A third one by one, so that the state is not the initial one, and the rest in chunks."""
-        state, parts = initial_state(manifest.state, len(rows)), []
-        for start, end in pairwise([*range(steps), *range(steps, 3 * steps, chunk), 3 * steps]):
-            outputs, state = runner.run(inputs[rows, start:end], state, names)
-            parts.append(list(outputs.values()))
-        return [np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)] + state
-
-    def same(got: list[Array], want: list[Array]) -> bool:
-        return all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
-
-    each = [run(np.array([b]), 1) for b in range(len(inputs))]
-    alone = [np.concatenate(rows) for rows in zip(*each, strict=True)]
-    exact = True
-    for size in (1, 2, 3, 5, 8, 17, 64):
-        rows = np.arange(size) % len(inputs)
-        one_by_one = run(rows, 1)
-        exact &= same(one_by_one, [value[rows] for value in alone])
-        try:
-            if not same(run(rows, 2 * steps), one_by_one):
-                runner.step_by_step("in one run a chunk gives other bits than its steps")
-        except InferenceFailed as error:
-            runner.step_by_step(str(error))
-    return exact
-
-
-def _golden_array(files: ModelFiles, key: str, shape: tuple[int, ...]) -> Array:
-    array = files.golden.get(key)
-    if array is None or array.shape != shape:
-        found = "is missing" if array is None else f"has shape {array.shape}"
-        raise GoldenMismatch(f"golden.npz: {key} {found}, the manifest asks for {shape}")
-    return array

@@ -1,81 +1,23 @@
-"""Engines are handed out only when they compute what was exported."""
+"""Which versions are live, which is the default, and that one broken model stops no other."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from service.engine import Engine, load_engines
-from service.errors import GoldenMismatch, ModelBroken, ModelNotFound
+from service.engine import load_engines
+from service.errors import ModelBroken, ModelNotFound
 from service.metrics import Metrics
 from service.registry import ModelKey, load, scan
 from tests.service import toys
 from tests.service.conftest import OPTIONS
 
 
-def rewrite_golden(folder: Path, **changes: np.ndarray | None) -> None:
-    """Changes arrays of golden.npz and seals the version again; None drops one."""
-    with np.load(folder / "golden.npz") as arrays:
-        golden = {name: arrays[name] for name in arrays.files}
-    for name, value in changes.items():
-        key = name.replace("__", ".")
-        if value is None:
-            del golden[key]
-        else:
-            golden[key] = value
-    np.savez(folder / "golden.npz", **golden)
-    toys.seal(folder, json.loads((folder / "manifest.json").read_text()))
-
-
-def test_a_model_that_replays_its_golden_vectors_is_live(repository: Path, metrics: Metrics) -> None:
-    """The error it loaded with is known and within the manifest's tolerance."""
-    engine = Engine(load(repository / "toy" / "1"), OPTIONS, metrics)
-    assert engine.golden_error <= engine.manifest.golden.tolerance
-    assert engine.device == "cpu"
-
-
-def test_whether_rows_feel_their_batch_is_told(repository: Path, tmp_path: Path, metrics: Metrics) -> None:
-    """An engine knows whether its model gives the same bits alone and in a batch, on this device."""
-    for folder in (repository / "toy" / "1", repository / "counter" / "1"):
-        assert Engine(load(folder), OPTIONS, metrics).bit_exact
-    assert not Engine(load(toys.save_uneven(tmp_path)), OPTIONS, metrics).bit_exact
-
-
-@pytest.mark.parametrize("key", ["output__y", "output__z", "state__h"])
-def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, metrics: Metrics, key: str) -> None:
-    """A golden value off by more than the tolerance, in any output or state, keeps the model out."""
-    folder = toys.save_leaky(tmp_path)
-    value = load(folder).golden[key.replace("__", ".")].copy()
-    value.flat[-1] += 1e-3
-    rewrite_golden(folder, **{key: value})
-    with pytest.raises(GoldenMismatch, match=key.replace("__", r"\.")):
-        Engine(load(folder), OPTIONS, metrics)
-
-
-def test_golden_vectors_that_are_not_a_number_are_no_match(tmp_path: Path, metrics: Metrics) -> None:
-    """NaN is not within any tolerance."""
-    folder = toys.save_leaky(tmp_path)
-    value = load(folder).golden["output.y"].copy()
-    value[0, 0, 0] = np.nan
-    rewrite_golden(folder, output__y=value)
-    with pytest.raises(GoldenMismatch):
-        Engine(load(folder), OPTIONS, metrics)
-
-
-def test_missing_golden_vectors_are_named(tmp_path: Path, metrics: Metrics) -> None:
-    """The array that is not there is told, with the shape that is expected."""
-    folder = toys.save_leaky(tmp_path)
-    rewrite_golden(folder, output__z=None)
-    with pytest.raises(GoldenMismatch, match=r"output\.z is missing"):
-        Engine(load(folder), OPTIONS, metrics)
-
-
 def test_one_broken_model_does_not_stop_the_others(tmp_path: Path, metrics: Metrics) -> None:
     """The good version is served and is the default; the broken one is named when asked for."""
     toys.save_leaky(tmp_path, version="1")
-    rewrite_golden(toys.save_leaky(tmp_path, version="2"), output__z=None)
+    toys.rewrite_golden(toys.save_leaky(tmp_path, version="2"), output__z=None)
     (toys.save_counter(tmp_path) / "model.onnx").unlink()
     found = scan(tmp_path)
     engines = load_engines(found.found, found.broken, OPTIONS, metrics)
@@ -109,7 +51,7 @@ def test_a_model_broken_in_any_way_is_only_reported(tmp_path: Path, metrics: Met
 def test_golden_vectors_of_another_kind_are_only_reported(tmp_path: Path, metrics: Metrics) -> None:
     """Text where numbers belong keeps the model out and stops nobody."""
     folder = toys.save_leaky(tmp_path)
-    rewrite_golden(folder, output__y=load(folder).golden["output.y"].astype(str))
+    toys.rewrite_golden(folder, output__y=load(folder).golden["output.y"].astype(str))
     engines = load_engines(scan(tmp_path).found, {}, OPTIONS, metrics)
     assert list(engines.broken) == [ModelKey("toy", "1")]
 

@@ -35,6 +35,20 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def rewrite_golden(folder: Path, **changes: np.ndarray | None) -> None:
+    """Changes arrays of golden.npz and seals the version again; None drops one."""
+    with np.load(folder / "golden.npz") as arrays:
+        golden = {name: arrays[name] for name in arrays.files}
+    for name, value in changes.items():
+        key = name.replace("__", ".")
+        if value is None:
+            del golden[key]
+        else:
+            golden[key] = value
+    np.savez(folder / "golden.npz", **golden)
+    seal(folder, json.loads((folder / "manifest.json").read_text()))
+
+
 def unrolled(folder: Path, manifest: dict[str, Any], inputs: np.ndarray) -> dict[str, np.ndarray]:
     """An ONNX Runtime loop that shares no code with the service: the sequences one after another, a step a run.
 
@@ -95,6 +109,18 @@ def _manifest(name: str, version: str, **changes: Any) -> dict[str, Any]:
         "metrics": [],
         "libraries": {},
     } | changes
+
+
+def _scalar_manifest(name: str, version: str) -> dict[str, Any]:
+    """One float in, one out, one kept."""
+    tensor = {"dtype": "float32", "shape": [1], "batch_axis": 0}
+    return _manifest(
+        name,
+        version,
+        input={"name": "x"} | tensor,
+        outputs=[{"name": "y", "role": "prediction"} | tensor],
+        state=[{"name": "h", "input": "h", "output": "h_next"} | tensor],
+    )
 
 
 def save_leaky(root: Path, name: str = "toy", version: str = "1", seed: int = 0) -> Path:
@@ -209,14 +235,7 @@ def save_uneven(root: Path, name: str = "uneven", version: str = "1") -> Path:
             for key, value, dtype in (("zero", 0, np.int64), ("little", 1e-6, np.float32), ("nothing", 0, np.float32))
         ],
     )
-    tensor = {"dtype": "float32", "shape": [1], "batch_axis": 0}
-    manifest = _manifest(
-        name,
-        version,
-        input={"name": "x"} | tensor,
-        outputs=[{"name": "y", "role": "prediction"} | tensor],
-        state=[{"name": "h", "input": "h", "output": "h_next"} | tensor],
-    )
+    manifest = _scalar_manifest(name, version)
     return _save(root, graph, manifest, {"input.x": np.ones((2, 5, 1), np.float32)})
 
 
@@ -255,12 +274,5 @@ def save_exploding(root: Path, name: str = "exploding", version: str = "1") -> P
         [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("y", "h_next")],
         [numpy_helper.from_array(np.array(1e30, np.float32), "huge")],
     )
-    tensor = {"dtype": "float32", "shape": [1], "batch_axis": 0}
-    manifest = _manifest(
-        name,
-        version,
-        input={"name": "x"} | tensor,
-        outputs=[{"name": "y", "role": "prediction"} | tensor],
-        state=[{"name": "h", "input": "h", "output": "h_next"} | tensor],
-    )
+    manifest = _scalar_manifest(name, version)
     return _save(root, graph, manifest, {"input.x": np.zeros((2, 5, 1), np.float32)})
