@@ -1,10 +1,7 @@
 """`latch`: the command line. Rule: it reads arguments and prints; the work is done elsewhere."""
 
-import asyncio
 import logging
 import signal
-import socket
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +15,10 @@ from rich.table import Table
 from service.app import create_app, engine_options
 from service.demo import play
 from service.engine import load_engines
-from service.errors import LatchError, SettingsInvalid
+from service.errors import LatchError
 from service.metrics import Metrics
 from service.registry import ModelKey, scan
+from service.server import listen, make_server
 from service.settings import PREFIX, Settings, load_settings
 
 cli = typer.Typer(
@@ -33,36 +31,6 @@ cli = typer.Typer(
 out = Console()
 
 ModelsOption = Annotated[Path | None, typer.Option("--models", help="Model repository [LATCH_MODELS, else ./models]")]
-
-
-# Open requests get this long when the service stops: less than most orchestrators wait before they kill.
-STOP_SECONDS = 10
-
-
-class _Server(uvicorn.Server):
-    """Says where to look once it listens, and answers who still waits over HTTP when it stops; sockets get a 1012."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # uvicorn cancels what is left after STOP_SECONDS, without an answer: answer before that.
-        asyncio.get_running_loop().call_later(0.8 * STOP_SECONDS, self.config.app.state.stop)  # type: ignore[union-attr]
-        await super().shutdown(sockets)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for server in self.servers:
-            host, port = server.sockets[0].getsockname()[:2]
-            address = ip_address(host)
-            name = "localhost" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
-            url = f"http://{name}:{port}"
-            out.print(f"Latch listens on {url}  (stop it with Ctrl-C)", highlight=False)
-            for path, what in (
-                ("/docs", "every call, to read and to try"),
-                ("/v1/models", "what it serves"),
-                ("/health/ready", "whether all of it loaded"),
-                ("/metrics", "figures for Prometheus"),
-            ):
-                out.print(f"  {url}{path:<16} {what}", highlight=False)
-            out.print(f"  latch demo --url {url}   a chorale, note by note", highlight=False)
 
 
 @cli.command()
@@ -83,40 +51,19 @@ def serve(
     if level == "INFO":
         logging.getLogger("uvicorn").setLevel("WARNING")  # it has two lines for every socket
     listener = listen(settings.host, settings.port)
-    server = make_server(settings)
+    server = build(settings)
     for stop in (signal.SIGINT, signal.SIGTERM):
         # uvicorn stops on these and then raises them again; a stop that was asked for is no failure.
         signal.signal(stop, signal.SIG_IGN)
     server.run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Takes the address, before models are loaded for nothing. Raises SettingsInvalid where it cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SettingsInvalid(f"cannot listen on {host}:{port}: {reason}; choose --host and --port") from error
-
-
-def make_server(settings: Settings) -> uvicorn.Server:
-    """The HTTP and WebSocket server around the app, as `latch serve` runs it."""
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        loop="auto",
-        http="httptools",
-        ws="websockets-sansio",
-        ws_max_size=settings.max_body_bytes,
-        # Where reading pauses for a full queue, the pong waits behind the messages: its lateness proves nothing.
-        ws_ping_timeout=None,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=STOP_SECONDS,
+def build(settings: Settings) -> uvicorn.Server:
+    """The server around the app, as `latch serve` runs it."""
+    app = create_app(settings)
+    return make_server(
+        app, app.app.state.stop, host=settings.host, port=settings.port, max_message_bytes=settings.max_body_bytes
     )
-    return _Server(config)
 
 
 @cli.command()

@@ -20,21 +20,28 @@ from service.errors import Internal, InvalidInput, LatchError, Malformed, Method
 from service.metrics import Metrics
 from service.registry import scan
 from service.routers import ERRORS, error_response, models, ops, sessions, stream
+from service.routers.front import FrontDoor
+from service.routers.steps import StepDoor
+from service.routers.stream import StreamDoor
 from service.sessions import IdleLimits, SessionManager
 from service.settings import Settings
 from service.stores import open_store
+from service.wire import frames
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = f"""
-Beside these calls there is a WebSocket, which OpenAPI cannot describe:
+Beside these calls there are WebSockets, which OpenAPI cannot describe:
 
 ```text
 {stream.__doc__}```
+
+```text
+{frames.__doc__}```
 """
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings) -> FrontDoor:
     """Loads the models and puts the service together; its tasks start with the app's lifespan.
 
     Raises:
@@ -84,13 +91,21 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.manager = manager
     app.state.metrics = metrics
     app.state.max_body_bytes = settings.max_body_bytes
-    app.state.max_waiting = settings.max_session_queue
     app.state.stop = stop
-    for router in (models.router, sessions.router, stream.router, ops.router):
+    app.state.steps = StepDoor(manager, metrics, max_body_bytes=settings.max_body_bytes, max_steps=settings.max_steps)
+    for router in (models.router, sessions.router, sessions.steps, ops.router):
         app.include_router(router)
     for kind in (LatchError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    return app
+    streams = StreamDoor(
+        manager,
+        metrics,
+        max_waiting=settings.max_session_queue,
+        max_waiting_many=settings.max_socket_queue,
+        max_steps=settings.max_steps,
+        slow_reader=settings.slow_reader_ms / 1000,
+    )
+    return FrontDoor(app, app.state.steps, streams)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -2,26 +2,32 @@
 
 Rule: one task, no timers, no waiting window. When a run ends, the next takes whatever is ready. A request is applied
 whole or not at all: a chunk that takes several runs works on copied state and commits once, at its end.
-It knows slots, not session ids, and never who asked.
+It knows slots, not session ids, and never who asked: an answer is a call of what came with the request.
 """
 
 import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from service.errors import Draining, InferenceFailed, LatchError, Overloaded, SessionNotFound, StepConflict
 from service.manifest import Array
-from service.metrics import Metrics
+from service.metrics import ModelMetrics
 from service.slab import Commit, Kept, Slot, StateSlab
 from service.steps import Decision, decide
 from service.wire import StepReply, StepRequest
+from service.wire.rows import RowFormat
 
 log = logging.getLogger(__name__)
+
+Outcome = StepReply | LatchError
+Answer = Callable[[Outcome], Any]
 
 
 class Runner(Protocol):
@@ -36,46 +42,40 @@ class Runner(Protocol):
         """Whether the run belongs on the event loop's own thread."""
 
 
-class _Waiter:
-    """Somebody's place in the queue of a session. By itself it needs no run: it is answered when its turn comes."""
+class Ticket(msgspec.Struct):
+    """A place in the queue of a session, until `answer` was called. Without a request it needs no run: at its turn,
+    when everything before it is applied or has failed, `action` gives the outcome.
+    """
 
-    __slots__ = ("future", "resets", "slot", "submitted")
+    slot: Slot
+    answer: Answer | None
+    submitted: float
+    action: Callable[[], Outcome] | None = None
 
-    def __init__(self, slot: Slot, *, resets: bool = False) -> None:
-        self.slot = slot
-        self.resets = resets
-        self.future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
-        self.submitted = time.perf_counter()
+    def settle(self, outcome: Outcome) -> None:
+        """Answers, unless that was done or the caller has gone."""
+        if self.answer is not None:
+            answer, self.answer = self.answer, None
+            try:
+                answer(outcome)
+            except Exception:  # a door that fails must not take the batch with it
+                log.exception("an answer could not be delivered")
 
-    def settle(self, outcome: StepReply | LatchError) -> None:
-        """Answers, unless the caller has gone or was answered."""
-        if self.future.done():
-            return
-        if isinstance(outcome, LatchError):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
+    def cancel(self) -> None:
+        """The caller has gone: drops the request if no run has finished it, and harms nobody else."""
+        self.answer = None
 
 
-class _Chunk(_Waiter):
+class _Chunk(Ticket, kw_only=True):
     """A request to step, and how far it got."""
 
-    __slots__ = ("compute_seconds", "done", "first_step", "outputs", "queue_seconds", "request", "started", "state")
-
-    def __init__(self, slot: Slot, request: StepRequest) -> None:
-        super().__init__(slot)
-        self.request = request
-        self.started = False
-        self.first_step = 0
-        self.done = 0
-        self.state: list[Array] | None = None
-        self.outputs: list[dict[str, Array]] = []
-        self.queue_seconds = 0.0
-        self.compute_seconds = 0.0
-
-    @property
-    def remaining(self) -> int:
-        return len(self.request.inputs) - self.done
+    request: StepRequest
+    first_step: int = 0
+    done: int = 0
+    state: list[Array] | None = None
+    parts: list[bytes] | None = None
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 class Batcher:
@@ -84,68 +84,65 @@ class Batcher:
     Args:
         runner: advances a batch.
         slab: holds the states.
+        rows: how inputs and outputs are packed.
         max_batch_size: sessions in a run.
         max_run_steps: steps of one session in a run, so that nobody waits long behind a chunk.
         max_queue: requests waiting for this model.
         max_session_queue: requests waiting for one session.
         keep_reply_bytes: largest reply kept for a duplicate.
-        metrics, key: where and under which model and version to count.
+        metrics: the instruments of this model and version.
     """
 
     def __init__(
         self,
         runner: Runner,
         slab: StateSlab,
+        rows: RowFormat,
         *,
         max_batch_size: int,
         max_run_steps: int,
         max_queue: int,
         max_session_queue: int,
         keep_reply_bytes: int,
-        metrics: Metrics,
-        key: tuple[str, str],
+        metrics: ModelMetrics,
     ) -> None:
         self._runner = runner
         self._slab = slab
+        self._rows = rows
         self._max_batch_size = max_batch_size
         self._max_run_steps = max_run_steps
         self._max_queue = max_queue
         self._max_session_queue = max_session_queue
         self._keep_reply_bytes = keep_reply_bytes
-        self._queues: dict[Slot, deque[_Waiter]] = {}
+        self._metrics = metrics
+        self._queues: dict[Slot, list[Ticket]] = {}
         self._ready: deque[Slot] = deque()  # slots with work that are in no run, oldest first
         self._depth = 0
         self._wake = asyncio.Event()
         self._closed = False
-        self._steps = metrics.steps.labels(*key)
-        self._replays = metrics.replays.labels(*key)
-        self._batch_size = metrics.batch_size.labels(*key)
-        self._run_steps = metrics.run_steps.labels(*key)
-        self._queue_seconds = metrics.queue_seconds.labels(*key)
-        self._compute_seconds = metrics.compute_seconds.labels(*key)
-        metrics.queue_depth.labels(*key).set_function(lambda: self._depth)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
+        metrics.queue_depth.set_function(lambda: self._depth)
 
-    def submit(self, slot: Slot, request: StepRequest) -> asyncio.Future[StepReply]:
-        """Puts a request behind what its session has waiting.
-
-        Returns:
-            A future of the reply. Cancelling it drops the request if no run has finished it, and harms nobody else.
+    def submit(self, slot: Slot, request: StepRequest, answer: Answer) -> Ticket:
+        """Puts a request behind what its session has waiting; `answer` is called once, from this thread.
 
         Raises:
             Overloaded: a queue is full.
             Draining: the service is stopping.
+            SessionNotFound: the slot was released.
         """
-        self._check_room(slot)
-        return self._enqueue(_Chunk(slot, request))
+        queue = self._queues.get(slot)
+        if self._depth >= self._max_queue or (queue is not None and len(queue) >= self._max_session_queue):
+            raise self._overloaded(queue or [])
+        return self._enqueue(_Chunk(slot, answer, time.perf_counter(), request=request))
 
-    def reset(self, slot: Slot) -> asyncio.Future[StepReply]:
-        """Returns the session to its initial state and step 0, after what it has waiting. Raises as `submit`."""
-        self._check_room(slot)
-        return self._enqueue(_Waiter(slot, resets=True))
+    def at_turn(self, slot: Slot, action: Callable[[], Outcome], answer: Answer) -> Ticket:
+        """Calls `action` once everything that the session has waiting is applied or has failed, and answers with that.
 
-    def turn(self, slot: Slot) -> asyncio.Future[StepReply]:
-        """A future of where the session stands once everything that it has waiting is applied or has failed."""
-        return self._enqueue(_Waiter(slot))
+        Raises:
+            Draining, SessionNotFound: as `submit`.
+        """
+        return self._enqueue(Ticket(slot, answer, time.perf_counter(), action))
 
     def pending(self, slot: Slot) -> int:
         """Requests of this slot that wait or run."""
@@ -154,8 +151,8 @@ class Batcher:
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
         self._slab.release(slot)
-        for waiter in self._queues.get(slot, ()):
-            waiter.settle(SessionNotFound("the session was deleted while this request was waiting"))
+        for ticket in list(self._queues.get(slot, ())):
+            ticket.settle(SessionNotFound("the session was deleted while this request was waiting"))
 
     async def serve(self) -> None:
         """The loop; runs until cancelled."""
@@ -179,42 +176,39 @@ class Batcher:
                 await asyncio.sleep(0)
         finally:
             self._closed = True
+            self._worker.shutdown(wait=False)
             for queue in self._queues.values():
-                for waiter in queue:
-                    waiter.settle(Draining("the service is stopping"))
+                for ticket in list(queue):
+                    ticket.settle(Draining("the service is stopping"))
 
-    def _check_room(self, slot: Slot) -> None:
-        for waiting, limit, what in (
-            (self._depth, self._max_queue, "model"),
-            (self.pending(slot), self._max_session_queue, "session"),
-        ):
-            if waiting >= limit:
-                raise Overloaded(
-                    f"{waiting} requests wait for this {what}: send again later", limit=limit, retry_after_ms=100
-                )
+    def _overloaded(self, queue: list[Ticket]) -> Overloaded:
+        waiting, limit, what = len(queue), self._max_session_queue, "session"
+        if waiting < limit:
+            waiting, limit, what = self._depth, self._max_queue, "model"
+        return Overloaded(f"{waiting} requests wait for this {what}: send again later", limit=limit, retry_after_ms=100)
 
-    def _enqueue(self, waiter: _Waiter) -> asyncio.Future[StepReply]:
+    def _enqueue(self, ticket: Ticket) -> Ticket:
         if self._closed:
             raise Draining("the service is stopping")
-        if not self._slab.is_live(waiter.slot):
+        slot = ticket.slot
+        if slot.row < 0:
             raise SessionNotFound("the session was deleted")
-        queue = self._queues.get(waiter.slot)
+        queue = self._queues.get(slot)
         if queue is None:
-            self._queues[waiter.slot] = deque([waiter])
-            self._ready.append(waiter.slot)
+            self._queues[slot] = [ticket]
+            self._ready.append(slot)
         else:
-            queue.append(waiter)
+            queue.append(ticket)
         self._depth += 1
         self._wake.set()
-        return waiter.future
+        return ticket
 
     def _collect(self) -> list[_Chunk]:
         """The head of every queue that needs a run, oldest first, up to `max_batch_size`."""
         batch: list[_Chunk] = []
-        for _ in range(len(self._ready)):
-            if len(batch) == self._max_batch_size:
-                break
-            slot = self._ready.popleft()
+        ready = self._ready
+        for _ in range(min(len(ready), self._max_batch_size)):
+            slot = ready.popleft()
             chunk = self._head(slot)
             if chunk is None:
                 self._requeue(slot)
@@ -226,41 +220,48 @@ class Batcher:
         """The first request of the queue that needs a run; answers those before it that do not."""
         queue = self._queues[slot]
         while queue:
-            waiter = queue[0]
-            if not waiter.future.done():
-                if not isinstance(waiter, _Chunk):
-                    if waiter.resets:
-                        self._slab.commit([Commit(slot, 0, None)], self._slab.initial(1))
-                    waiter.settle(StepReply({}, self._slab.step(slot)))
-                elif waiter.started or self._begin(waiter):
-                    return waiter
-            queue.popleft()
+            ticket = queue[0]
+            if ticket.answer is not None:
+                if not isinstance(ticket, _Chunk):
+                    ticket.settle(self._act(ticket))
+                elif ticket.done or self._begin(ticket):
+                    return ticket
+            del queue[0]
             self._depth -= 1
         return None
 
+    @staticmethod
+    def _act(ticket: Ticket) -> Outcome:
+        try:
+            return ticket.action()  # type: ignore[misc]  # a ticket has a request or an action
+        except LatchError as error:
+            return error
+
     def _begin(self, chunk: _Chunk) -> bool:
         """Consults the step table. True when the chunk needs a run, False when it is answered."""
-        step, kept = self._slab.step(chunk.slot), self._slab.kept(chunk.slot)
-        try:
-            decision = decide(step, kept, chunk.request.first_step, chunk.request.digest)
-        except StepConflict as error:
-            chunk.settle(error)
-            return False
-        if decision is Decision.REPLAY:
-            self._replays.inc()
-            chunk.settle(StepReply(kept.outputs if kept else None, step, replayed=True))
-            return False
-        chunk.started = True
+        request, step = chunk.request, self._slab.step(chunk.slot)
+        if request.first_step is not None and request.first_step != step + 1:
+            kept = self._slab.kept(chunk.slot)
+            try:
+                decision = decide(step, kept, request.first_step, request.digest)
+            except StepConflict as error:
+                chunk.settle(error)
+                return False
+            if decision is Decision.REPLAY:
+                self._metrics.replays.inc()
+                reply = kept.reply if kept else None
+                chunk.settle(StepReply(request.outputs, reply, request.first_step, step, replayed=True))
+                return False
         chunk.first_step = step + 1
         chunk.queue_seconds = time.perf_counter() - chunk.submitted
-        self._queue_seconds.observe(chunk.queue_seconds)
         return True
 
     async def _advance(self, batch: list[_Chunk]) -> None:
         """One run: everybody in `batch` moves on by the same number of steps."""
-        steps = min(self._max_run_steps, *(chunk.remaining for chunk in batch))
-        names = tuple(dict.fromkeys(name for chunk in batch for name in chunk.request.outputs))
-        inputs = np.stack([chunk.request.inputs[chunk.done : chunk.done + steps] for chunk in batch])
+        steps = min(self._max_run_steps, *(chunk.request.steps - chunk.done for chunk in batch))
+        names = {chunk.request.outputs for chunk in batch}
+        wanted = names.pop() if len(names) == 1 else tuple({name: None for each in names for name in each})
+        inputs = self._rows.batch([self._part(chunk, steps) for chunk in batch], steps)
         state = self._slab.gather([chunk.slot for chunk in batch])
         for b, chunk in enumerate(batch):
             if chunk.state is not None:
@@ -268,7 +269,11 @@ class Batcher:
                     rows[b] = own
         start = time.perf_counter()
         try:
-            outputs, state = await self._run(inputs, state, names)
+            if self._runner.is_short(len(batch), steps):
+                outputs, state = self._runner.run(inputs, state, wanted)
+            else:
+                loop = asyncio.get_running_loop()
+                outputs, state = await loop.run_in_executor(self._worker, self._runner.run, inputs, state, wanted)
         except InferenceFailed as error:
             if len(batch) == 1:
                 batch[0].settle(error)
@@ -276,56 +281,81 @@ class Batcher:
                 for chunk in batch:
                     await self._advance([chunk])
             return
-        seconds = time.perf_counter() - start
-        self._compute_seconds.observe(seconds)
-        self._batch_size.observe(len(batch))
-        self._run_steps.observe(steps)
-        finite = {name: _finite_rows(rows) for name, rows in outputs.items()}
-        sound = np.logical_and.reduce([_finite_rows(rows) for rows in state])
+        ended = time.perf_counter()
+        sound = self._sound(batch, outputs, state)
+        packed = {asked: self._rows.pack(outputs, asked) for asked in {chunk.request.outputs for chunk in batch}}
         finished: list[int] = []
         for b, chunk in enumerate(batch):
-            chunk.compute_seconds += seconds
-            # Judged by its own outputs only: what a batch-mate asked for must not matter.
-            if not (sound[b] and all(finite[name][b] for name in chunk.request.outputs)):
+            chunk.compute_seconds += ended - start
+            if not sound[b]:
                 chunk.settle(InferenceFailed("the step gave a value that is not finite; the state did not move"))
                 continue
+            data = packed[chunk.request.outputs]
+            size = len(data) // len(batch)
+            part = data[b * size : (b + 1) * size]
+            chunk.parts = [part] if chunk.parts is None else [*chunk.parts, part]
             chunk.done += steps
-            # Copies: a kept reply must not hold the arrays of the whole batch.
-            chunk.outputs.append({name: outputs[name][b].copy() for name in chunk.request.outputs})
-            if chunk.remaining:
-                chunk.state = [rows[b].copy() for rows in state]
-            else:
+            if chunk.done == chunk.request.steps:
                 finished.append(b)
-        self._commit([batch[b] for b in finished], [rows[finished] for rows in state])
+            else:
+                chunk.state = [rows[b].copy() for rows in state]
+        if len(finished) < len(batch):
+            state = [rows[finished] for rows in state]
+        chunks = [batch[b] for b in finished]
+        self._commit(chunks, state)
+        now = time.perf_counter()
+        self._metrics.observe_run(
+            rows=len(batch),
+            steps=steps,
+            compute=ended - start,
+            answer=now - ended,
+            queue=[chunk.queue_seconds for chunk in batch if chunk.done <= steps],
+            overhead=[now - chunk.submitted - chunk.compute_seconds for chunk in chunks],
+        )
 
-    async def _run(
-        self, inputs: Array, state: list[Array], names: tuple[str, ...]
-    ) -> tuple[dict[str, Array], list[Array]]:
-        if self._runner.is_short(*inputs.shape[:2]):
-            return self._runner.run(inputs, state, names)
-        return await asyncio.to_thread(self._runner.run, inputs, state, names)
+    def _part(self, chunk: _Chunk, steps: int) -> bytes | memoryview:
+        """The next `steps` rows of a chunk."""
+        if chunk.request.steps == steps:
+            return chunk.request.data
+        size = self._rows.input_bytes
+        return memoryview(chunk.request.data)[chunk.done * size : (chunk.done + steps) * size]
+
+    @staticmethod
+    def _sound(batch: list[_Chunk], outputs: dict[str, Array], state: list[Array]) -> Sequence[bool]:
+        """[B]: whether a row's state is finite, and what it asked for itself; that of batch-mates does not count."""
+        if all(np.isfinite(values).all() for values in (*outputs.values(), *state)):
+            return [True] * len(batch)
+        finite = {name: _finite_rows(rows) for name, rows in outputs.items()}
+        sound = np.logical_and.reduce([_finite_rows(rows) for rows in state])
+        return [sound[b] and all(finite[name][b] for name in chunk.request.outputs) for b, chunk in enumerate(batch)]
 
     def _commit(self, chunks: list[_Chunk], state: list[Array]) -> None:
         """Moves the slots of finished chunks, then answers."""
         replies: list[StepReply] = []
         commits: list[Commit] = []
         for chunk in chunks:
-            outputs = _join(chunk.outputs)
-            step = chunk.first_step + chunk.done - 1
-            small = sum(array.nbytes for array in outputs.values()) <= self._keep_reply_bytes
-            kept = Kept(chunk.first_step, chunk.request.digest, outputs if small else None)
+            request = chunk.request
+            parts = chunk.parts or []
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            step = chunk.first_step + request.steps - 1
+            kept = Kept(chunk.first_step, request.digest, data if len(data) <= self._keep_reply_bytes else None)
             commits.append(Commit(chunk.slot, step, kept))
-            replies.append(StepReply(outputs, step, False, chunk.queue_seconds, chunk.compute_seconds))
+            replies.append(
+                StepReply(
+                    request.outputs, data, chunk.first_step, step, False, chunk.queue_seconds, chunk.compute_seconds
+                )
+            )
+        moved = 0
         for chunk, reply, live in zip(chunks, replies, self._slab.commit(commits, state), strict=True):
-            if live:
-                self._steps.inc(chunk.done)
+            moved += chunk.request.steps * live
             chunk.settle(reply if live else SessionNotFound("the session was deleted while this step ran"))
+        self._metrics.steps.inc(moved)
 
     def _requeue(self, slot: Slot) -> None:
         """Drops what is answered and, where more waits, puts the slot at the back of the line."""
         queue = self._queues[slot]
-        while queue and queue[0].future.done():
-            queue.popleft()
+        while queue and queue[0].answer is None:
+            del queue[0]
             self._depth -= 1
         if queue:
             self._ready.append(slot)
@@ -337,9 +367,3 @@ class Batcher:
 def _finite_rows(rows: Array) -> Array:
     """[B] of bool: whether row b is finite."""
     return np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
-
-
-def _join(parts: list[dict[str, Array]]) -> dict[str, Array]:
-    if len(parts) == 1:
-        return parts[0]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

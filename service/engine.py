@@ -5,7 +5,8 @@ together and knows no session ids.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from service.registry import ModelFiles, ModelKey
 from service.runtime import OrtRunner
 from service.slab import StateSlab
 from service.wire.native import NativeCodec
+from service.wire.rows import RowFormat
 
 
 @dataclass(frozen=True)
@@ -42,32 +44,36 @@ class Engine:
         files: the checked files of the version.
         options: limits.
         metrics: where to count.
+        clock: monotonic seconds, which idle time is measured on.
 
     Raises:
         ModelUnloadable: the runtime cannot read the graph, or it does not fit the manifest.
         GoldenMismatch: it does not give the golden outputs.
     """
 
-    def __init__(self, files: ModelFiles, options: EngineOptions, metrics: Metrics) -> None:
+    def __init__(
+        self, files: ModelFiles, options: EngineOptions, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.manifest: Manifest = files.manifest
         self.key = ModelKey(files.manifest.name, files.manifest.version)
         self._runner = OrtRunner(files.manifest, files.graph, device=options.device, threads=options.intra_op_threads)
         self.device = self._runner.device
-        self.slab = StateSlab(files.manifest.state, options.max_sessions)
+        self.slab = StateSlab(files.manifest.state, options.max_sessions, clock)
         self.bit_exact = prove_bits(self._runner, files)
         self.golden_error = replay_golden(self._runner, files)
         self._runner.warm_up(options.max_batch_size)
-        self.codec = NativeCodec(files.manifest, max_steps=options.max_steps)
+        self.rows = RowFormat.of(files.manifest)
+        self.codec = NativeCodec(self.rows, max_steps=options.max_steps)
         self.batcher = Batcher(
             self._runner,
             self.slab,
+            self.rows,
             max_batch_size=options.max_batch_size,
             max_run_steps=options.max_run_steps,
             max_queue=options.max_queue,
             max_session_queue=options.max_session_queue,
             keep_reply_bytes=options.keep_reply_bytes,
-            metrics=metrics,
-            key=self.key,
+            metrics=metrics.model(*self.key, self.slab.__len__),
         )
         self.max_sequences = min(options.max_queue, options.max_sessions)
         self.chunks = self._runner.chunks
@@ -131,7 +137,11 @@ class Engines:
 
 
 def load_engines(
-    found: Iterable[ModelFiles], broken: dict[ModelKey, LatchError], options: EngineOptions, metrics: Metrics
+    found: Iterable[ModelFiles],
+    broken: dict[ModelKey, LatchError],
+    options: EngineOptions,
+    metrics: Metrics,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engines:
     """Makes an engine of every version that can be one; the others join `broken`.
 
@@ -141,7 +151,7 @@ def load_engines(
     live, broken = [], dict(broken)
     for files in found:
         try:
-            live.append(Engine(files, options, metrics))
+            live.append(Engine(files, options, metrics, clock))
         except SettingsInvalid:
             raise
         except LatchError as error:

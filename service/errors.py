@@ -73,6 +73,13 @@ class NotFound(LatchError):
     ws_close = 4404
 
 
+class ChannelNotOpen(LatchError):
+    """A frame for a channel that no session is bound to; open it first."""
+
+    code = "channel_not_open"
+    http_status = 404
+
+
 class MethodNotAllowed(LatchError):
     """The address exists, but not for this method."""
 
@@ -144,6 +151,15 @@ class Overloaded(LatchError):
 
     code = "overloaded"
     http_status = 429
+    retryable = True
+
+
+class SlowReader(LatchError):
+    """The client has not read its replies for too long; it connects again and goes on from the hello's step."""
+
+    code = "slow_reader"
+    http_status = 408
+    ws_close = 4408
     retryable = True
 
 

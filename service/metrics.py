@@ -3,10 +3,92 @@
 Rule: never a session id as a label; labels are bounded by the models and codes that exist.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-_SECONDS = (25e-6, 1e-4, 25e-5, 1e-3, 25e-4, 1e-2, 25e-3, 0.1, 0.25, 1.0, 2.5, 10.0)
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+_SECONDS = (1e-5, 25e-6, 5e-5, 1e-4, 25e-5, 5e-4, 1e-3, 25e-4, 5e-3, 1e-2, 25e-3, 0.1, 0.25, 1.0, 2.5, 10.0)
 _POWERS = tuple(float(2**k) for k in range(14))
+_MODEL = ("model", "version")
+
+
+class _Counts:
+    """The observations of one label set: how many per bucket (the last is +Inf), and their sum."""
+
+    def __init__(self, bounds: NDArray[np.float64]) -> None:
+        self._bounds = bounds
+        self.counts = np.zeros(len(bounds) + 1, np.int64)
+        self.sum = 0.0
+
+    def observe(self, values: Sequence[float] | float) -> None:
+        """Counts one value or many."""
+        self.counts += np.bincount(np.searchsorted(self._bounds, np.atleast_1d(values)), minlength=len(self.counts))
+        self.sum += float(np.sum(values))
+
+
+class RunHistogram(Collector):
+    """A histogram that takes the values of a whole run in one call.
+
+    prometheus_client's own takes a lock and a microsecond or two for each value: with several a step, as much as the
+    step. This one is written from the event loop's thread only.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name, self._text = name, text
+        self._bounds = np.array(bounds)
+        self._children: dict[tuple[str, ...], _Counts] = {}
+        registry.register(self)
+
+    def labels(self, *values: str) -> _Counts:
+        """The counts of one model and version."""
+        return self._children.setdefault(values, _Counts(self._bounds))
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What Prometheus reads."""
+        family = HistogramMetricFamily(self._name, self._text, labels=_MODEL)
+        for values, child in self._children.items():
+            bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+            counts = np.cumsum(child.counts).astype(float)
+            family.add_metric(values, list(zip(bounds, counts.tolist(), strict=True)), child.sum)
+        yield family
+
+    def describe(self) -> Iterable[HistogramMetricFamily]:
+        """Its name, so that the registry refuses a second one."""
+        yield HistogramMetricFamily(self._name, self._text, labels=_MODEL)
+
+
+class ModelMetrics:
+    """The instruments of one model and version."""
+
+    def __init__(self, metrics: "Metrics", model: str, version: str) -> None:
+        key = (model, version)
+        self.steps = metrics.steps.labels(*key)
+        self.replays = metrics.replays.labels(*key)
+        self.queue_depth = metrics.queue_depth.labels(*key)
+        self._batch_size = metrics.batch_size.labels(*key)
+        self._run_steps = metrics.run_steps.labels(*key)
+        self._queue = metrics.queue_seconds.labels(*key)
+        self._compute = metrics.compute_seconds.labels(*key)
+        self._answer = metrics.answer_seconds.labels(*key)
+        self._overhead = metrics.overhead_seconds.labels(*key)
+
+    def observe_run(
+        self, *, rows: int, steps: int, compute: float, answer: float, queue: Sequence[float], overhead: Sequence[float]
+    ) -> None:
+        """One run: sessions and steps in it, seconds inside the runtime and after it; and for the requests that began
+        with it how long they waited, for those that ended with it what was not the runtime.
+        """
+        self._batch_size.observe(rows)
+        self._run_steps.observe(steps)
+        self._compute.observe(compute)
+        self._answer.observe(answer)
+        self._queue.observe(queue)
+        self._overhead.observe(overhead)
 
 
 class Metrics:
@@ -14,39 +96,27 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.steps = Counter("latch_steps", "Steps committed", ["model", "version"], registry=registry)
-        self.replays = Counter(
-            "latch_replays", "Duplicates answered without a run", ["model", "version"], registry=registry
-        )
+        self.steps = Counter("latch_steps", "Steps committed", _MODEL, registry=registry)
+        self.replays = Counter("latch_replays", "Duplicates answered without a run", _MODEL, registry=registry)
         self.errors = Counter("latch_errors", "Calls refused or failed, by error code", ["code"], registry=registry)
-        self.batch_size = Histogram(
-            "latch_batch_size", "Sessions in a run", ["model", "version"], buckets=_POWERS, registry=registry
+        self.queue_depth = Gauge("latch_queue_depth", "Requests waiting or running", _MODEL, registry=registry)
+        self.sessions = Gauge("latch_sessions", "Live sessions", _MODEL, registry=registry)
+        self.resident = Gauge("latch_sessions_resident", "Rows of the slab in use", _MODEL, registry=registry)
+        self.expired = Counter("latch_sessions_expired", "Sessions that idled out", _MODEL, registry=registry)
+
+        def histogram(name: str, text: str, bounds: Sequence[float]) -> RunHistogram:
+            return RunHistogram(f"latch_{name}", text, bounds, registry)
+
+        self.batch_size = histogram("batch_size", "Sessions in a run", _POWERS)
+        self.run_steps = histogram("run_steps", "Steps of each session in a run", _POWERS)
+        self.queue_seconds = histogram("queue_seconds", "From submit to the first run", _SECONDS)
+        self.compute_seconds = histogram("compute_seconds", "One run inside the runtime", _SECONDS)
+        self.answer_seconds = histogram("answer_seconds", "After a run: commit, encode and send its answers", _SECONDS)
+        self.overhead_seconds = histogram(
+            "overhead_seconds", "From submit to the answer sent, without the runtime", _SECONDS
         )
-        self.run_steps = Histogram(
-            "latch_run_steps",
-            "Steps of each session in a run",
-            ["model", "version"],
-            buckets=_POWERS,
-            registry=registry,
-        )
-        self.queue_seconds = Histogram(
-            "latch_queue_seconds",
-            "From submit to the first run",
-            ["model", "version"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.compute_seconds = Histogram(
-            "latch_compute_seconds",
-            "One run inside the runtime",
-            ["model", "version"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.queue_depth = Gauge(
-            "latch_queue_depth", "Requests waiting or running", ["model", "version"], registry=registry
-        )
-        self.sessions = Gauge("latch_sessions", "Live sessions", ["model", "version"], registry=registry)
-        self.expired = Counter(
-            "latch_sessions_expired", "Sessions that idled out", ["model", "version"], registry=registry
-        )
+
+    def model(self, name: str, version: str, resident: Callable[[], int]) -> ModelMetrics:
+        """Those of one model; `resident` counts its rows in use."""
+        self.resident.labels(name, version).set_function(resident)
+        return ModelMetrics(self, name, version)

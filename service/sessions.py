@@ -7,14 +7,15 @@ import asyncio
 import logging
 import re
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from service.batcher import Answer, Outcome, Ticket
 from service.engine import Engine, Engines
-from service.errors import InvalidInput, PayloadTooLarge, SessionExists, SessionExpired
+from service.errors import InvalidInput, LatchError, PayloadTooLarge, SessionExists, SessionExpired
 from service.metrics import Metrics
 from service.slab import Slot
 from service.stores import SessionRecord, SessionStore
@@ -25,27 +26,26 @@ log = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:-]{0,127}")
 
 
-class Session:
-    """A live session: its record, and its slot in the slab of an engine. `last_used` is monotonic seconds."""
+class Session(Slot):
+    """A live session: a slot in the slab of an engine, and its record."""
 
-    __slots__ = ("due", "engine", "last_used", "record", "slot")
+    __slots__ = ("engine", "record")
 
-    def __init__(self, record: SessionRecord, engine: Engine, slot: Slot, now: float) -> None:
+    def __init__(self, record: SessionRecord, engine: Engine) -> None:
+        super().__init__()
         self.record = record
         self.engine = engine
-        self.slot = slot
-        self.last_used = now
-        self.due = 0
 
     @property
     def step(self) -> int:
         """Steps committed so far."""
-        return self.engine.slab.step(self.slot)
+        return self.engine.slab.step(self)
 
     @property
-    def is_busy(self) -> bool:
-        """Whether requests of it wait or run; a busy session is not idle, however long it takes."""
-        return self.engine.batcher.pending(self.slot) > 0
+    def has_idled_out(self) -> bool:
+        """Whether its time is over. A session with requests that wait or run is not idle, however long they take."""
+        slab = self.engine.slab
+        return slab.is_idle(self) and not self.engine.batcher.pending(self)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SessionManager:
         idle: limits of the idle time.
         metrics: where to count.
         sweep_interval: seconds between two sweeps.
-        monotonic, wall: the clocks, in seconds; idle time is measured on the first, which no one sets.
+        wall: the clock, in seconds since the epoch. Idle time is measured by the slabs, on a clock that no one sets.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class SessionManager:
         idle: IdleLimits,
         metrics: Metrics,
         sweep_interval: float = 1.0,
-        monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.engines = engines
@@ -85,12 +84,8 @@ class SessionManager:
         self._idle = idle
         self._metrics = metrics
         self._sweep_interval = sweep_interval
-        self._monotonic = monotonic
         self._wall = wall
         self._live: dict[str, Session] = {}
-        # Sessions by the sweep at which they may have idled out: a sweep looks at nobody else.
-        self._due: defaultdict[int, set[Session]] = defaultdict(set)
-        self._swept = self._tick(monotonic())
 
     async def create(
         self,
@@ -132,18 +127,21 @@ class SessionManager:
             existing = await self._existing(session_id)
             if existing is not None:
                 return self._same(existing, engine.key.name, version), False
-        slot = engine.slab.acquire()
-        record = SessionRecord(session_id, *engine.key, ttl, self._wall(), metadata or {})
+        session = Session(SessionRecord(session_id, *engine.key, ttl, self._wall(), metadata or {}), engine)
+        engine.slab.acquire(session, ttl)
         try:
-            await self._store.create(record)
+            await self._store.create(session.record)
         except BaseException:
-            engine.batcher.release(slot)
+            engine.batcher.release(session)
             raise
-        session = Session(record, engine, slot, self._monotonic())
         self._live[session_id] = session
-        self._schedule(session)
         self._metrics.sessions.labels(*engine.key).inc()
         return session, True
+
+    def resident(self, session_id: str) -> Session | None:
+        """The live session of an id, where this process has it at hand and its time is not over."""
+        session = self._live.get(session_id)
+        return None if session is None or session.has_idled_out else session
 
     async def find(self, session_id: str) -> Session:
         """The live session of an id.
@@ -153,7 +151,7 @@ class SessionManager:
             SessionNotFound: it was never made, or was deleted.
         """
         session = self._live.get(session_id)
-        if session is not None and self._idles_out(session):
+        if session is not None and session.has_idled_out:
             await self._expire(session)
             session = None
         if session is None:
@@ -162,25 +160,34 @@ class SessionManager:
             raise RuntimeError(f"session {record.id!r} is in the store but not in memory")
         return session
 
-    def step(self, session: Session, request: StepRequest) -> asyncio.Future[StepReply]:
-        """Hands a request to the session's engine, behind what it has waiting; the reply comes with the future.
+    def submit(self, session: Session, request: StepRequest, answer: Answer) -> Ticket:
+        """Hands a request to the session's engine, behind what it has waiting; `answer` is told what becomes of it.
 
         Raises:
-            Overloaded, Draining: at once.
-            StepConflict, InferenceFailed, SessionNotFound: through the future.
+            Overloaded, Draining, SessionNotFound: at once.
+            StepConflict, InferenceFailed, SessionNotFound: as the answer.
         """
-        future = session.engine.batcher.submit(session.slot, request)
-        future.add_done_callback(lambda _: self._touch(session))
-        return future
+        ticket = session.engine.batcher.submit(session, request, answer)
+        session.engine.slab.touch(session)
+        return ticket
+
+    async def step(self, session: Session, request: StepRequest) -> StepReply:
+        """`submit`, and waits for the answer. Cancelling it drops the request if no run has finished it."""
+        return await _answered(partial(self.submit, session, request))
 
     async def turn(self, session: Session) -> int:
         """Waits until everything that the session has queued is applied or has failed; returns its step then."""
-        return (await session.engine.batcher.turn(session.slot)).step
+        reply = await _answered(partial(session.engine.batcher.at_turn, session, partial(_standing, session)))
+        return reply.step
 
     async def reset(self, session: Session) -> None:
         """Returns the session to its initial state and to step 0, after what it has waiting."""
-        await session.engine.batcher.reset(session.slot)
-        self._touch(session)
+
+        def reset() -> StepReply:
+            session.engine.slab.reset(session)
+            return _standing(session)
+
+        await _answered(partial(session.engine.batcher.at_turn, session, reset))
 
     async def delete(self, session_id: str) -> None:
         """Ends a session; whoever waits for it is told. Raises as `find`."""
@@ -192,7 +199,7 @@ class SessionManager:
         """Live sessions in order of id, above `after`; and the id to go on after, if there are more."""
         records = await self._store.page(model, after, limit + 1)
         found = [self._live.get(record.id) for record in records[:limit]]
-        live = [session for session in found if session is not None and not self._idles_out(session)]
+        live = [session for session in found if session is not None and not session.has_idled_out]
         return live, records[limit - 1].id if len(records) > limit else None
 
     async def predict(self, engine: Engine, requests: Sequence[StepRequest]) -> list[StepReply]:
@@ -207,36 +214,33 @@ class SessionManager:
                 f"{len(requests)} sequences: this model takes {engine.max_sequences} at once; send them in parts",
                 limit=engine.max_sequences,
             )
-        slots: list[Slot] = []
-        waiting: list[asyncio.Future[StepReply]] = []
+        slots = [Slot() for _ in requests]
         try:
-            for request in requests:
-                slots.append(engine.slab.acquire())
-                waiting.append(engine.batcher.submit(slots[-1], request))
+            for slot in slots:
+                engine.slab.acquire(slot)
+            waiting = [
+                _answered(partial(engine.batcher.submit, slot, request))
+                for slot, request in zip(slots, requests, strict=True)
+            ]
             return await asyncio.gather(*waiting)
         finally:
-            for future in waiting:
-                future.cancel()
             for slot in slots:
                 engine.batcher.release(slot)
 
     def expires_at(self, session: Session) -> float:
         """Wall-clock seconds at which the session idles out if nothing comes."""
-        return self._wall() + max(0.0, session.last_used + session.record.idle_ttl - self._monotonic())
+        return self._wall() + session.engine.slab.time_left(session)
 
     async def sweep(self) -> int:
         """Expires every session that has idled out; returns how many."""
-        now = self._tick(self._monotonic())
         count = 0
-        for tick in range(self._swept, now):
-            for session in list(self._due.get(tick, ())):
-                if self._idles_out(session):
-                    await self._expire(session)
+        for engine in self.engines:
+            for slot in engine.slab.idle():
+                if isinstance(slot, Session) and slot.is_live and slot.has_idled_out:
+                    await self._expire(slot)
                     count += 1
-                elif self._live.get(session.record.id) is session:
-                    self._schedule(session)
-            self._due.pop(tick, None)
-        self._swept = now
+                    if count % 256 == 0:  # the doors go first, however many end at once
+                        await asyncio.sleep(0)
         return count
 
     async def serve(self) -> None:
@@ -269,14 +273,6 @@ class SessionManager:
             )
         return existing
 
-    def _touch(self, session: Session) -> None:
-        session.last_used = self._monotonic()
-
-    def _idles_out(self, session: Session) -> bool:
-        if self._live.get(session.record.id) is not session or session.is_busy:
-            return False
-        return self._monotonic() - session.last_used >= session.record.idle_ttl
-
     async def _expire(self, session: Session) -> None:
         self._forget(session)
         self._metrics.expired.labels(*session.engine.key).inc()
@@ -285,16 +281,30 @@ class SessionManager:
     def _forget(self, session: Session) -> None:
         """Takes the session out of this process at once, before anything is awaited."""
         del self._live[session.record.id]
-        if (due := self._due.get(session.due)) is not None:
-            due.discard(session)
-        session.engine.batcher.release(session.slot)
+        session.engine.batcher.release(session)
         self._metrics.sessions.labels(*session.engine.key).dec()
 
-    def _tick(self, now: float) -> int:
-        return int(now / self._sweep_interval)
 
-    def _schedule(self, session: Session) -> None:
-        """The sweep after the earliest moment at which the session can have idled out."""
-        deadline = max(session.last_used + session.record.idle_ttl, self._monotonic())
-        session.due = self._tick(deadline)
-        self._due[session.due].add(session)
+def _standing(session: Session) -> StepReply:
+    """Where the session is now."""
+    step = session.step
+    return StepReply((), b"", step + 1, step)
+
+
+async def _answered(ask: Callable[[Answer], Ticket]) -> StepReply:
+    """Calls `ask` with an answer that ends the wait."""
+    future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
+
+    def answer(outcome: Outcome) -> None:
+        if future.done():
+            return
+        if isinstance(outcome, LatchError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    ticket = ask(answer)
+    try:
+        return await future
+    finally:
+        ticket.cancel()

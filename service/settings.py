@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     max_session_queue: int = Field(
         64, ge=1, description="Requests that may wait for one session; more are answered 429"
     )
+    max_socket_queue: int = Field(
+        4_096, ge=1, description="Replies that a socket of many sessions may owe; reading stops there"
+    )
+    slow_reader_ms: int = Field(
+        30_000, ge=1, description="A socket whose client reads nothing for this long is closed with 4408"
+    )
     max_steps: int = Field(16_384, ge=1, description="Steps that one request may carry")
     max_body_bytes: int = Field(16_777_216, ge=1_024, description="Bytes of one HTTP body or WebSocket message")
     keep_reply_bytes: int = Field(

@@ -1,36 +1,48 @@
 """`StateSlab`: the hidden states of all sessions of one model, one row each.
 
 Rule: `commit` is the only function that moves a state, and it moves state, step number and kept reply together.
-It knows neither sessions nor the runtime.
+It knows neither sessions nor the runtime. What it keeps of a row beside the state is columns of numbers, not objects:
+a million idle sessions cost little more than their states, and a run moves its rows with a few array operations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.errors import CapacityExceeded
 from service.manifest import Array, StatePair, initial_state
 
 _FIRST_ROWS = 64
+_DIGEST = np.dtype("V16")
 
 
-class Slot(NamedTuple):
-    """A row, and the generation that tells this owner from the next one of the same row."""
+class Slot:
+    """A row of the slab and the right to it. `row` is -1 from the release on: whatever still carries the slot is stale,
+    and can never be taken for the next owner of the same row.
+    """
 
-    row: int
-    generation: int
+    __slots__ = ("row",)
+
+    def __init__(self) -> None:
+        self.row = -1
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the row is still this owner's."""
+        return self.row >= 0
 
 
 class Kept(NamedTuple):
     """The last committed request of a slot: what a duplicate of it is answered with.
 
-    `outputs` (name -> [T, *shape]) is None where it was larger than the keep limit.
+    `reply` (packed rows) is None where it was larger than the keep limit.
     """
 
     first_step: int
     digest: bytes
-    outputs: dict[str, Array] | None
+    reply: bytes | None
 
 
 class Commit(NamedTuple):
@@ -38,7 +50,7 @@ class Commit(NamedTuple):
 
     slot: Slot
     step: int
-    kept: Kept | None
+    kept: Kept
 
 
 class StateSlab:
@@ -47,62 +59,92 @@ class StateSlab:
     Args:
         pairs: the state tensors of the model.
         capacity: most sessions at a time.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, pairs: Sequence[StatePair], capacity: int) -> None:
+    def __init__(self, pairs: Sequence[StatePair], capacity: int, clock: Callable[[], float]) -> None:
         self._capacity = capacity
-        self._pairs = pairs
+        self._clock = clock
+        self._initial = initial_state(pairs, 1)
         rows = min(capacity, _FIRST_ROWS)
         self._state = [np.zeros((rows, *pair.shape), pair.dtype) for pair in pairs]
-        self._step = [0] * rows
-        self._kept: list[Kept | None] = [None] * rows
-        self._generation = [0] * rows
-        self._free = list(range(rows - 1, -1, -1))
+        self._step = np.zeros(rows, np.int64)
+        self._kept_first = np.zeros(rows, np.int64)  # 0: nothing is kept
+        self._kept_digest = np.zeros(rows, _DIGEST)
+        self._idle_ttl = np.zeros(rows)
+        self._deadline = np.full(rows, np.inf)
+        self._kept_reply: list[bytes | None] = [None] * rows
+        self._owners: list[Slot | None] = [None] * rows
+        self._free: list[int] = []  # rows that were released; those from `_fresh` on were never used
+        self._fresh = 0
 
     def __len__(self) -> int:
-        return len(self._step) - len(self._free)
+        return self._fresh - len(self._free)
 
-    def acquire(self) -> Slot:
-        """Takes a free row and puts the initial state into it.
+    def acquire(self, slot: Slot, idle_ttl: float = np.inf) -> None:
+        """Gives the slot a free row in the initial state, to be idle for `idle_ttl` seconds at most.
 
         Raises:
             CapacityExceeded: all `capacity` rows are taken.
         """
-        if not self._free:
-            self._grow()
-        index = self._free.pop()
-        for rows, initial in zip(self._state, self.initial(1), strict=True):
-            rows[index] = initial[0]
-        return Slot(index, self._generation[index])
+        if self._free:
+            row = self._free.pop()
+        else:
+            if self._fresh == len(self._owners):
+                self._grow()
+            row = self._fresh
+            self._fresh += 1
+        for rows, initial in zip(self._state, self._initial, strict=True):
+            rows[row] = initial[0]
+        self._idle_ttl[row] = idle_ttl
+        self._owners[row] = slot
+        slot.row = row
+        self.touch(slot)
 
     def release(self, slot: Slot) -> None:
-        """Gives the row back; whatever still carries this slot is stale from here on. A second release is a no-op."""
-        if self.is_live(slot):
-            self._generation[slot.row] += 1
-            self._step[slot.row] = 0
-            self._kept[slot.row] = None
-            self._free.append(slot.row)
-
-    def is_live(self, slot: Slot) -> bool:
-        """Whether the row still belongs to the one who acquired `slot`."""
-        return self._generation[slot.row] == slot.generation
+        """Gives the row back. A second release is a no-op."""
+        row = slot.row
+        if row >= 0:
+            slot.row = -1
+            self._step[row] = self._kept_first[row] = 0
+            self._deadline[row] = np.inf
+            self._kept_reply[row] = self._owners[row] = None
+            self._free.append(row)
 
     def step(self, slot: Slot) -> int:
-        """Steps committed so far; the next one is this plus 1."""
-        return self._step[slot.row]
+        """Steps committed so far; the next one is this plus 1. A released slot has none."""
+        return int(self._step[slot.row]) if slot.row >= 0 else 0
 
     def kept(self, slot: Slot) -> Kept | None:
         """The last committed request, if there was one."""
-        return self._kept[slot.row]
+        first = int(self._kept_first[slot.row])
+        return Kept(first, self._kept_digest[slot.row].tobytes(), self._kept_reply[slot.row]) if first else None
 
-    def initial(self, count: int) -> list[Array]:
-        """The state of `count` sessions that have seen nothing, one [count, *shape] a pair."""
-        return initial_state(self._pairs, count)
+    def touch(self, slot: Slot) -> None:
+        """The slot was used just now."""
+        self._deadline[slot.row] = self._clock() + self._idle_ttl[slot.row]
+
+    def time_left(self, slot: Slot) -> float:
+        """Seconds until the slot has been idle for too long; a released one has."""
+        return max(0.0, float(self._deadline[slot.row]) - self._clock()) if slot.row >= 0 else 0.0
+
+    def is_idle(self, slot: Slot) -> bool:
+        """Whether the slot has been idle for too long; a released one has."""
+        return slot.row < 0 or bool(self._deadline[slot.row] <= self._clock())
+
+    def idle(self) -> list[Slot]:
+        """The slots that have been idle for too long."""
+        found = np.flatnonzero(self._deadline <= self._clock())
+        return [slot for row in found.tolist() if (slot := self._owners[row]) is not None]
+
+    def steps(self, slots: Sequence[Slot]) -> NDArray[np.int64]:
+        """[B] steps committed so far."""
+        return self._step[_rows(slots)]
 
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""
-        index = [slot.row for slot in slots]
-        return [rows[index] for rows in self._state]
+        rows = _rows(slots)
+        return [state[rows] for state in self._state]
 
     def commit(self, commits: Sequence[Commit], state: Sequence[Array]) -> list[bool]:
         """Moves every slot of `commits` to its new state, step and kept reply, or leaves it wholly untouched.
@@ -112,21 +154,32 @@ class StateSlab:
             state: one [B, *shape] a state pair; row b belongs to `commits[b]`.
 
         Returns:
-            For each slot whether it was live; a released one is left to its next owner.
+            For each slot whether it was live; a released one is left alone, and so is the next owner of its row.
         """
-        live = [self.is_live(commit.slot) for commit in commits]
-        rows = [b for b, is_live in enumerate(live) if is_live]
-        index = [commits[b].slot.row for b in rows]
-        for mine, new in zip(self._state, state, strict=True):
-            mine[index] = new[rows]
-        for b in rows:
-            slot, step, kept = commits[b]
-            self._step[slot.row] = step
-            self._kept[slot.row] = kept
+        live = [commit.slot.row >= 0 for commit in commits]
+        if not all(live):
+            picked = [b for b, is_live in enumerate(live) if is_live]
+            commits, state = [commits[b] for b in picked], [new[picked] for new in state]
+        if commits:
+            slots, steps, kept = zip(*commits, strict=True)
+            firsts, digests, replies = zip(*kept, strict=True)
+            rows = _rows(slots)
+            for mine, new in zip(self._state, state, strict=True):
+                mine[rows] = new
+            self._step[rows] = steps
+            self._kept_first[rows] = firsts
+            self._kept_digest[rows] = np.frombuffer(b"".join(digests), _DIGEST)
+            self._deadline[rows] = self._clock() + self._idle_ttl[rows]
+            for slot, reply in zip(slots, replies, strict=True):
+                self._kept_reply[slot.row] = reply
         return live
 
+    def reset(self, slot: Slot) -> None:
+        """Returns the slot to the initial state and step 0; nothing is kept of what was."""
+        self.commit([Commit(slot, 0, Kept(0, bytes(_DIGEST.itemsize), None))], self._initial)
+
     def _grow(self) -> None:
-        rows = len(self._step)
+        rows = len(self._owners)
         more = min(rows, self._capacity - rows)
         if more <= 0:
             raise CapacityExceeded(
@@ -134,8 +187,21 @@ class StateSlab:
                 limit=self._capacity,
                 retry_after_ms=1000,
             )
-        self._state = [np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]) for old in self._state]
-        self._step += [0] * more
-        self._kept += [None] * more
-        self._generation += [0] * more
-        self._free = list(range(rows + more - 1, rows - 1, -1))
+        self._state = [_longer(column, more) for column in self._state]
+        self._step, self._kept_first = _longer(self._step, more), _longer(self._kept_first, more)
+        self._kept_digest, self._idle_ttl = _longer(self._kept_digest, more), _longer(self._idle_ttl, more)
+        self._deadline = _longer(self._deadline, more)
+        self._deadline[rows:] = np.inf
+        self._kept_reply += [None] * more
+        self._owners += [None] * more
+
+
+def _rows(slots: Sequence[Slot]) -> NDArray[np.intp]:
+    return np.array([slot.row for slot in slots], np.intp)
+
+
+def _longer(column: Array, more: int) -> Array:
+    """A copy with room for `more` rows, of which the system gives memory to those that are used only."""
+    longer = np.zeros((len(column) + more, *column.shape[1:]), column.dtype)
+    longer[: len(column)] = column
+    return longer

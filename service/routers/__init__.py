@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
-from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.requests import HTTPConnection
+from starlette.types import Receive, Scope
 
 from service.errors import LatchError, Malformed, PayloadTooLarge, UnsupportedMediaType
 from service.sessions import SessionManager
@@ -26,40 +27,49 @@ class BoundedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            request = _BoundedRequest(request.scope, request.receive)
-            kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
-            coding = request.headers.get("content-encoding", "identity")
-            try:
-                body = await request.body()
-            except ClientDisconnect as error:
-                raise Malformed("the client left before the body was whole") from error
-            if body and coding != "identity":
-                raise UnsupportedMediaType(f"content encoding {coding}: send the body as it is")
-            # Any other type reaches a server on this machine from any web page, without the browser asking first.
-            if body and kind != JSON:
-                raise UnsupportedMediaType(f"content type {kind}: send the body as {JSON} (curl --json does)")
+            _, request._body = await read_body(
+                request.scope, request.receive, request.app.state.max_body_bytes, (JSON,)
+            )
             return await handler(request)
 
         return bounded
 
 
-class _BoundedRequest(Request):
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            limit: int = self.app.state.max_body_bytes
-            parts: list[bytes] = []
-            size = int(self.headers.get("content-length", 0))
-            if size <= limit:
-                size = 0
-                async for part in self.stream():
-                    size += len(part)
-                    if size > limit:
-                        break
-                    parts.append(part)
-            if size > limit:
-                raise PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
-            self._body = b"".join(parts)
-        return self._body
+async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str, ...]) -> tuple[str, bytes]:
+    """The whole body of a call, and its content type, one of `kinds` unless there is no body.
+
+    Raises:
+        PayloadTooLarge: more than `limit` bytes, announced or sent.
+        UnsupportedMediaType: another type (any type that a form may have reaches a server on this machine from any
+            web page, without the browser asking first), or an encoded body.
+        Malformed: the client left before the body was whole.
+    """
+    kind, coding, size = "none", "identity", 0
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            kind = value.decode("latin-1").partition(";")[0].strip().lower()
+        elif name == b"content-length":
+            size = int(value)
+        elif name == b"content-encoding":
+            coding = value.decode("latin-1")
+    parts: list[bytes] = []
+    received, more = 0, size <= limit
+    while more and received <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Malformed("the client left before the body was whole")
+        parts.append(message["body"])
+        received += len(parts[-1])
+        more = message["more_body"]
+    body = b"".join(parts)
+    if max(size, received) > limit:
+        raise PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
+    if body and coding != "identity":
+        raise UnsupportedMediaType(f"content encoding {coding}: send the body as it is")
+    if body and kind not in kinds:
+        hint = " (curl --json does)" if kinds == (JSON,) else ""
+        raise UnsupportedMediaType(f"content type {kind}: send the body as {' or '.join(kinds)}{hint}")
+    return kind, body
 
 
 def error_response(error: LatchError) -> Response:

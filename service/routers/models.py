@@ -8,7 +8,6 @@ from pydantic import BaseModel
 from service.engine import Engine
 from service.routers import JSON, BoundedRoute, JsonBody, Manager, documented
 from service.sessions import SessionManager
-from service.wire import native
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
 
@@ -110,7 +109,7 @@ async def predict(model: str, body: JsonBody, manager: Manager) -> Response:
     """Runs whole sequences from the initial state and keeps nothing: `{"sequences": [{"outputs": {...}}, ...]}`."""
     engine = manager.engines.get(model)
     replies = await manager.predict(engine, engine.codec.decode_predict(body))
-    return Response(native.encode_outputs(replies), media_type=JSON)
+    return Response(engine.codec.encode_outputs(replies), media_type=JSON)
 
 
 def _info(manager: SessionManager, engine: Engine) -> ModelInfo:

@@ -3,14 +3,17 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import JSON, BoundedRoute, JsonBody, Manager, documented
+from service.routers import JSON, BoundedRoute, Manager
+from service.routers.steps import PACKED
 from service.sessions import Session, SessionManager
 from service.wire import native
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=BoundedRoute)
+# Reads its body itself: the front door calls the same `StepDoor` without the way through here.
+steps = APIRouter()
 
 
 class CreateSession(BaseModel):
@@ -46,7 +49,7 @@ class SessionPage(BaseModel):
     cursor: str | None
 
 
-STEP_BODY = {
+_STEP_BODY = {
     "type": "object",
     "required": ["inputs"],
     "additionalProperties": False,
@@ -63,6 +66,17 @@ STEP_BODY = {
             "description": "Outputs, gates and states to return; the prediction when absent",
         },
     },
+}
+_ROWS = {"type": "string", "format": "binary"}
+STEP_CALL = {
+    "requestBody": {"required": True, "content": {JSON: {"schema": _STEP_BODY}, PACKED: {"schema": _ROWS}}},
+    "parameters": [
+        {"name": name, "in": "query", "schema": {"type": kind}, "description": f"{what}; with packed rows only"}
+        for name, kind, what in (
+            ("step", "integer", "Number of the first row"),
+            ("outputs", "string", "Names with commas"),
+        )
+    ],
 }
 
 
@@ -116,14 +130,14 @@ class Steps(BaseModel):
     already_applied: bool = Field(False, description="A duplicate whose reply was too large to keep: outputs is null")
 
 
-@router.post("/{session_id}/steps", response_model=Steps, openapi_extra=documented(STEP_BODY))
-async def step(session_id: str, body: JsonBody, manager: Manager) -> Response:
-    """Advances a session by T >= 1 steps; all of them are applied, or none."""
-    session = await manager.find(session_id)
-    reply = await manager.step(session, session.engine.codec.decode_step(body))
-    content = native.encode_reply(reply, manager.expires_at(session))
-    timing = f"queue;dur={reply.queue_seconds * 1e3:.3f}, compute;dur={reply.compute_seconds * 1e3:.3f}, store;dur=0"
-    return Response(content, headers={"Server-Timing": timing}, media_type=JSON)
+@steps.post("/v1/sessions/{session_id}/steps", response_model=Steps, openapi_extra=STEP_CALL, tags=["sessions"])
+async def step(session_id: str, request: Request) -> Response:
+    """Advances a session by T >= 1 steps; all of them are applied, or none. In JSON, or in packed rows: bytes of
+    T rows in little-endian, as the model's page describes one, answered by rows of the outputs with the step in
+    `Latch-Step` (and `Latch-Replayed`, `Latch-Already-Applied`).
+    """
+    answer = await request.app.state.steps.answer(session_id, request.scope, request.receive)
+    return Response(answer.body, headers={name.decode(): value.decode() for name, value in answer.headers})
 
 
 @router.post("/{session_id}/reset")

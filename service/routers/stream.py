@@ -1,185 +1,388 @@
-"""`/v1/sessions/{id}/stream`: one session over one WebSocket, in JSON (subprotocol `latch.json`).
+"""The WebSockets: steps of one session (`/v1/sessions/{id}/stream`) or of many (`/v1/stream`), pipelined.
 
-The protocol, one JSON object a message:
+Two subprotocols: `latch.json`, which is also what a client gets that names none, and `latch.binary`, whose frames are
+described in `service/wire/frames.py`. In `latch.json` a message is one JSON object:
+
+    one session
     server, at once    {"type": "hello", "session", "model", "version", "step", "expires_at"}
     client, any number {"inputs": [[...], ...], "step"?: n, "outputs"?: [...]}
     server, in order   {"type": "step", "outputs", "step", "expires_at"}
                        {"type": "error", "error", "code", "retryable", ...}
+    many sessions: every message names its own
+    client             {"type": "open", "session"}: answered with that session's hello; it need not come first
+                       {"session", "inputs", "step"?, "outputs"?}
+    server             the same messages, each with its "session"; in order for each session
+
 Messages may be sent without waiting for replies. A refused message changes nothing and the socket stays open, unless
-the session itself is gone. After a broken connection, connect again and go on from the hello's `step`.
+it is a socket of one session and that is gone. After a broken connection, connect again and go on from the hello's
+`step`. A message over the size limit closes the socket with 1009, before it is read.
 
-A message over the size limit closes the socket with 1009, before it is read.
-
-Rule: reading stops while `max_waiting` replies are owed or the session's queue is full, so neither a flood nor a slow
-reader costs memory.
+Rule: reading stops while too many replies are owed or a session's queue is full, and a client that does not read for
+`slow_reader` seconds is closed with 4408, so neither a flood nor a slow reader costs memory. No task and no future a
+message: an answer is written where it comes up, those of one run of the model in one write.
 """
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
-from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from starlette.types import Receive, Scope, Send
 
-from service.errors import Internal, LatchError, Malformed, NotFound, Overloaded
-from service.routers import Manager
+from service.batcher import Answer, Outcome
+from service.errors import Internal, LatchError, Malformed, NotFound, Overloaded, SlowReader
+from service.metrics import Metrics
 from service.sessions import Session, SessionManager
-from service.wire import StepReply, native
+from service.wire import StepReply, StepRequest, frames, native
+from service.wire.frames import Frame, Kind
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["sessions"])
-
-SUBPROTOCOL = "latch.json"
-
-_Owed = asyncio.Future[StepReply]
+JSON, BINARY = "latch.json", "latch.binary"
+# After a close that the peer does not read, its connection is dropped.
+ABORT_SECONDS = 5.0
 
 
-@router.websocket("/v1/sessions/{session_id}/stream")
-async def stream(websocket: WebSocket, session_id: str, manager: Manager) -> None:
-    """Steps of one session, pipelined; see the module's first page for the messages."""
-    socket = _Socket(websocket)
-    try:
-        await socket.accept()
-        session = await manager.find(session_id)
-        await _Stream(socket, manager, session, websocket.app.state.max_waiting).run()
-    except WebSocketDisconnect:
-        pass
-    except LatchError as error:
-        await socket.fail(error)
-    except Exception:
-        log.exception("the stream of session %s failed", session_id)
-        await socket.fail(Internal("the service failed on this socket; its log says why"))
+class StreamDoor:
+    """Serves every WebSocket.
+
+    Args:
+        manager: has the sessions.
+        metrics: counts what is refused.
+        max_waiting, max_waiting_many: replies that a socket of one session, or of many, may owe.
+        max_steps: steps that one request may carry.
+        slow_reader: seconds.
+    """
+
+    def __init__(
+        self,
+        manager: SessionManager,
+        metrics: Metrics,
+        *,
+        max_waiting: int,
+        max_waiting_many: int,
+        max_steps: int,
+        slow_reader: float,
+    ) -> None:
+        self.manager = manager
+        self.metrics = metrics
+        self.max_waiting = max_waiting
+        self.max_waiting_many = max_waiting_many
+        self.max_steps = max_steps
+        self.slow_reader = slow_reader
+        self._unsent: list[_Socket] = []
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One socket, from its handshake to its end."""
+        if (await receive())["type"] != "websocket.connect":
+            return
+        offered = scope["subprotocols"]
+        subprotocol = next((name for name in offered if name in (JSON, BINARY)), None)
+        await send({"type": "websocket.accept", "subprotocol": subprotocol})
+        socket = (_BinarySocket if subprotocol == BINARY else _JsonSocket)(self, scope, receive, send)
+        path: str = scope["path"]
+        try:
+            if path == "/v1/stream":
+                await socket.run()
+            else:
+                before, _, session_id = path.removesuffix("/stream").rpartition("/")
+                if before != "/v1/sessions" or not path.endswith("/stream"):
+                    raise NotFound(f"{path}: no such address; /v1/stream, or a session's /v1/sessions/<id>/stream")
+                await socket.run(session_id)
+        except _Left:
+            pass
+        except LatchError as error:
+            await socket.fail(error)
+        except Exception:
+            log.exception("the stream at %s failed", path)
+            await socket.fail(Internal("the service failed on this socket; its log says why"))
+
+    def flush_later(self, socket: "_Socket") -> None:
+        """Writes what the socket has to say once all answers of a run are there."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(socket)
+
+    def _flush(self) -> None:
+        sockets, self._unsent = self._unsent, []
+        for socket in sockets:
+            socket.flush()
 
 
-@router.websocket("/{path:path}")
-async def nowhere(websocket: WebSocket, path: str) -> None:
-    """Any other address: told in a message, because a browser shows nothing of a refused handshake."""
-    socket = _Socket(websocket)
-    with suppress(WebSocketDisconnect):
-        await socket.accept()
-        await socket.fail(NotFound(f"/{path}: no such address; a session's is /v1/sessions/<id>/stream"))
+class _Left(Exception):
+    """The client has gone."""
 
 
 class _Socket:
-    """A WebSocket that speaks JSON. Writing to one that the other side has left is a `WebSocketDisconnect`."""
+    """What both subprotocols share: reading under flow control, writing without waiting, and the end."""
 
-    def __init__(self, websocket: WebSocket) -> None:
-        self._websocket = websocket
+    def __init__(self, door: StreamDoor, scope: Scope, receive: Receive, send: Send) -> None:
+        self.door = door
+        self.manager = door.manager
+        self._receive = receive
+        self._send = send
+        self._writable: asyncio.Event = scope["extensions"]["latch.writable"]
+        self._abort: Callable[[], None] = scope["extensions"]["latch.abort"]
+        self.single: Session | None = None
+        self._max_owed = door.max_waiting_many
+        self._said: list[bytes] = []
+        self.owed = 0
+        self._room = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def accept(self) -> None:
-        """Agrees on `latch.json` if the client offers it."""
-        offered = self._websocket.scope.get("subprotocols", [])
-        with self._left():
-            await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-
-    async def receive(self) -> str:
-        """The next message. Raises Malformed for a binary one."""
-        message = await self._websocket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1006))
-        text: str | None = message.get("text")
-        if text is None:
-            raise Malformed(f"a binary message: this socket speaks {SUBPROTOCOL}, in text")
-        return text
-
-    async def send(self, content: bytes) -> None:
-        """One JSON object."""
-        with self._left():
-            await self._websocket.send_text(content.decode())
-
-    async def tell(self, error: LatchError) -> None:
-        """An error that leaves the socket open."""
-        self._websocket.app.state.metrics.errors.labels(error.code).inc()
-        await self.send(native.encode({"type": "error"} | error.to_dict()))
+    async def run(self, session_id: str | None = None) -> None:
+        """Until the client leaves; or the one session of the socket is gone, or the client does not read (raised)."""
+        if session_id is not None:
+            self.single = await self.manager.find(session_id)
+            self._max_owed = self.door.max_waiting
+            await self.greet(self.single)
+        reader = asyncio.create_task(self._read())
+        try:
+            await asyncio.wait((reader, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                reader.result()
+            self._ended.result()
+        finally:
+            # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
+            reader.cancel()
+            if self._draining is not None:
+                self._draining.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def fail(self, error: LatchError) -> None:
-        """An error that ends the socket, with its close code."""
-        with suppress(WebSocketDisconnect):
-            await self.tell(error)
-            with self._left():
-                await self._websocket.close(error.ws_close or 1011, error.code)
+        """Tells why, and closes with the error's code, even if the client does not read: then it is dropped."""
+        self.door.metrics.errors.labels(error.code).inc()
+        self.say(self.error(error))
+        with suppress(Exception):
+            self._writable.set()
+            self.flush()
+            await self._send({"type": "websocket.close", "code": error.ws_close or 1011, "reason": error.code})
+            asyncio.get_running_loop().call_later(ABORT_SECONDS, self._abort)
 
-    @staticmethod
-    @contextmanager
-    def _left() -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # how uvicorn and Starlette say that the socket was closed meanwhile
-            raise WebSocketDisconnect(1006) from error
-
-
-def _heard(future: _Owed) -> None:
-    """Looks at the outcome, so that asyncio does not complain of one that nobody was left to read."""
-    if not future.cancelled():
-        future.exception()
-
-
-class _Stream:
-    """A reader that turns messages into futures, and a writer that sends what they hold, in order."""
-
-    def __init__(self, socket: _Socket, manager: SessionManager, session: Session, max_waiting: int) -> None:
-        self._socket = socket
-        self._manager = manager
-        self._session = session
-        self._room = asyncio.Semaphore(max_waiting)
-        self._owed: asyncio.Queue[_Owed] = asyncio.Queue()
-
-    async def run(self) -> None:
-        """Until the client leaves, or the session is gone (its error is raised)."""
-        record = self._session.record
-        hello = {
-            "type": "hello",
+    async def greet(self, session: Session, channel: int = 0) -> None:
+        """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
+        record, step = session.record, await self.manager.turn(session)
+        facts = {
             "session": record.id,
             "model": record.model,
             "version": record.version,
-            # After what an earlier socket may have left in the queue: the client goes on from here.
-            "step": await self._manager.turn(self._session),
-            "expires_at": native.timestamp(self._manager.expires_at(self._session)),
+            "step": step,
+            "expires_at": native.timestamp(self.manager.expires_at(session)),
         }
-        await self._socket.send(native.encode(hello))
-        reader, writer = asyncio.create_task(self._read()), asyncio.create_task(self._write())
+        self.say(self.hello(facts, channel))
+
+    async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
+        """Hands a request on; where the queue is full, reads no further until the session has had its turn."""
+        if session.has_idled_out:
+            await self.manager.find(session.record.id)  # raises what became of it
+        while True:
+            try:
+                self.manager.submit(session, request, answer)
+            except Overloaded:
+                await self.manager.turn(session)
+            else:
+                self.owed += 1
+                return
+
+    def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
+        """Answers with an error, in the order of the session's replies where there is a session that lives."""
+        self.owed += 1
+        if session is None or not session.is_live:
+            answer(error)
+        else:
+            session.engine.batcher.at_turn(session, lambda: error, answer)
+
+    def end(self, error: LatchError) -> None:
+        """Ends the socket, from wherever it is found out that it must."""
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    def say(self, message: bytes) -> None:
+        """Sends a message soon, with all others of the same run."""
+        self._said.append(message)
+        if len(self._said) == 1:
+            self.door.flush_later(self)
+
+    def flush(self) -> None:
+        """Writes what was said, or sees to it that it is written when the client has read some."""
+        if not self._writable.is_set():
+            if self._draining is None and not self._ended.done():
+                self._draining = asyncio.create_task(self._drain())
+            return
+        said, self._said = self._said, []
+        if not said:
+            return
+        with suppress(OSError, RuntimeError):  # how uvicorn says that the client has left; the reader is told as well
+            for message in self.pack(said):
+                _at_once(self._send(message))  # type: ignore[arg-type]
+        self.owed -= min(self.owed, len(said))
+        self._room.set()
+
+    async def _drain(self) -> None:
         try:
-            done, _ = await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            reader.cancel()
-            writer.cancel()
-            # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            async with asyncio.timeout(self.door.slow_reader):
+                await self._writable.wait()
+        except TimeoutError:
+            self.end(SlowReader(f"no reply was read for {self.door.slow_reader:g} s"))
+        else:
+            self._draining = None
+            self.flush()
 
     async def _read(self) -> None:
         while True:
-            await self._room.acquire()
-            try:
-                future = await self._submit(await self._socket.receive())
-            except LatchError as error:
-                future = asyncio.get_running_loop().create_future()
-                future.set_exception(error)
-            future.add_done_callback(_heard)
-            self._owed.put_nowait(future)
+            while self.owed >= self._max_owed:
+                self._room.clear()
+                await self._room.wait()
+            message = await self._receive()
+            if message["type"] == "websocket.disconnect":
+                raise _Left
+            await self.take(message)
 
-    async def _submit(self, text: str) -> _Owed:
-        await self._manager.find(self._session.record.id)
-        request = self._session.engine.codec.decode_step(text)
-        while True:
-            try:
-                return self._manager.step(self._session, request)
-            except Overloaded:  # others fill the queue: read no further until the session has had its turn
-                await self._manager.turn(self._session)
+    def ends(self, error: LatchError) -> bool:
+        """Counts an error that is about to be said; True where the socket ends instead: its only session is gone."""
+        if error.ws_close is not None and self.single is not None:
+            self.end(error)
+            return True
+        self.door.metrics.errors.labels(error.code).inc()
+        return False
 
-    async def _write(self) -> None:
-        while True:
-            future = await self._owed.get()
-            try:
-                reply = await asyncio.shield(future)
-            except LatchError as error:
-                if error.ws_close is not None:
-                    raise
-                await self._socket.tell(error)
-            else:
-                await self._socket.send(
-                    native.encode_reply(reply, self._manager.expires_at(self._session), type="step")
-                )
-            self._room.release()
+    async def take(self, message: Any) -> None:
+        """Handles one received message."""
+        raise NotImplementedError
+
+    def hello(self, facts: dict[str, Any], channel: int) -> bytes:
+        """The message that says where a session stands."""
+        raise NotImplementedError
+
+    def error(self, error: LatchError) -> bytes:
+        """The message that says an error of the socket itself."""
+        raise NotImplementedError
+
+    def pack(self, said: list[bytes]) -> list[dict[str, Any]]:
+        """What was said as ASGI messages."""
+        raise NotImplementedError
+
+
+class _JsonSocket(_Socket):
+    """`latch.json`: a message is a JSON object; on a socket of many sessions, each names its own."""
+
+    async def take(self, message: Any) -> None:
+        session, name = self.single, {}
+        try:
+            text = message.get("text")
+            if text is None:
+                raise Malformed(f"a binary message: this socket speaks {JSON}, in text")
+            if self.single is None:
+                envelope = native.read_envelope(text)
+                name = {"session": envelope.session}
+                session = self.manager.resident(envelope.session) or await self.manager.find(envelope.session)
+                if envelope.type == "open":
+                    await self.greet(session)
+                    return
+            assert session is not None  # noqa: S101 - told to the type checker
+            request = session.engine.codec.decode_step(text, named=self.single is None)
+            await self.submit(session, request, partial(self._answer, session, name))
+        except LatchError as error:
+            self.refuse(session, error, partial(self._answer, session, name))
+
+    def _answer(self, session: Session | None, name: dict[str, str], outcome: Outcome) -> None:
+        if isinstance(outcome, StepReply):
+            assert session is not None  # noqa: S101 - who is answered with a reply has asked for a session
+            expires_at = self.manager.expires_at(session)
+            self.say(session.engine.codec.encode_reply(outcome, expires_at, type="step", **name))
+        elif not self.ends(outcome):
+            self.say(native.encode({"type": "error"} | name | outcome.to_dict()))
+
+    def hello(self, facts: dict[str, Any], channel: int) -> bytes:
+        return native.encode({"type": "hello"} | facts)
+
+    def error(self, error: LatchError) -> bytes:
+        return native.encode({"type": "error"} | error.to_dict())
+
+    def pack(self, said: list[bytes]) -> list[dict[str, Any]]:
+        return [{"type": "websocket.send", "text": each.decode()} for each in said]
+
+
+class _Channel:
+    """A session bound to a number on a binary socket."""
+
+    __slots__ = ("number", "outputs", "row_bytes", "session")
+
+    def __init__(self, number: int, session: Session, outputs: list[str] | None) -> None:
+        self.number = number
+        self.session = session
+        self.outputs = session.engine.rows.names(outputs, "$.outputs")
+        self.row_bytes = session.engine.rows.input_bytes
+
+
+class _BinarySocket(_Socket):
+    """`latch.binary`: a message is one frame or more; see `wire/frames.py`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._channels: dict[int, _Channel] = {}
+
+    async def greet(self, session: Session, channel: int = 0, outputs: list[str] | None = None) -> None:
+        """Binds the channel, then says hello on it."""
+        self._channels[channel] = _Channel(channel, session, outputs)
+        await super().greet(session, channel)
+
+    async def take(self, message: Any) -> None:
+        data, channel, first_step = message.get("bytes"), None, 0
+        try:
+            if data is None:
+                raise Malformed(f"a text message: this socket speaks {BINARY}, in frames")
+            for frame in frames.read(data, self._row_bytes):
+                channel, first_step = self._channels.get(frame.channel), frame.first_step
+                try:
+                    await self._take_frame(frame, channel)
+                except LatchError as error:  # of this frame only: where the next one begins is known
+                    answer = partial(self._answer, frame.channel, first_step)
+                    self.refuse(channel.session if channel else None, error, answer)
+        except LatchError as error:
+            number = error.extras.get("channel", 0)
+            channel = self._channels.get(number)
+            self.refuse(channel.session if channel else None, error, partial(self._answer, number, 0))
+
+    async def _take_frame(self, frame: Frame, channel: _Channel | None) -> None:
+        if frame.kind == Kind.OPEN:
+            opened = frames.open_request(frame)
+            await self.greet(await self.manager.find(opened.session), frame.channel, opened.outputs)
+        elif frame.kind == Kind.CLOSE:
+            self._channels.pop(frame.channel, None)
+        elif channel is not None:
+            session = channel.session
+            request = frames.step_request(frame, session.engine.rows, channel.outputs, self.door.max_steps)
+            await self.submit(session, request, partial(self._answer, frame.channel, frame.first_step))
+
+    def _row_bytes(self, number: int) -> int | None:
+        channel = self._channels.get(number)
+        return channel.row_bytes if channel else None
+
+    def _answer(self, number: int, first_step: int, outcome: Outcome) -> None:
+        if isinstance(outcome, StepReply):
+            self.say(frames.stepped(number, outcome))
+        elif not self.ends(outcome):
+            self.say(frames.notice(Kind.ERROR, number, outcome.to_dict(), first_step))
+
+    def hello(self, facts: dict[str, Any], channel: int) -> bytes:
+        return frames.notice(Kind.HELLO, channel, facts)
+
+    def error(self, error: LatchError) -> bytes:
+        return frames.notice(Kind.ERROR, 0, error.to_dict())
+
+    def pack(self, said: list[bytes]) -> list[dict[str, Any]]:
+        return [{"type": "websocket.send", "bytes": said[0] if len(said) == 1 else b"".join(said)}]
+
+
+def _at_once(sending: Coroutine[Any, Any, None]) -> None:
+    """Runs a send that need not wait, because the socket is writable, without a task of its own."""
+    try:
+        sending.send(None)
+    except StopIteration:
+        return
+    sending.close()
+    raise RuntimeError("the server did not take at once a message for a socket that is writable")

@@ -1,51 +1,58 @@
 """What a step is once it is off the wire: every door decodes to `StepRequest` and encodes a `StepReply`.
 
-Rule: bytes to values and back; no I/O, no session, no clock.
+Rule: bytes to values and back; no I/O, no session, no clock. Inside, rows stay packed bytes (see `rows.py`): they are
+what binary doors receive and send, what a digest is taken of, what is kept for a duplicate, and a batch is their join.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
+from functools import lru_cache
 
-from service.manifest import Array
+import msgspec
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 
-@dataclass(frozen=True)
-class StepRequest:
+class StepRequest(msgspec.Struct, frozen=True):
     """T steps of one session.
 
     Attributes:
-        inputs: [T, *input.shape] of the model's input dtype, finite.
+        data: T packed rows of the model's input, finite.
+        steps: T.
         outputs: public names of the outputs to return.
         first_step: number of the first step, counted from 1; None runs next in order.
     """
 
-    inputs: Array
+    data: bytes
+    steps: int
     outputs: tuple[str, ...]
     first_step: int | None = None
 
-    @cached_property
+    @property
     def digest(self) -> bytes:
         """16 bytes that tell this request from any other of the same step number."""
-        hashed = blake2b(self.inputs.tobytes(), digest_size=16)
-        hashed.update("\0".join(self.outputs).encode())
-        return hashed.digest()
+        return xxh3_128_digest(self.data, _seed(self.outputs))
 
 
-@dataclass(frozen=True)
-class StepReply:
+class StepReply(msgspec.Struct, frozen=True):
     """The answer to a `StepRequest`.
 
     Attributes:
-        outputs: name -> [T, *shape]; None where the request was applied before and its reply was too large to keep.
+        outputs: the names that were asked for.
+        data: T packed rows of them; None where the request was applied before and its reply was too large to keep.
+        first_step: number of the first of the T steps.
         step: steps that the session has committed with this request.
         replayed: True when a duplicate was answered and nothing ran.
         queue_seconds: from submit to the first run.
         compute_seconds: inside the runtime.
     """
 
-    outputs: dict[str, Array] | None
+    outputs: tuple[str, ...]
+    data: bytes | None
+    first_step: int
     step: int
     replayed: bool = False
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+
+
+@lru_cache(maxsize=1024)
+def _seed(outputs: tuple[str, ...]) -> int:
+    return xxh3_64_intdigest("\0".join(outputs).encode())

@@ -5,6 +5,8 @@ Both round-trip every finite float32 exactly, so bit-exactness survives JSON.
 """
 
 import json
+import struct
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
@@ -13,8 +15,8 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidInput, LatchError, Malformed, PayloadTooLarge
-from service.manifest import Array, Manifest
 from service.wire import StepReply, StepRequest
+from service.wire.rows import RowFormat
 
 Values = TypeVar("Values")
 _FLOAT32_OVERFLOW = 2.0**128 - 2.0**103  # from here on a number rounds to infinity in float32
@@ -27,41 +29,61 @@ class _Step(msgspec.Struct, Generic[Values], forbid_unknown_fields=True):
     outputs: list[str] | None = None
 
 
+class _NamedStep(_Step[Values], Generic[Values], forbid_unknown_fields=True):
+    session: str | None = None
+
+
 class _Predict(msgspec.Struct, Generic[Values], forbid_unknown_fields=True):
     sequences: list[Values]
     outputs: list[str] | None = None
 
 
+class Envelope(msgspec.Struct):
+    """What a message on a socket of many sessions says before its model is known."""
+
+    session: str
+    type: str = "step"
+
+
+_ENVELOPE = msgspec.json.Decoder(Envelope)
+
+
 class NativeCodec:
-    """Reads and checks the bodies for one model.
+    """Reads and writes the JSON of one model.
 
     Args:
-        manifest: gives the shape and dtype of a step and the names of the outputs.
+        rows: the shape and dtype of a step and of what may be asked for.
         max_steps: steps that one request may carry.
     """
 
-    def __init__(self, manifest: Manifest, *, max_steps: int) -> None:
-        self._tensor = manifest.input
-        self._names = tuple(manifest.replies)
+    def __init__(self, rows: RowFormat, *, max_steps: int) -> None:
+        self._format = rows
+        self._dtype, self._shape = rows.input
         self._max_steps = max_steps
-        values: Any = int if manifest.input.dtype == "int64" else float
-        for _ in range(len(manifest.input.shape) + 1):
+        values: Any = int if self._dtype == "int64" else float
+        for _ in range(len(self._shape) + 1):
             values = list[values]
         self._step = msgspec.json.Decoder(_Step[values])
+        self._named_step = msgspec.json.Decoder(_NamedStep[values])
         self._predict = msgspec.json.Decoder(_Predict[values])
+        # The common row is flat: struct packs it in half of numpy's time, and refuses a wrong length and an overflow.
+        self._pack_row: Callable[..., bytes] | None = None
+        if len(self._shape) == 1:
+            self._pack_row = struct.Struct(f"<{self._shape[0]}{'q' if self._dtype == 'int64' else 'f'}").pack
 
-    def decode_step(self, body: bytes | str) -> StepRequest:
-        """Reads `{"inputs": [T rows], "step"?: first step, "outputs"?: [names]}`.
+    def decode_step(self, body: bytes | str, *, named: bool = False) -> StepRequest:
+        """Reads `{"inputs": [T rows], "step"?: first step, "outputs"?: [names]}`; `named` allows for a `session` in it.
 
         Raises:
             Malformed: not JSON.
             InvalidInput: another shape, type or range; `path` names the first bad value.
             PayloadTooLarge: more than `max_steps` rows.
         """
-        message = self._decode(self._step, body)
+        message = self._decode(self._named_step if named else self._step, body)
         if message.step is not None and message.step < 1:
             raise InvalidInput(f"step {message.step} at $.step: steps count from 1", path="$.step")
-        return StepRequest(self._rows(message.inputs, "$.inputs"), self._outputs(message.outputs), message.step)
+        names = self._format.names(message.outputs, "$.outputs")
+        return StepRequest(self._pack(message.inputs, "$.inputs"), len(message.inputs), names, message.step)
 
     def decode_predict(self, body: bytes) -> list[StepRequest]:
         """Reads `{"sequences": [[T rows], ...], "outputs"?: [names]}`, sequences of any lengths.
@@ -75,27 +97,50 @@ class NativeCodec:
         total = sum(map(len, message.sequences))
         if total > self._max_steps:
             raise self._too_many(total, "$.sequences")
-        names = self._outputs(message.outputs)
+        names = self._format.names(message.outputs, "$.outputs")
         return [
-            StepRequest(self._rows(sequence, f"$.sequences[{i}]"), names)
+            StepRequest(self._pack(sequence, f"$.sequences[{i}]"), len(sequence), names)
             for i, sequence in enumerate(message.sequences)
         ]
 
-    def _rows(self, values: list[Any], path: str) -> Array:
-        """[T, *shape] from nested lists."""
+    def encode_reply(self, reply: StepReply, expires_at: float, **extras: Any) -> bytes:
+        """Writes `{"outputs": {...}, "step": n, "expires_at": ...}`; flags a duplicate with `replayed`.
+
+        Args:
+            reply: what the session answered.
+            expires_at: wall-clock seconds since the epoch.
+            extras: further fields, first in the object.
+        """
+        outputs = None if reply.data is None else self._format.unpack(reply.data, reply.outputs)
+        body = extras | {"outputs": outputs, "step": reply.step, "expires_at": timestamp(expires_at)}
+        if reply.replayed:
+            body["replayed"] = True
+        if outputs is None:
+            body["already_applied"] = True
+        return orjson.dumps(body, option=_WRITE)
+
+    def encode_outputs(self, replies: list[StepReply]) -> bytes:
+        """Writes `{"sequences": [{"outputs": {...}}, ...]}` in the order of the request."""
+        outputs = [self._format.unpack(reply.data or b"", reply.outputs) for reply in replies]
+        return orjson.dumps({"sequences": [{"outputs": each} for each in outputs]}, option=_WRITE)
+
+    def _pack(self, values: list[Any], path: str) -> bytes:
+        """T packed rows from nested lists."""
         if not values:
             raise InvalidInput(f"no step at {path}: send at least one row", path=path)
         if len(values) > self._max_steps:
             raise self._too_many(len(values), path)
         try:
+            if self._pack_row is not None:
+                return b"".join([self._pack_row(*row) for row in values])
             with np.errstate(over="ignore"):
-                rows = np.array(values, self._tensor.dtype)
-            if rows.shape[1:] == self._tensor.shape and np.isfinite(rows).all():
-                return rows
-        except (ValueError, OverflowError):  # rows of different lengths, or an integer beyond 64 bits
+                rows = np.array(values, self._dtype)
+            if rows.shape[1:] == self._shape and np.isfinite(rows).all():
+                return rows.tobytes()
+        except (struct.error, ValueError, OverflowError):  # another length, or a number beyond the dtype
             pass
-        problem = self._problem(values, (None, *self._tensor.shape), path)
-        raise problem or InvalidInput(f"{path} is no [T, {self._tensor.shape}] of {self._tensor.dtype}", path=path)
+        problem = self._problem(values, (None, *self._shape), path)
+        raise problem or InvalidInput(f"{path} is no [T, {self._shape}] of {self._dtype}", path=path)
 
     def _decode(self, decoder: msgspec.json.Decoder[Any], body: bytes | str) -> Any:
         """The fast typed read; where it fails, a slow one finds the exact path of the first bad value."""
@@ -117,7 +162,7 @@ class NativeCodec:
         if not isinstance(document, dict):
             return None
         key = "inputs" if "inputs" in document else "sequences"
-        values, path, shape = document.get(key, []), f"$.{key}", (None, *self._tensor.shape)
+        values, path, shape = document.get(key, []), f"$.{key}", (None, *self._shape)
         parts = [values] if key == "inputs" or not isinstance(values, list) else values
         total = sum(len(part) for part in parts if isinstance(part, list))
         if total > self._max_steps:  # before the search, which is slow
@@ -129,9 +174,9 @@ class NativeCodec:
         if not shape:
             return (
                 None
-                if _fits(value, self._tensor.dtype)
+                if _fits(value, self._dtype)
                 else InvalidInput(
-                    f"the value at {path} is {_show(value)}: the model takes a finite {self._tensor.dtype}", path=path
+                    f"the value at {path} is {_show(value)}: the model takes a finite {self._dtype}", path=path
                 )
             )
         if not isinstance(value, list):
@@ -148,37 +193,17 @@ class NativeCodec:
             limit=self._max_steps,
         )
 
-    def _outputs(self, names: list[str] | None) -> tuple[str, ...]:
-        if names is None:
-            return self._names[:1]
-        for i, name in enumerate(names):
-            if name not in self._names:
-                raise InvalidInput(
-                    f"{name!r} at $.outputs[{i}] is no output of this model: it has {', '.join(self._names)}",
-                    path=f"$.outputs[{i}]",
-                )
-        return tuple(dict.fromkeys(names))
 
+def read_envelope(text: str) -> Envelope:
+    """Which session a message of `/v1/stream` is for.
 
-def encode_reply(reply: StepReply, expires_at: float, **extras: Any) -> bytes:
-    """Writes `{"outputs": {...}, "step": n, "expires_at": ...}`; flags a duplicate with `replayed`.
-
-    Args:
-        reply: what the session answered.
-        expires_at: wall-clock seconds since the epoch.
-        extras: further fields, first in the object.
+    Raises:
+        Malformed: not a JSON object, or it names no session.
     """
-    body = extras | {"outputs": reply.outputs, "step": reply.step, "expires_at": timestamp(expires_at)}
-    if reply.replayed:
-        body["replayed"] = True
-    if reply.outputs is None:
-        body["already_applied"] = True
-    return orjson.dumps(body, option=_WRITE)
-
-
-def encode_outputs(replies: list[StepReply]) -> bytes:
-    """Writes `{"sequences": [{"outputs": {...}}, ...]}` in the order of the request."""
-    return orjson.dumps({"sequences": [{"outputs": reply.outputs} for reply in replies]}, option=_WRITE)
+    try:
+        return _ENVELOPE.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f'the message names no session: {error}; send {{"session": id, ...}}') from error
 
 
 def encode(document: dict[str, Any]) -> bytes:

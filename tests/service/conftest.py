@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from websockets.sync.client import ClientConnection, connect
 
-from service.__main__ import make_server
+from service.__main__ import build
 from service.app import engine_options
 from service.metrics import Metrics
 from service.settings import load_settings
@@ -68,7 +68,7 @@ class Server:
 @contextmanager
 def serving(models: Path, **settings: Any) -> Iterator[Server]:
     """Runs `latch serve` in a thread, on a free port, with real sockets."""
-    server = make_server(load_settings(models=models, port=0, **settings))
+    server = build(load_settings(models=models, port=0, **settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -77,7 +77,7 @@ def serving(models: Path, **settings: Any) -> Iterator[Server]:
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=30) as client:
-            yield Server(url, client, server.config.app, server)
+            yield Server(url, client, server.config.app.app, server)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -135,8 +135,8 @@ def test_an_oversize_body_is_refused_with_the_limit(start: Callable[..., Server]
     assert step(server, session, step=1).status_code == 200
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/octet-stream"])
-def test_only_json_is_read(server: Server, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/msgpack"])
+def test_only_json_and_packed_rows_are_read(server: Server, kind: str) -> None:
     """Types that a web page can send unasked are refused: 415, and nothing moves."""
     session = server.create()
     for url in ("/v1/sessions", f"/v1/sessions/{session}/steps", "/v1/models/toy/predict"):

@@ -1,4 +1,6 @@
-"""Rows, generations and the one function that moves a state."""
+"""Rows, their owners and the one function that moves a state."""
+
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,23 @@ PAIRS = [
 ]
 
 
+def make_slab(capacity: int) -> StateSlab:
+    """A slab whose time is the wall's."""
+    return StateSlab(PAIRS, capacity, time.monotonic)
+
+
+def take(slab: StateSlab) -> Slot:
+    """A new slot with a row."""
+    slot = Slot()
+    slab.acquire(slot)
+    return slot
+
+
+def at(slot: Slot, step: int) -> Commit:
+    """A commit that arrives at `step`."""
+    return Commit(slot, step, Kept(step, b"d" * 16, b"reply"))
+
+
 def rows(*values: float) -> list[np.ndarray]:
     """A state for each value: h filled with it, n its whole part."""
     return [np.array([[v] * 3 for v in values], np.float32), np.array([int(v) for v in values])]
@@ -23,8 +42,8 @@ def rows(*values: float) -> list[np.ndarray]:
 
 def test_a_new_slot_has_the_initial_state() -> None:
     """Zeros, or what the manifest gives, at step 0 with nothing kept."""
-    slab = StateSlab(PAIRS, 10)
-    slot = slab.acquire()
+    slab = make_slab(10)
+    slot = take(slab)
     h, n = slab.gather([slot])
     assert h.tolist() == [[0.0, 0.0, 0.0]]
     assert n.tolist() == [7]
@@ -33,9 +52,9 @@ def test_a_new_slot_has_the_initial_state() -> None:
 
 def test_commit_moves_state_step_and_reply_together() -> None:
     """After a commit all three are the new ones; the neighbour's are the old ones."""
-    slab = StateSlab(PAIRS, 10)
-    mine, other = slab.acquire(), slab.acquire()
-    kept = Kept(1, b"d", {})
+    slab = make_slab(10)
+    mine, other = take(slab), take(slab)
+    kept = Kept(1, b"d" * 16, b"reply")
     assert slab.commit([Commit(mine, 5, kept)], rows(2.5)) == [True]
     assert slab.gather([mine])[0].tolist() == [[2.5] * 3]
     assert (slab.step(mine), slab.kept(mine)) == (5, kept)
@@ -44,23 +63,25 @@ def test_commit_moves_state_step_and_reply_together() -> None:
 
 
 def test_a_released_slot_never_leaks_into_its_next_owner() -> None:
-    """A commit with the old generation is refused, even when the row has a new owner."""
-    slab = StateSlab(PAIRS, 1)
-    old = slab.acquire()
+    """A commit with the old slot is refused, even when the row has a new owner."""
+    slab = make_slab(1)
+    old = take(slab)
+    row = old.row
     slab.release(old)
-    new = slab.acquire()
-    assert new.row == old.row
-    assert slab.commit([Commit(old, 9, Kept(1, b"", {}))], rows(4.0)) == [False]
+    new = take(slab)
+    assert new.row == row
+    assert not old.is_live
+    assert slab.commit([at(old, 9)], rows(4.0)) == [False]
     assert slab.gather([new])[0].tolist() == [[0.0] * 3]
     assert (slab.step(new), slab.kept(new)) == (0, None)
 
 
 def test_a_stale_row_does_not_shift_its_batch_mates() -> None:
     """With one dead slot in the middle of a batch, the live ones get their own rows."""
-    slab = StateSlab(PAIRS, 3)
-    a, b, c = (slab.acquire() for _ in range(3))
+    slab = make_slab(3)
+    a, b, c = (take(slab) for _ in range(3))
     slab.release(b)
-    commits = [Commit(slot, i, None) for i, slot in enumerate([a, b, c], start=1)]
+    commits = [at(slot, i) for i, slot in enumerate([a, b, c], start=1)]
     assert slab.commit(commits, rows(1.0, 2.0, 3.0)) == [True, False, True]
     assert slab.gather([a, c])[0][:, 0].tolist() == [1.0, 3.0]
     assert (slab.step(a), slab.step(c)) == (1, 3)
@@ -68,34 +89,65 @@ def test_a_stale_row_does_not_shift_its_batch_mates() -> None:
 
 def test_releasing_twice_frees_one_row_once() -> None:
     """Two clients never share a row because of a double release."""
-    slab = StateSlab(PAIRS, 2)
-    slot = slab.acquire()
+    slab = make_slab(2)
+    slot = take(slab)
     slab.release(slot)
     slab.release(slot)
-    assert slab.acquire().row != slab.acquire().row
+    assert take(slab).row != take(slab).row
 
 
 def test_capacity_is_bounded_and_comes_back() -> None:
     """One more than the capacity is refused with the limit; a release makes room."""
-    slab = StateSlab(PAIRS, 100)
-    slots = [slab.acquire() for _ in range(100)]
+    slab = make_slab(100)
+    slots = [take(slab) for _ in range(100)]
     with pytest.raises(CapacityExceeded) as caught:
-        slab.acquire()
+        take(slab)
     assert caught.value.extras["limit"] == 100
+    row = slots[42].row
     slab.release(slots[42])
-    assert slab.acquire().row == slots[42].row
+    assert take(slab).row == row
 
 
 def test_growing_keeps_what_is_there() -> None:
     """States survive the moves to larger arrays."""
-    slab = StateSlab(PAIRS, 1000)
+    slab = make_slab(1000)
     slots = []
     for i in range(1000):
-        slots.append(slab.acquire())
-        slab.commit([Commit(slots[-1], i, None)], rows(float(i)))
+        slots.append(take(slab))
+        slab.commit([at(slots[-1], i)], rows(float(i)))
     assert slab.gather(slots)[0][:, 0].tolist() == list(range(1000))
     assert [slab.step(slot) for slot in slots] == list(range(1000))
     assert len(slab) == 1000
+
+
+def test_idle_slots_are_found_by_their_own_time() -> None:
+    """Each has its own limit, counted from its last use; a released one is never found."""
+    now = [100.0]
+    slab = StateSlab(PAIRS, 10, lambda: now[0])
+    short, long, gone, never = (Slot() for _ in range(4))
+    for slot, ttl in ((short, 5.0), (long, 50.0), (gone, 1.0), (never, np.inf)):
+        slab.acquire(slot, ttl)
+    slab.release(gone)
+    now[0] += 5
+    assert slab.idle() == [short]
+    assert [slab.is_idle(slot) for slot in (short, long, gone, never)] == [True, False, True, False]
+    slab.touch(short)
+    assert (slab.idle(), slab.time_left(short), slab.time_left(gone)) == ([], 5.0, 0.0)
+    now[0] += 4
+    slab.commit([at(short, 1)], rows(1.0))
+    assert slab.time_left(short) == 5.0
+    now[0] += 46
+    assert slab.idle() == [short, long]
+
+
+def test_a_reset_keeps_nothing() -> None:
+    """The initial state at step 0, and no reply to repeat."""
+    slab = make_slab(10)
+    slot = take(slab)
+    slab.commit([at(slot, 5)], rows(2.5))
+    slab.reset(slot)
+    assert [state.tolist() for state in slab.gather([slot])] == [[[0.0] * 3], [7]]
+    assert (slab.step(slot), slab.kept(slot)) == (0, None)
 
 
 class SlabMachine(RuleBasedStateMachine):
@@ -103,7 +155,7 @@ class SlabMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slab = StateSlab(PAIRS, 70)
+        self.slab = make_slab(70)
         self.model: dict[Slot, tuple[float, int]] = {}
         self.dead: list[Slot] = []
 
@@ -111,7 +163,7 @@ class SlabMachine(RuleBasedStateMachine):
     @rule()
     def acquire(self) -> None:
         """A fresh slot is nobody else's."""
-        slot = self.slab.acquire()
+        slot = take(self.slab)
         assert slot not in self.model
         assert slot not in self.dead
         self.model[slot] = (0.0, 0)
@@ -123,7 +175,7 @@ class SlabMachine(RuleBasedStateMachine):
         live = data.draw(st.sampled_from(list(self.model)))
         slots = [live, *self.dead[-1:]]
         step = self.model[live][1] + 1
-        assert self.slab.commit([Commit(s, step, None) for s in slots], rows(*[float(value)] * len(slots)))[0]
+        assert self.slab.commit([at(s, step) for s in slots], rows(*[float(value)] * len(slots)))[0]
         self.model[live] = (float(value), step)
 
     @precondition(lambda self: self.model)
@@ -140,10 +192,10 @@ class SlabMachine(RuleBasedStateMachine):
         """Every live slot holds what was last committed to it."""
         assert len(self.slab) == len(self.model)
         for slot, (value, step) in self.model.items():
-            assert self.slab.is_live(slot)
+            assert slot.is_live
             assert self.slab.step(slot) == step
             assert self.slab.gather([slot])[0][0, 0] == value
-        assert not any(self.slab.is_live(slot) for slot in self.dead)
+        assert not any(slot.is_live for slot in self.dead)
 
 
 SlabMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

@@ -13,19 +13,20 @@ from hypothesis.extra import numpy as hnp
 from service.errors import InvalidInput, LatchError, Malformed, PayloadTooLarge
 from service.registry import load
 from service.wire import StepReply, StepRequest
-from service.wire.native import NativeCodec, encode_outputs, encode_reply
+from service.wire.native import NativeCodec
+from service.wire.rows import RowFormat
 
 
 @pytest.fixture(scope="module")
 def toy(repository: Path) -> NativeCodec:
     """Rows of 3 float32."""
-    return NativeCodec(load(repository / "toy" / "1").manifest, max_steps=100)
+    return NativeCodec(RowFormat.of(load(repository / "toy" / "1").manifest), max_steps=100)
 
 
 @pytest.fixture(scope="module")
 def counter(repository: Path) -> NativeCodec:
     """A single int64 a step."""
-    return NativeCodec(load(repository / "counter" / "1").manifest, max_steps=100)
+    return NativeCodec(RowFormat.of(load(repository / "counter" / "1").manifest), max_steps=100)
 
 
 floats = hnp.arrays(
@@ -38,24 +39,28 @@ floats = hnp.arrays(
 @given(rows=floats)
 def test_float32_survives_json_in_and_out(toy: NativeCodec, rows: np.ndarray) -> None:
     """What the service writes, read as any JSON reader does, sent back and read by the service, is bit-equal."""
-    written = encode_reply(StepReply({"y": rows}, 5), 0.0)
-    values = json.loads(written)["outputs"]["y"]
+    padded = np.pad(rows, ((0, 0), (0, 1)))  # a row of y has four values, one of the input three
+    written = toy.encode_reply(StepReply(("y",), padded.tobytes(), 1, len(rows)), 0.0)
+    values = [row[:3] for row in json.loads(written)["outputs"]["y"]]
     np.testing.assert_array_equal(np.array(values, np.float32), rows)
-    again = toy.decode_step(json.dumps({"inputs": values}).encode()).inputs
-    np.testing.assert_array_equal(again.view(np.uint32), rows.view(np.uint32))
+    again = toy.decode_step(json.dumps({"inputs": values}).encode())
+    assert (again.data, again.steps) == (rows.tobytes(), len(rows))
 
 
 @given(ids=hnp.arrays(np.int64, st.integers(1, 5)))
 def test_int64_survives_json_in_and_out(counter: NativeCodec, ids: np.ndarray) -> None:
     """All 64 bits of an id."""
-    values = json.loads(encode_reply(StepReply({"y": ids}, 5), 0.0))["outputs"]["y"]
-    np.testing.assert_array_equal(counter.decode_step(json.dumps({"inputs": values})).inputs, ids)
+    totals = np.stack([ids, ids + 1]).tobytes()[: ids.nbytes]
+    values = json.loads(counter.encode_reply(StepReply(("steps",), totals, 1, len(ids)), 0.0))["outputs"]["steps"]
+    assert np.ravel(values).tolist() == ids.tolist()
+    assert counter.decode_step(json.dumps({"inputs": np.ravel(values).tolist()})).data == ids.tobytes()
 
 
 def test_a_step_has_its_number_and_outputs(toy: NativeCodec) -> None:
     """The default is the first output and the next step; names may be outputs, gates and states, each once."""
     plain = toy.decode_step('{"inputs": [[1, 2, 3]]}')
-    assert (plain.outputs, plain.first_step, plain.inputs.dtype) == (("y",), None, np.float32)
+    assert (plain.outputs, plain.first_step, plain.steps) == (("y",), None, 1)
+    assert plain.data == np.array([1, 2, 3], np.float32).tobytes()
     full = toy.decode_step('{"inputs": [[1, 2, 3]], "step": 7, "outputs": ["z", "h", "z"]}')
     assert (full.outputs, full.first_step) == (("z", "h"), 7)
     assert toy.decode_step('{"inputs": [[1, 2, 3]], "step": null, "outputs": []}').outputs == ()
@@ -122,7 +127,7 @@ def test_the_edge_of_float32_is_where_rounding_puts_it(toy: NativeCodec, value: 
     with np.errstate(over="ignore"):
         fits = bool(np.isfinite(np.float32(value)))
     if fits:
-        assert toy.decode_step(f'{{"inputs": [[1, 2, {value!r}]]}}').inputs[0, 2] == np.float32(value)
+        assert toy.decode_step(f'{{"inputs": [[1, 2, {value!r}]]}}').data[8:] == np.float32(value).tobytes()
     for last in ("3", "null"):
         if fits and last == "3":
             continue
@@ -185,26 +190,27 @@ def test_a_bad_sequence_is_named(toy: NativeCodec, body: str, kind: type[LatchEr
     assert caught.value.extras["path"] == path
 
 
-def test_predict_replies_in_order() -> None:
+def test_predict_replies_in_order(counter: NativeCodec) -> None:
     """One object a sequence."""
-    replies = [StepReply({"y": np.array([[i]], np.float32)}, 1) for i in range(3)]
-    assert [s["outputs"]["y"] for s in json.loads(encode_outputs(replies))["sequences"]] == [[[0]], [[1]], [[2]]]
+    replies = [StepReply(("y",), np.array([i], np.float32).tobytes(), 1, 1) for i in range(3)]
+    assert [s["outputs"]["y"] for s in json.loads(counter.encode_outputs(replies))["sequences"]] == [[0], [1], [2]]
 
 
 def test_the_digest_tells_requests_apart() -> None:
     """Other inputs, fewer of them, or other outputs have another digest; the same has the same."""
-    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
-    base = StepRequest(rows, ("y",), 1)
-    assert base.digest == StepRequest(rows.copy(), ("y",)).digest
-    others = [StepRequest(rows + 1, ("y",)), StepRequest(rows, ("y", "z")), StepRequest(rows, ())]
-    others.append(StepRequest(rows[:1], ("y",)))
+    rows = np.arange(6, dtype=np.float32).tobytes()
+    base = StepRequest(rows, 2, ("y",), 1)
+    assert len(base.digest) == 16
+    assert base.digest == StepRequest(bytes(bytearray(rows)), 2, ("y",)).digest
+    others = [StepRequest(rows[::-1], 2, ("y",)), StepRequest(rows, 2, ("y", "z")), StepRequest(rows, 2, ())]
+    others.append(StepRequest(rows[:12], 1, ("y",)))
     assert all(other.digest != base.digest for other in others)
 
 
-def test_a_duplicate_is_flagged() -> None:
+def test_a_duplicate_is_flagged(toy: NativeCodec) -> None:
     """`replayed` and `already_applied` appear only where they are true."""
-    plain = json.loads(encode_reply(StepReply({}, 1), 0.5))
+    plain = json.loads(toy.encode_reply(StepReply((), b"", 1, 1), 0.5))
     assert plain == {"outputs": {}, "step": 1, "expires_at": "1970-01-01T00:00:00.500000Z"}
-    assert json.loads(encode_reply(StepReply({}, 1, True), 0.5))["replayed"] is True
-    applied = json.loads(encode_reply(StepReply(None, 1, True), 0.5))
+    assert json.loads(toy.encode_reply(StepReply((), b"", 1, 1, True), 0.5))["replayed"] is True
+    applied = json.loads(toy.encode_reply(StepReply((), None, 1, 1, True), 0.5))
     assert (applied["already_applied"], applied["outputs"]) == (True, None)

@@ -1,0 +1,95 @@
+"""The HTTP and WebSocket server around the app: uvicorn, and the little that it does not do.
+
+Rule: the only module that knows uvicorn.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Any
+
+import uvicorn
+from rich.console import Console
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from service.errors import SettingsInvalid
+
+# Open requests get this long when the service stops: less than most orchestrators wait before they kill.
+STOP_SECONDS = 10
+
+
+class _WebSocket(WebSocketsSansIOProtocol):
+    """Tells the app what ASGI does not: whether a message would be taken at once, and how to drop a dead peer."""
+
+    async def run_asgi(self) -> None:
+        extensions: dict[str, Any] = self.scope["extensions"]
+        extensions |= {"latch.writable": self.writable, "latch.abort": self.transport.abort}
+        await super().run_asgi()
+
+
+class _Server(uvicorn.Server):
+    """Says where to look once it listens, and answers who still waits over HTTP when it stops; sockets get a 1012."""
+
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._stop = stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn cancels what is left after STOP_SECONDS, without an answer: answer before that.
+        asyncio.get_running_loop().call_later(0.8 * STOP_SECONDS, self._stop)
+        await super().shutdown(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        out = Console()
+        for server in self.servers:
+            host, port = server.sockets[0].getsockname()[:2]
+            address = ip_address(host)
+            name = "localhost" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
+            url = f"http://{name}:{port}"
+            out.print(f"Latch listens on {url}  (stop it with Ctrl-C)", highlight=False)
+            for path, what in (
+                ("/docs", "every call, to read and to try"),
+                ("/v1/models", "what it serves"),
+                ("/health/ready", "whether all of it loaded"),
+                ("/metrics", "figures for Prometheus"),
+            ):
+                out.print(f"  {url}{path:<16} {what}", highlight=False)
+            out.print(f"  latch demo --url {url}   a chorale, note by note", highlight=False)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes the address, before models are loaded for nothing. Raises SettingsInvalid where it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsInvalid(f"cannot listen on {host}:{port}: {reason}; choose --host and --port") from error
+
+
+def configure(app: Any, *, host: str, port: int, max_message_bytes: int) -> uvicorn.Config:
+    """How an app is served, whichever app it is: the benchmarks' echoes are served the same way."""
+    return uvicorn.Config(
+        app,
+        interface="asgi3",
+        host=host,
+        port=port,
+        loop="auto",
+        http="httptools",
+        ws=_WebSocket,
+        ws_max_size=max_message_bytes,
+        # Rows of float32 do not compress, and a compressor a socket costs more memory than the session.
+        ws_per_message_deflate=False,
+        # Where reading pauses for a full queue, the pong waits behind the messages: its lateness proves nothing.
+        ws_ping_timeout=None,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+
+
+def make_server(app: Any, stop: Callable[[], None], *, host: str, port: int, max_message_bytes: int) -> uvicorn.Server:
+    """The server of `app`; `stop` answers whoever still waits when it ends."""
+    return _Server(configure(app, host=host, port=port, max_message_bytes=max_message_bytes), stop)

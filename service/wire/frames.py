@@ -1,0 +1,222 @@
+"""`latch.binary`: the frames of the WebSocket doors, bytes <-> values. No I/O.
+
+A message holds one or more frames, one after another. All numbers are little-endian:
+
+    offset  size  field
+         0     1  type
+         1     1  flags
+         2     2  channel      the session: 0 on /v1/sessions/{id}/stream, the client's choice on /v1/stream
+         4     4  count        T, the steps of a STEP or STEPPED; the payload's bytes for the other types
+         8     8  first step   number of the first step, counted from 1; 0 where there is none
+        16        payload
+
+    type           from    payload
+      1  STEP      client  T packed input rows; first step 0 runs next in order
+      2  OPEN      client  JSON {"session": id, "outputs"?: [names]}: binds the channel, or binds it anew
+      3  CLOSE     client  none: unbinds the channel; the session lives on
+    129  STEPPED   server  T packed output rows, of the outputs that the channel was opened with
+                           flags 1: replayed, a duplicate, nothing ran
+                           flags 2: already applied, a duplicate whose reply was too large to keep: no rows follow
+    130  HELLO     server  JSON {"session", "model", "version", "step", "expires_at", ...}: the channel is bound
+    131  ERROR     server  JSON {"error", "code", "retryable", ...}; first step: that of the refused STEP
+
+A packed row is one step's values of the model's page in C order, float32 or int64, without padding; of several outputs
+one after another. A client's flags are 0. Frames of one session run in order and are answered in order.
+
+Rule: a message is read frame by frame. One that cannot be told apart from the next (unknown type or channel, cut
+short) ends the message: the frames before it count, it and the rest are refused in one ERROR.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import ChannelNotOpen, InvalidInput, Malformed, PayloadTooLarge
+from service.wire import StepReply, StepRequest
+from service.wire.native import encode
+from service.wire.rows import RowFormat
+
+HEADER = struct.Struct("<BBHIQ")
+MAX_CHANNEL = 2**16 - 1
+REPLAYED, ALREADY_APPLIED = 1, 2
+
+
+class Kind(IntEnum):
+    """Types of frames."""
+
+    STEP = 1
+    OPEN = 2
+    CLOSE = 3
+    STEPPED = 129
+    HELLO = 130
+    ERROR = 131
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """A frame of a client."""
+
+    kind: int
+    channel: int
+    count: int
+    first_step: int
+    payload: bytes
+
+
+class Block(NamedTuple):
+    """A message of nothing but STEP frames of equal T and equal size: n frames as arrays.
+
+    Attributes:
+        channels: n channels, each once.
+        steps: T.
+        first_steps: [n], 0 where next in order.
+        data: n times T packed rows, without headers.
+    """
+
+    channels: list[int]
+    steps: int
+    first_steps: NDArray[np.uint64]
+    data: NDArray[np.uint8]
+
+
+class Open(msgspec.Struct, forbid_unknown_fields=True):
+    """The payload of an OPEN."""
+
+    session: str
+    outputs: list[str] | None = None
+
+
+_OPEN = msgspec.json.Decoder(Open)
+
+
+def read(message: bytes, row_bytes: Callable[[int], int | None]) -> Iterator[Frame]:
+    """The frames of a message.
+
+    Args:
+        message: as it was received.
+        row_bytes: the bytes of an input row by channel; None where the channel is not open.
+
+    Raises:
+        Malformed: cut short, an unknown type, or flags that are not 0.
+        ChannelNotOpen: a STEP whose size nobody knows.
+    """
+    start = index = 0
+    while start < len(message) or not index:
+        if len(message) - start < HEADER.size:
+            raise Malformed(
+                f"frame {index} at byte {start}: {len(message) - start} bytes are left, a header has {HEADER.size}",
+                frame=index,
+            )
+        kind, flags, channel, count, first_step = HEADER.unpack_from(message, start)
+        if kind not in (Kind.STEP, Kind.OPEN, Kind.CLOSE) or flags:
+            what = f"flags {flags}, a client's are 0" if flags else f"type {kind}; a client sends 1, 2 or 3"
+            raise Malformed(f"frame {index} at byte {start}: {what}", frame=index, channel=channel)
+        size = row_bytes(channel) if kind == Kind.STEP else int(kind == Kind.OPEN)
+        if size is None:
+            raise ChannelNotOpen(
+                f"frame {index} at byte {start}: channel {channel} is not open; send OPEN with its session first",
+                frame=index,
+                channel=channel,
+            )
+        start += HEADER.size
+        end = start + size * count
+        if end > len(message):
+            raise Malformed(
+                f"frame {index}, channel {channel}: count {count} means {end - start} bytes of payload, "
+                f"{len(message) - start} are left",
+                frame=index,
+                channel=channel,
+            )
+        yield Frame(kind, channel, count, first_step, message[start:end])
+        start, index = end, index + 1
+
+
+def read_block(message: bytes, row_bytes: Callable[[int], int | None]) -> Block | None:
+    """The message as arrays, where it is so regular; None where `read` must take it apart."""
+    if len(message) < 2 * HEADER.size:
+        return None
+    _, _, channel, steps, _ = HEADER.unpack_from(message)
+    size = HEADER.size + (row_bytes(channel) or 0) * steps
+    count, rest = divmod(len(message), size)
+    if rest or count < 2 or not steps:
+        return None
+    frames = np.frombuffer(message, np.uint8).reshape(count, size)
+    heads = np.frombuffer(frames[:, : HEADER.size].tobytes(), _HEADS)
+    channels = heads["channel"].tolist()
+    regular = (
+        (heads["type"] == Kind.STEP).all()
+        and not heads["flags"].any()
+        and (heads["count"] == steps).all()
+        and len(set(channels)) == count
+    )
+    return Block(channels, steps, heads["first_step"], frames[:, HEADER.size :]) if regular else None
+
+
+_HEADS = np.dtype([("type", "u1"), ("flags", "u1"), ("channel", "<u2"), ("count", "<u4"), ("first_step", "<u8")])
+
+
+def step_request(frame: Frame, rows: RowFormat, outputs: tuple[str, ...], max_steps: int) -> StepRequest:
+    """What a STEP asks for.
+
+    Raises:
+        InvalidInput: no step, or a value that is not finite.
+        PayloadTooLarge: more than `max_steps` rows.
+    """
+    return packed_request(frame.payload, frame.count, rows, outputs, frame.first_step or None, max_steps)
+
+
+def packed_request(
+    data: bytes, steps: int, rows: RowFormat, outputs: tuple[str, ...], first_step: int | None, max_steps: int
+) -> StepRequest:
+    """The request that T packed rows are. Raises as `step_request`."""
+    if not steps:
+        raise InvalidInput("no step: send at least one row", path="count")
+    if steps > max_steps:
+        raise PayloadTooLarge(
+            f"{steps} steps: one request may carry {max_steps}; send them in parts", path="count", limit=max_steps
+        )
+    if first_step is not None and first_step >= 2**63:
+        raise InvalidInput(f"first step {first_step}: a step number has 63 bits", path="first_step")
+    rows.check_finite(data)
+    return StepRequest(data, steps, outputs, first_step)
+
+
+def open_request(frame: Frame) -> Open:
+    """The payload of an OPEN. Raises Malformed, InvalidInput."""
+    try:
+        return _OPEN.decode(frame.payload)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(
+            f'OPEN of channel {frame.channel}: {error}; send {{"session": id, "outputs"?: [...]}}'
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"OPEN of channel {frame.channel}: the payload is not JSON: {error}") from error
+
+
+def stepped(channel: int, reply: StepReply) -> bytes:
+    """A STEPPED frame."""
+    steps = reply.step - reply.first_step + 1
+    if reply.data is None:
+        return HEADER.pack(Kind.STEPPED, REPLAYED | ALREADY_APPLIED, channel, steps, reply.first_step)
+    return HEADER.pack(Kind.STEPPED, REPLAYED * reply.replayed, channel, steps, reply.first_step) + reply.data
+
+
+def stepped_block(channels: list[int], steps: int, first_steps: NDArray[np.int64], data: NDArray[np.uint8]) -> bytes:
+    """N STEPPED frames of T steps; `data` is [n, bytes of T packed rows]."""
+    frames = np.empty((len(channels), HEADER.size + data.shape[1]), np.uint8)
+    heads = np.zeros(len(channels), _HEADS)
+    heads["type"], heads["count"] = Kind.STEPPED, steps
+    heads["channel"], heads["first_step"] = channels, first_steps
+    frames[:, : HEADER.size] = heads.view(np.uint8).reshape(len(channels), HEADER.size)
+    frames[:, HEADER.size :] = data
+    return frames.tobytes()
+
+
+def notice(kind: Kind, channel: int, document: dict[str, Any], first_step: int = 0) -> bytes:
+    """A HELLO or an ERROR."""
+    payload = encode(document)
+    return HEADER.pack(kind, 0, channel, len(payload), first_step) + payload
