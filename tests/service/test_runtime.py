@@ -1,9 +1,7 @@
 """One step graph in ONNX Runtime: shapes, axes, constants, and graphs that do not fit."""
 
 import json
-import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ import onnx
 import pytest
 
 from service import runtime
-from service.errors import InferenceFailed, ModelUnloadable, SettingsInvalid
+from service.errors import InferenceFailed, ModelUnloadable
+from service.graphs import ChunkGraph, StepGraph
 from service.registry import load
-from service.runtime import OrtRunner, providers
+from service.runtime import OrtRunner
 from tests.service import toys
 
 
@@ -71,12 +70,102 @@ def test_what_the_runtime_refuses_is_typed(repository: Path) -> None:
         runner_of(folder).run(np.array([[99]]), initial(folder, 1), ["y"])
 
 
-def test_warm_up_learns_which_runs_are_short(repository: Path) -> None:
-    """One step of one session belongs on the loop's thread, ten million rows do not."""
+@pytest.mark.parametrize("model", ["toy", "counter"])
+def test_a_long_chunk_goes_in_parts(repository: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """A chunk of more rows than one run takes is cut, and has the bits that it has in one run."""
+    folder = repository / model / "1"
+    files = load(folder)
+    inputs = np.concatenate([files.golden[f"input.{files.manifest.input.name}"]] * 4, axis=1)
+    runner, names = runner_of(folder), list(files.manifest.replies)
+    whole, last = runner.run(inputs, initial(folder, 2), names)
+    sizes = count_runs(monkeypatch)
+    monkeypatch.setattr(runtime, "CHUNK_ROWS", 14)
+    parts, state = runner.run(inputs, initial(folder, 2), names)
+    assert sizes == [(2, 7), (2, 7), (2, 6)]
+    for name in names:
+        np.testing.assert_array_equal(parts[name], whole[name])
+    for rows, want in zip(state, last, strict=True):
+        np.testing.assert_array_equal(rows, want)
+
+
+@pytest.mark.parametrize("model", ["toy", "counter"])
+def test_with_buckets_only_powers_of_two_run(repository: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Every size of a batch and of a chunk runs in shapes that warm-up ran, and gives the bits of the exact size."""
+    folder = repository / model / "1"
+    files = load(folder)
+    exact, names = runner_of(folder), list(files.manifest.replies)
+    bucketed = OrtRunner(files.manifest, files.graph, buckets=True)
+    warmed = count_runs(monkeypatch)
+    bucketed.warm_up(6)
+    assert {*warmed} == {(1 << rows, 1 << steps) for rows in range(4) for steps in range(6)}
+    golden = np.concatenate([files.golden[f"input.{files.manifest.input.name}"]] * 8, axis=1)
+    for rows, steps in ((1, 1), (1, 7), (3, 1), (5, 2), (6, 39), (8, 32)):
+        inputs = golden[np.arange(rows) % 2, :steps]
+        ran = count_runs(monkeypatch)
+        got, state = bucketed.run(inputs, initial(folder, rows), names)
+        assert {*ran} <= {*warmed}
+        want, last = exact.run(inputs, initial(folder, rows), names)
+        for a, b in zip([*got.values(), *state], [*want.values(), *last], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Sessions and steps of every run of a graph from now on."""
+    sizes: list[tuple[int, int]] = []
+    for graph in (StepGraph, ChunkGraph):
+
+        def run(self: Any, inputs: np.ndarray, *rest: Any, original: Any = graph.run) -> Any:
+            sizes.append(inputs.shape[:2])
+            return original(self, inputs, *rest)
+
+        monkeypatch.setattr(graph, "run", run)
+    return sizes
+
+
+def test_arrays_need_not_be_contiguous(repository: Path) -> None:
+    """Rows and steps cut out of larger arrays, and a state that is one value for everybody, run as their copies do."""
+    folder = repository / "toy" / "1"
+    runner = runner_of(folder)
+    inputs = np.random.default_rng(0).normal(size=(6, 9, toys.INPUTS)).astype(np.float32)
+    state = np.broadcast_to(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (3, toys.HIDDEN))
+    for part in (inputs[::2, 4:5], inputs[::2, 1:8:2]):
+        got, last = runner.run(part, [state], ["y", "h"])
+        want, want_last = runner.run(part.copy(), [state.copy()], ["y", "h"])
+        for a, b in zip([*got.values(), *last], [*want.values(), *want_last], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_warm_up_learns_what_a_run_takes(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a few runs it tells the time of any other, in either form, and so whether it is worth a hop to a worker."""
+    now = 0.0
+
+    def step(self: Any, inputs: np.ndarray, state: Any, outputs: Any) -> Any:
+        nonlocal now
+        now += 10e-6 + 1e-6 * len(inputs)
+        return dict.fromkeys(outputs, inputs), state
+
+    def chunk(self: Any, inputs: np.ndarray, state: Any, outputs: Any) -> Any:
+        nonlocal now
+        rows, steps = inputs.shape[:2]
+        now += 20e-6 + steps * (3e-6 + 0.5e-6 * rows)
+        return dict.fromkeys(outputs, inputs), state
+
+    monkeypatch.setattr(StepGraph, "run", step)
+    monkeypatch.setattr(ChunkGraph, "run", chunk)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     runner = runner_of(repository / "toy" / "1")
-    runner.warm_up(64)
-    assert runner.is_short(1, 1)
-    assert not runner.is_short(10_000_000, 4096)
+    runner.warm_up(256)
+    assert runner.expected_seconds(1, 1) == pytest.approx(11e-6)
+    assert runner.expected_seconds(100, 1) == pytest.approx(110e-6)
+    assert runner.expected_seconds(1, 100) == pytest.approx(20e-6 + 100 * 3.5e-6)
+    assert runner.expected_seconds(64, 32) == pytest.approx(2 * 20e-6 + 32 * 35e-6)  # in two parts
+    assert runner.expected_seconds(2000, 3) == pytest.approx(3 * 2010e-6)  # step by step
+    assert runner.is_short(490, 1)
+    assert not runner.is_short(491, 1)
+    assert runner.is_short(1, 137)
+    assert not runner.is_short(1, 138)
+    runner.step_by_step("the other form")
+    assert runner.expected_seconds(1, 100) == pytest.approx(1100e-6)
 
 
 def change(folder: Path, edit: Callable[[Any], None]) -> None:
@@ -153,44 +242,20 @@ def test_weights_outside_the_graph_are_refused(tmp_path: Path, monkeypatch: pyte
         runner_of(folder)
 
 
-def test_importing_it_leaves_no_trace(tmp_path: Path) -> None:
-    """ONNX Runtime writes no device id and no events into the home of whoever runs the service."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
-    command = [sys.executable, "-c", "import service.runtime"]
-    subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, check=True, timeout=60)
-    assert list(tmp_path.rglob("*")) == []
-
-
-def test_a_device_that_is_not_there_is_never_replaced_silently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking for CUDA without a CUDA provider is an error; `auto` takes the CPU."""
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(SettingsInvalid, match="cuda:1"):
-        providers("cuda:1")
-    assert providers("auto") == providers("cpu") == ["CPUExecutionProvider"]
-
-
-def test_a_cuda_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cuda:N` names the device to the provider."""
-    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
-    assert providers("cuda:3") == [("CUDAExecutionProvider", {"device_id": "3"})]
-    assert providers("auto") == [*providers("cuda"), "CPUExecutionProvider"]
-
-
 def test_auto_says_when_it_ends_up_on_the_cpu(
     repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CUDA build on a machine without a GPU: `auto` serves on the CPU with a warning, `cuda` refuses."""
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
-    open_session = runtime._open
+    open_session = runtime.open_session
 
     def without_gpu(graph: bytes, provider: Any, threads: int) -> Any:
         if provider != "CPUExecutionProvider":
             raise ModelUnloadable("no CUDA-capable device is detected")
         return open_session(graph, provider, threads)
 
-    monkeypatch.setattr(runtime, "_open", without_gpu)
+    monkeypatch.setattr(runtime, "open_session", without_gpu)
     files = load(repository / "toy" / "1")
     assert OrtRunner(files.manifest, files.graph, device="auto").device == "cpu"
     assert "toy runs on the CPU: no CUDA-capable device" in caplog.text

@@ -1,6 +1,7 @@
 """T steps as one run: the same bits as one by one, for graphs of every kind, or not at all."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from service import scan
 from service.engine import Engine
 from service.errors import InferenceFailed
+from service.graphs import ChunkGraph
 from service.manifest import initial_state
 from service.metrics import Metrics
 from service.registry import load
@@ -19,10 +21,12 @@ from tests.service import toys
 from tests.service.conftest import OPTIONS
 
 
-@pytest.mark.parametrize("model", ["toy", "counter"])
-def test_a_chunk_in_one_run_equals_the_unrolled_steps(repository: Path, model: str) -> None:
-    """Outputs, gates and every state after every step, whatever the state's axis, the ids or the constants."""
-    folder = repository / model / "1"
+@pytest.mark.parametrize(
+    "save", [toys.save_leaky, toys.save_counter, toys.save_branching, toys.save_echo, toys.save_exploding]
+)
+def test_a_chunk_in_one_run_equals_the_unrolled_steps(tmp_path: Path, save: Callable[[Path], Path]) -> None:
+    """Outputs, gates and every state after every step, whatever the state's axis, the ids, constants or branches."""
+    folder = save(tmp_path)
     files, manifest = load(folder), json.loads((folder / "manifest.json").read_text())
     runner = OrtRunner(files.manifest, files.graph)
     assert runner.chunks == "scan"
@@ -38,17 +42,29 @@ def test_a_chunk_in_one_run_equals_the_unrolled_steps(repository: Path, model: s
         np.testing.assert_array_equal(got[pair["name"]][:, -1], rows)
 
 
-def test_the_wrapped_graph_holds_each_weight_once(repository: Path) -> None:
-    """Weights stay outside of the loop, and the loop is the only node."""
+def test_only_the_recurrence_loops(repository: Path) -> None:
+    """The input's products go before the loop, the output after it, for all steps at once; a weight is there once."""
     files = load(repository / "toy" / "1")
-    wrapped = onnx.load_model_from_string(scan.wrap(files.graph, files.manifest)).graph
-    assert [node.op_type for node in wrapped.node] == ["Scan"]
-    assert sorted(weight.name for weight in wrapped.initializer) == ["U", "V", "W", "two"]
-    body = wrapped.node[0].attribute[0].g
+    whole = onnx.load_model_from_string(scan.wrap(files.graph, files.manifest)).graph
+    (loop,) = (node for node in whole.node if node.op_type == "Scan")
+    body = loop.attribute[0].g
+    copies = ["Identity"]  # the state is handed on, and is what a chunk returns of h
+    assert [node.op_type for node in body.node] == ["MatMul", "Add", "Tanh", "Sub", "Mul", "Add", *copies]
+    outside = [node.op_type for node in whole.node if node.op_type not in ("Shape", "Concat", "Reshape")]
+    assert outside == ["MatMul", "Sigmoid", "MatMul", "Scan", "Mul"]
+    weights = [weight.name for weight in whole.initializer if not weight.name.startswith("latch.")]
+    assert sorted(weights) == ["U", "V", "W", "two"]
     assert len(body.initializer) == 0
+
+
+def test_a_loop_of_whole_steps_is_the_step_graph_node_for_node(repository: Path) -> None:
+    """Without hoisting the loop is the only node, and its body the step."""
+    files = load(repository / "toy" / "1")
+    whole = onnx.load_model_from_string(scan.wrap(files.graph, files.manifest, hoist=False)).graph
+    assert [node.op_type for node in whole.node] == ["Scan"]
     step = onnx.load_model_from_string(files.graph).graph
-    copies = ["Identity"] * (1 + 3)  # the state to hand on, and what a chunk returns of y, z and h
-    assert [node.op_type for node in body.node] == [node.op_type for node in step.node] + copies
+    body = whole.node[0].attribute[0].g
+    assert [node.op_type for node in body.node] == [*(node.op_type for node in step.node), "Identity"]
 
 
 def test_a_graph_that_does_not_fit_into_a_loop_goes_step_by_step(
@@ -59,7 +75,7 @@ def test_a_graph_that_does_not_fit_into_a_loop_goes_step_by_step(
     inputs, start = files.golden["input.x"], initial_state(files.manifest.state, 2)
     in_one_run, _ = OrtRunner(files.manifest, files.graph).run(inputs, start, ["y", "z", "h"])
 
-    def refuse(graph: bytes, manifest: Any) -> bytes:
+    def refuse(graph: bytes, manifest: Any, *, hoist: bool) -> bytes:
         raise ValueError("no loop for this one")
 
     monkeypatch.setattr(scan, "wrap", refuse)
@@ -73,13 +89,13 @@ def test_a_graph_that_does_not_fit_into_a_loop_goes_step_by_step(
 def test_other_bits_in_one_run_are_noticed(repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose chunks differ from their steps in a single bit gives up the one-run form before it serves."""
     files = load(repository / "toy" / "1")
-    run_scan = OrtRunner._run_scan
+    run_chunk = ChunkGraph.run
 
     def off_by_a_bit(*arguments: Any) -> Any:
-        outputs, state = run_scan(*arguments)
+        outputs, state = run_chunk(*arguments)
         return outputs, [np.nextafter(rows, np.float32(9)) for rows in state]
 
-    monkeypatch.setattr(OrtRunner, "_run_scan", off_by_a_bit)
+    monkeypatch.setattr(ChunkGraph, "run", off_by_a_bit)
     engine = Engine(files, OPTIONS, metrics)
     assert engine.chunks == "loop: in one run a chunk gives other bits than its steps"
     assert engine.bit_exact
@@ -91,14 +107,14 @@ def test_a_chunk_that_fails_at_run_time_breaks_no_model(
 ) -> None:
     """A model whose steps are sound is served step by step when its one-run form is not."""
     files = load(repository / "toy" / "1")
-    run_scan = OrtRunner._run_scan
+    run_chunk = ChunkGraph.run
 
-    def fails(runner: OrtRunner, session: Any, inputs: Any, *rest: Any) -> Any:
+    def fails(graph: ChunkGraph, inputs: Any, *rest: Any) -> Any:
         if len(inputs) >= sessions:
             raise InferenceFailed("not in a loop")
-        return run_scan(runner, session, inputs, *rest)
+        return run_chunk(graph, inputs, *rest)
 
-    monkeypatch.setattr(OrtRunner, "_run_scan", fails)
+    monkeypatch.setattr(ChunkGraph, "run", fails)
     engine = Engine(files, OPTIONS, metrics)
     assert (engine.chunks, engine.bit_exact) == ("loop: not in a loop", True)
 
@@ -114,8 +130,8 @@ def test_golden_vectors_of_one_step_still_prove_the_chunk(
     manifest["golden"]["steps"] = 1
     toys.seal(folder, manifest)
     assert Engine(load(folder), OPTIONS, metrics).chunks == "scan"
-    run_scan = OrtRunner._run_scan
-    monkeypatch.setattr(OrtRunner, "_run_scan", lambda *a: (run_scan(*a)[0], [0 * s for s in run_scan(*a)[1]]))
+    run_chunk = ChunkGraph.run
+    monkeypatch.setattr(ChunkGraph, "run", lambda *a: (run_chunk(*a)[0], [0 * s for s in run_chunk(*a)[1]]))
     assert Engine(load(folder), OPTIONS, metrics).chunks.startswith("loop: ")
 
 
@@ -133,3 +149,23 @@ def test_values_that_go_by_two_names_are_told_apart(tmp_path: Path, metrics: Met
     assert outputs["sum_next"].ravel().tolist() == outputs["total"].ravel().tolist() == sums.tolist()
     assert outputs["kept"].ravel().tolist() == [5] * 8
     assert [rows.ravel().tolist() for rows in state] == [[sums[-1]], [5]]
+
+
+def test_a_row_that_feels_its_neighbours_keeps_its_steps_apart(tmp_path: Path, metrics: Metrics) -> None:
+    """Where nodes give other bits for the rows of all steps at once, whole steps loop, and the page says why."""
+    files = load(toys.save_mixing(tmp_path))
+    engine = Engine(files, OPTIONS, metrics)
+    assert engine.chunks == "scan of whole steps: in one run a chunk gives other bits than its steps"
+    assert not engine.bit_exact
+
+
+def test_a_graph_older_than_the_nodes_around_the_loop_loops_whole_steps(tmp_path: Path) -> None:
+    """Opset 13 has `Scan`, but no `Shape` that ends before the last axis."""
+    folder = toys.save_leaky(tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    model.opset_import[0].version = 13
+    files = load(folder)
+    runner = OrtRunner(files.manifest, model.SerializeToString())
+    assert runner.chunks.startswith("scan of whole steps: ")
+    inputs, start = files.golden["input.x"], initial_state(files.manifest.state, 2)
+    np.testing.assert_array_equal(runner.run(inputs, start, ["y"])[0]["y"], files.golden["output.y"])

@@ -239,6 +239,60 @@ def save_uneven(root: Path, name: str = "uneven", version: str = "1") -> Path:
     return _save(root, graph, manifest, {"input.x": np.ones((2, 5, 1), np.float32)})
 
 
+def save_branching(root: Path, name: str = "branching", version: str = "1") -> Path:
+    """A graph with branches that read what is outside of them: h' = h + 3 x for odd ids, h - 3 x for even ones, y = h.
+
+    The id is a constant input, and y the state before the step.
+    """
+    node, value = helper.make_node, helper.make_tensor_value_info
+
+    def branch(op: str) -> onnx.GraphProto:
+        return helper.make_graph(
+            [node(op, ["h", "thrice"], [f"{op}_h"])], op, [], [value(f"{op}_h", FLOAT, ["batch", 1])]
+        )
+
+    graph = helper.make_graph(
+        [
+            node("Mul", ["x", "three"], ["thrice"]),
+            node("Mod", ["id", "two"], ["rest"]),
+            node("Cast", ["rest"], ["odd"], to=TensorProto.BOOL),
+            node("If", ["odd"], ["h_next"], then_branch=branch("Add"), else_branch=branch("Sub")),
+            node("Mul", ["h", "one"], ["y"]),
+        ],
+        name,
+        [value("x", FLOAT, ["batch", 1]), value("h", FLOAT, ["batch", 1]), value("id", INT64, [])],
+        [value("y", FLOAT, ["batch", 1]), value("h_next", FLOAT, ["batch", 1])],
+        [
+            numpy_helper.from_array(np.array(number, dtype), key)
+            for key, number, dtype in (
+                ("one", 1, np.float32), ("three", 3, np.float32), ("two", 2, np.int64),
+            )
+        ],
+    )  # fmt: skip
+    manifest = _scalar_manifest(name, version)
+    manifest["constants"] = [{"name": "id", "dtype": "int64", "shape": [], "value": [7]}]
+    return _save(root, graph, manifest, {"input.x": np.arange(10, dtype=np.float32).reshape(2, 5, 1)})
+
+
+def save_mixing(root: Path, name: str = "mixing", version: str = "1") -> Path:
+    """A graph whose rows feel the rows before them: h' = h / 2 + (x summed over the batch so far), y = h'."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("CumSum", ["x", "zero"], ["sum"]),
+            helper.make_node("Mul", ["h", "half"], ["past"]),
+            helper.make_node("Add", ["past", "sum"], ["h_next"]),
+            helper.make_node("Identity", ["h_next"], ["y"]),
+        ],
+        name,
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("x", "h")],
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", 1]) for n in ("y", "h_next")],
+        [numpy_helper.from_array(np.array(0, np.int64), "zero"), numpy_helper.from_array(np.float32(0.5), "half")],
+    )
+    manifest = _scalar_manifest(name, version)
+    manifest["golden"]["sequences"] = 1  # two would not give together what they give alone
+    return _save(root, graph, manifest, {"input.x": np.ones((1, 5, 1), np.float32)})
+
+
 def save_echo(root: Path, name: str = "echo", version: str = "1") -> Path:
     """Values under two names: sum' = sum + x + kept is output and state, x is input and output, kept' = kept = 5."""
     graph = helper.make_graph(

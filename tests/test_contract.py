@@ -1,0 +1,47 @@
+"""What training exports, the service runs: every unit and head, the same bits alone, in batches and in chunks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.proof import prove_bits, replay_golden
+from service.registry import load
+from service.runtime import OrtRunner
+from training.cells import UNITS
+from training.checkpoint import Run, save_tensors
+from training.config import DataInfo, ModelConfig, TrainConfig
+from training.export import export
+from training.model import RecurrentModel
+
+NAMED = tuple((f"value {i}", "") for i in range(6))
+INFO = DataInfo("made up", "noise", "other", "none", NAMED, NAMED, "none", None, "none", "none needed")
+
+
+def exported(root: Path, cell: str, head: str, **settings: Any) -> Path:
+    """The version folder of a model with random weights."""
+    torch.manual_seed(3)
+    model = RecurrentModel(ModelConfig(cell, 6, 6, head, hidden=9, **settings)).eval()
+    Run(INFO, model.config, TrainConfig(), {}, {"metrics": []}).save(root / "run")
+    save_tensors(root / "run" / "best.safetensors", dict(model.state_dict()), {"epoch": 1, "valid_loss": 1.0})
+    return export(root / "run", root / "models", "made-up")
+
+
+CASES = [
+    *((cell, "gaussian", {"layers": 2, "standardise": True}) for cell in UNITS),
+    *((cell, "categorical", {"vocabulary": 6, "learned_initial_state": True}) for cell in ("gru", "lstm")),
+    *((cell, "bernoulli", {"reset": "after"}) for cell in ("gru", "gru1", "mgu2")),
+]
+
+
+@pytest.mark.parametrize(("cell", "head", "settings"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_unit_is_served_bit_for_bit_in_one_run_a_chunk(
+    tmp_path: Path, cell: str, head: str, settings: dict[str, Any]
+) -> None:
+    """Whatever the layers, the head or the input, only the recurrence loops and no bit depends on the form."""
+    files = load(exported(tmp_path, cell, head, **settings))
+    runner = OrtRunner(files.manifest, files.graph)
+    assert prove_bits(runner, files)
+    assert runner.chunks == "scan"
+    assert replay_golden(runner, files) <= files.manifest.golden.tolerance
