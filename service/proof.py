@@ -3,7 +3,9 @@
 Rule: a wrong answer is found here or never; nothing is served that did not go through both. It knows no session.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
+from math import ceil, prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +14,12 @@ from service.manifest import Array, initial_state
 from service.registry import ModelFiles
 from service.runtime import OrtRunner
 
-# Sessions in a batch: with and without what is left over when rows are taken by the vector.
-BATCHES = (1, 2, 3, 5, 8, 17, 64)
+# Sessions of a batch, with all that may be left over when rows are taken by the dozen, and of a chunk.
+BATCHES = (*range(2, 18), 32, 64)
+CHUNKS = (1, 2, 5, 17, 64)
+
+# Steps of a sequence that the proof takes at least, so that states are far from the initial one.
+STEPS = 24
 
 
 def replay_golden(runner: OrtRunner, files: ModelFiles) -> float:
@@ -47,9 +53,11 @@ def replay_golden(runner: OrtRunner, files: ModelFiles) -> float:
 
 
 def prove_bits(runner: OrtRunner, files: ModelFiles) -> bool:
-    """Runs the golden sequences alone and in batches of many sizes, one by one and in chunks, and compares the bits.
+    """Steps the golden sequences alone, then in batches of many sizes and in chunks, and compares the bits.
 
-    Where a chunk in one run fails or gives other bits than its steps, the runner is told to take a simpler form.
+    A batch takes steps of all sequences, from their beginning to their end, and needs one run a size: if every step is
+    the same alone and in a batch, so is every sequence of them. Where a chunk in one run fails or gives other bits
+    than its steps, the runner is told to take a simpler form.
 
     Returns:
         Whether a session gets the same bits alone and among others. So for the CPU provider and our own graphs; an
@@ -61,41 +69,60 @@ def prove_bits(runner: OrtRunner, files: ModelFiles) -> bool:
         InferenceFailed: the runtime refuses it.
     """
     manifest = files.manifest
+    shape = (manifest.golden.sequences, manifest.golden.steps, *manifest.input.shape)
+    golden = _golden_array(files, f"input.{manifest.input.name}", shape).astype(manifest.input.dtype)
+    inputs = np.concatenate([golden] * ceil(STEPS / shape[1]), axis=1)
     names = [tensor.name for tensor in manifest.outputs]
-    steps = manifest.golden.steps
-    once = _golden_array(
-        files, f"input.{manifest.input.name}", (manifest.golden.sequences, steps, *manifest.input.shape)
-    )
-    inputs = np.concatenate([once.astype(manifest.input.dtype)] * 3, axis=1)
 
-    def run(rows: Array, chunk: int) -> list[Array]:
-        """A third one by one, so that the state is not the initial one, and the rest in chunks."""
-        state, parts = initial_state(manifest.state, len(rows)), []
-        for start, end in pairwise([*range(steps), *range(steps, 3 * steps, chunk), 3 * steps]):
-            outputs, state = runner.run(inputs[rows, start:end], state, names)
-            parts.append(list(outputs.values()))
-        return [np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)] + state
+    def step_by_step(inputs: Array, state: Sequence[Array]) -> _Steps:
+        before, after = [], []
+        for t in range(inputs.shape[1]):
+            before.append(state)
+            outputs, state = runner.run(inputs[:, t : t + 1], state, names)
+            after.append([*(outputs[name][:, 0] for name in names), *state])
+        return _Steps(_stack(before), _stack(after))
 
-    each = [run(np.array([b]), 1) for b in range(len(inputs))]
-    alone = [np.concatenate(rows) for rows in zip(*each, strict=True)]
-    batches = [np.arange(size) % len(inputs) for size in BATCHES]
-    one_by_one = [run(rows, 1) for rows in batches]
+    each = [step_by_step(rows[None], initial_state(manifest.state, 1)) for rows in inputs]
+    alone = _Steps(*([np.concatenate(rows) for rows in zip(*part, strict=True)] for part in zip(*each, strict=True)))
 
-    def fault() -> str:
-        """What is wrong with chunks in one run."""
+    def one_batch(size: int) -> bool:
+        at = np.unravel_index(np.arange(size) * 7 % prod(inputs.shape[:2]), inputs.shape[:2])
+        got = step_by_step(inputs[at][:, None], [rows[at] for rows in alone.before])
+        return _same(got.after, [rows[at][:, None] for rows in alone.after])
+
+    exact = all(one_batch(size) for size in BATCHES)
+
+    def fault(size: int) -> str:
+        """What is wrong with a chunk of so many sessions in one run, from the middle of their sequences to the end."""
+        rows, start = np.arange(size) % len(inputs), inputs.shape[1] // 3
+        chunk, state = inputs[rows, start:], [value[rows, start] for value in alone.before]
         try:
-            chunks = (run(rows, 2 * steps) for rows in batches)
-            sound = all(_same(chunk, single) for chunk, single in zip(chunks, one_by_one, strict=True))
+            outputs, last = runner.run(chunk, state, names)
         except InferenceFailed as error:
             return str(error)
-        return "" if sound else "in one run a chunk gives other bits than its steps"
+        want = [value[rows, start:] for value in alone.after] if exact else step_by_step(chunk, state).after
+        got = [outputs[name] for name in names]
+        if _same(got, want[: len(names)]) and _same(last, [value[:, -1] for value in want[len(names) :]]):
+            return ""
+        return "in one run a chunk gives other bits than its steps"
 
-    while runner.in_one_run and (reason := fault()):
+    while runner.in_one_run and (reason := next(filter(None, map(fault, CHUNKS)), "")):
         runner.simplify(reason)
-    return all(_same(got, [value[rows] for value in alone]) for got, rows in zip(one_by_one, batches, strict=True))
+    return exact
 
 
-def _same(got: list[Array], want: list[Array]) -> bool:
+class _Steps(NamedTuple):
+    """Sequences step by step: [B, T, ...] of each state before the step, and of each output and state after it."""
+
+    before: list[Array]
+    after: list[Array]
+
+
+def _stack(steps: Sequence[Sequence[Array]]) -> list[Array]:
+    return [np.stack(values, axis=1) for values in zip(*steps, strict=True)]
+
+
+def _same(got: Sequence[Array], want: Sequence[Array]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -166,7 +166,7 @@ class OrtRunner:
         row = max(0.0, (self._measure(many, 1) - one) / (many - 1))
         self._step_cost = _Cost(0.0, one - row, row)
         if self._chunk is not None:
-            few, long = min(many, CHUNK_ROWS // 8), BUCKET_STEPS
+            few, long = min(many, CHUNK_ROWS // 16), BUCKET_STEPS
             short = self._measure(1, 2)
             step = max(0.0, (self._measure(1, long) - short) / (long - 2))
             row = max(0.0, (self._measure(few, 8) - short - 6 * step) / 8 / (few - 1))
@@ -182,7 +182,7 @@ class OrtRunner:
         cost = self._step_cost if at_once == 1 else self._chunk_cost
         return ceil(steps / at_once) * cost.run + steps * (cost.step + rows * cost.row)
 
-    def _measure(self, rows: int, steps: int, times: int = 3) -> float:
+    def _measure(self, rows: int, steps: int, times: int = 2) -> float:
         """Seconds of the quickest of some runs, after a first that finds everything cold."""
         inputs = np.zeros((rows, steps, *self._manifest.input.shape), self._manifest.input.dtype)
         state = initial_state(self._manifest.state, rows)
