@@ -16,10 +16,18 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from service.errors import Draining, InferenceFailed, LatchError, Overloaded, SessionNotFound, StepConflict
+from service.errors import (
+    Draining,
+    InferenceFailed,
+    InvalidInput,
+    LatchError,
+    Overloaded,
+    SessionNotFound,
+    StepConflict,
+)
 from service.manifest import Array
 from service.metrics import ModelMetrics
-from service.slab import Commit, Kept, Slot, StateSlab
+from service.slab import Commits, Slot, StateSlab
 from service.steps import Decision, decide
 from service.wire import StepReply, StepRequest
 from service.wire.rows import RowFormat
@@ -73,7 +81,7 @@ class _Chunk(Ticket, kw_only=True):
     first_step: int = 0
     done: int = 0
     state: list[Array] | None = None
-    parts: list[bytes] | None = None
+    parts: list[bytes] = []
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
 
@@ -241,6 +249,7 @@ class Batcher:
         """Consults the step table. True when the chunk needs a run, False when it is answered."""
         request, step = chunk.request, self._slab.step(chunk.slot)
         if request.first_step is not None and request.first_step != step + 1:
+            self._slab.touch(chunk.slot)  # a retry is use, too
             kept = self._slab.kept(chunk.slot)
             try:
                 decision = decide(step, kept, request.first_step, request.digest)
@@ -262,6 +271,9 @@ class Batcher:
         names = {chunk.request.outputs for chunk in batch}
         wanted = names.pop() if len(names) == 1 else tuple({name: None for each in names for name in each})
         inputs = self._rows.batch([self._part(chunk, steps) for chunk in batch], steps)
+        if not np.isfinite(inputs).all():
+            await self._advance_finite(batch, steps)
+            return
         state = self._slab.gather([chunk.slot for chunk in batch])
         for b, chunk in enumerate(batch):
             if chunk.state is not None:
@@ -283,25 +295,21 @@ class Batcher:
             return
         ended = time.perf_counter()
         sound = self._sound(batch, outputs, state)
-        packed = {asked: self._rows.pack(outputs, asked) for asked in {chunk.request.outputs for chunk in batch}}
         finished: list[int] = []
-        for b, chunk in enumerate(batch):
+        for b, (chunk, part) in enumerate(zip(batch, self._split(batch, outputs), strict=True)):
             chunk.compute_seconds += ended - start
             if not sound[b]:
                 chunk.settle(InferenceFailed("the step gave a value that is not finite; the state did not move"))
                 continue
-            data = packed[chunk.request.outputs]
-            size = len(data) // len(batch)
-            part = data[b * size : (b + 1) * size]
-            chunk.parts = [part] if chunk.parts is None else [*chunk.parts, part]
+            chunk.parts.append(part)
             chunk.done += steps
             if chunk.done == chunk.request.steps:
                 finished.append(b)
             else:
                 chunk.state = [rows[b].copy() for rows in state]
+        chunks = batch
         if len(finished) < len(batch):
-            state = [rows[finished] for rows in state]
-        chunks = [batch[b] for b in finished]
+            chunks, state = [batch[b] for b in finished], [rows[finished] for rows in state]
         self._commit(chunks, state)
         now = time.perf_counter()
         self._metrics.observe_run(
@@ -312,6 +320,27 @@ class Batcher:
             queue=[chunk.queue_seconds for chunk in batch if chunk.done <= steps],
             overhead=[now - chunk.submitted - chunk.compute_seconds for chunk in chunks],
         )
+
+    async def _advance_finite(self, batch: list[_Chunk], steps: int) -> None:
+        """Refuses the rows whose inputs are no numbers, and runs the others."""
+        for chunk in batch:
+            try:
+                self._rows.check_finite(self._part(chunk, steps), chunk.done)
+            except InvalidInput as error:
+                chunk.settle(error)
+        if rest := [chunk for chunk in batch if chunk.answer is not None]:
+            await self._advance(rest)
+
+    def _split(self, batch: list[_Chunk], outputs: dict[str, Array]) -> list[bytes]:
+        """What each chunk asked for of the outputs of a run."""
+        rows: dict[tuple[str, ...], list[bytes]] = {}
+        for names in {chunk.request.outputs for chunk in batch}:
+            data = self._rows.pack(outputs, names)
+            size = len(data) // len(batch)
+            rows[names] = [data[b * size : (b + 1) * size] for b in range(len(batch))]
+        if len(rows) == 1:
+            return rows[batch[0].request.outputs]
+        return [rows[chunk.request.outputs][b] for b, chunk in enumerate(batch)]
 
     def _part(self, chunk: _Chunk, steps: int) -> bytes | memoryview:
         """The next `steps` rows of a chunk."""
@@ -332,19 +361,19 @@ class Batcher:
     def _commit(self, chunks: list[_Chunk], state: list[Array]) -> None:
         """Moves the slots of finished chunks, then answers."""
         replies: list[StepReply] = []
-        commits: list[Commit] = []
+        commits = Commits([], [], [], [], [])
         for chunk in chunks:
-            request = chunk.request
-            parts = chunk.parts or []
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
-            step = chunk.first_step + request.steps - 1
-            kept = Kept(chunk.first_step, request.digest, data if len(data) <= self._keep_reply_bytes else None)
-            commits.append(Commit(chunk.slot, step, kept))
+            request, first = chunk.request, chunk.first_step
+            data = chunk.parts[0] if len(chunk.parts) == 1 else b"".join(chunk.parts)
+            step = first + request.steps - 1
             replies.append(
-                StepReply(
-                    request.outputs, data, chunk.first_step, step, False, chunk.queue_seconds, chunk.compute_seconds
-                )
+                StepReply(request.outputs, data, first, step, False, chunk.queue_seconds, chunk.compute_seconds)
             )
+            commits.slots.append(chunk.slot)
+            commits.steps.append(step)
+            commits.first_steps.append(first)
+            commits.digests.append(request.digest)
+            commits.replies.append(data if len(data) <= self._keep_reply_bytes else None)
         moved = 0
         for chunk, reply, live in zip(chunks, replies, self._slab.commit(commits, state), strict=True):
             moved += chunk.request.steps * live

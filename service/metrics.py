@@ -14,6 +14,7 @@ from prometheus_client.utils import floatToGoString
 
 _SECONDS = (1e-5, 25e-6, 5e-5, 1e-4, 25e-5, 5e-4, 1e-3, 25e-4, 5e-3, 1e-2, 25e-3, 0.1, 0.25, 1.0, 2.5, 10.0)
 _POWERS = tuple(float(2**k) for k in range(14))
+_FOLD = 10_000
 _MODEL = ("model", "version")
 
 
@@ -22,20 +23,30 @@ class _Counts:
 
     def __init__(self, bounds: NDArray[np.float64]) -> None:
         self._bounds = bounds
-        self.counts = np.zeros(len(bounds) + 1, np.int64)
-        self.sum = 0.0
+        self._counts = np.zeros(len(bounds) + 1, np.int64)
+        self._sum = 0.0
+        self._fresh: list[float] = []
 
-    def observe(self, values: Sequence[float] | float) -> None:
-        """Counts one value or many."""
-        self.counts += np.bincount(np.searchsorted(self._bounds, np.atleast_1d(values)), minlength=len(self.counts))
-        self.sum += float(np.sum(values))
+    def observe(self, values: Sequence[float]) -> None:
+        """Counts values: takes them down, and sorts them into buckets when there are many."""
+        self._fresh += values
+        if len(self._fresh) > _FOLD:
+            self.read()
+
+    def read(self) -> tuple[NDArray[np.int64], float]:
+        """Values per bucket, and the sum of all."""
+        fresh, self._fresh = self._fresh, []
+        if fresh:
+            self._counts += np.bincount(np.searchsorted(self._bounds, fresh), minlength=len(self._counts))
+            self._sum += sum(fresh)
+        return self._counts, self._sum
 
 
 class RunHistogram(Collector):
     """A histogram that takes the values of a whole run in one call.
 
     prometheus_client's own takes a lock and a microsecond or two for each value: with several a step, as much as the
-    step. This one is written from the event loop's thread only.
+    step. This one is written and read from the event loop's thread only.
     """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
@@ -53,8 +64,8 @@ class RunHistogram(Collector):
         family = HistogramMetricFamily(self._name, self._text, labels=_MODEL)
         for values, child in self._children.items():
             bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-            counts = np.cumsum(child.counts).astype(float)
-            family.add_metric(values, list(zip(bounds, counts.tolist(), strict=True)), child.sum)
+            counts, total = child.read()
+            family.add_metric(values, list(zip(bounds, np.cumsum(counts).tolist(), strict=True)), total)
         yield family
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
@@ -83,10 +94,10 @@ class ModelMetrics:
         """One run: sessions and steps in it, seconds inside the runtime and after it; and for the requests that began
         with it how long they waited, for those that ended with it what was not the runtime.
         """
-        self._batch_size.observe(rows)
-        self._run_steps.observe(steps)
-        self._compute.observe(compute)
-        self._answer.observe(answer)
+        self._batch_size.observe((rows,))
+        self._run_steps.observe((steps,))
+        self._compute.observe((compute,))
+        self._answer.observe((answer,))
         self._queue.observe(queue)
         self._overhead.observe(overhead)
 

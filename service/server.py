@@ -4,6 +4,7 @@ Rule: the only module that knows uvicorn.
 """
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -20,12 +21,53 @@ STOP_SECONDS = 10
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """Tells the app what ASGI does not: whether a message would be taken at once, and how to drop a dead peer."""
+    """A WebSocket whose messages come and go by plain calls: `routers.stream.Wire`, found in the ASGI scope.
+
+    The ASGI app still accepts, closes and is told of the end; but a queue, a task's wake-up and two changes of the
+    poll set a message cost more than the step that it carries.
+    """
+
+    on_message: Callable[[bytes | str], None] | None = None
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
-        extensions |= {"latch.writable": self.writable, "latch.abort": self.transport.abort}
+        extensions["latch.wire"] = self
         await super().run_asgi()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.on_message is None or self.close_sent:
+            super().send_receive_event_to_app()
+            return
+        data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+        self.frames = []
+        if self.curr_msg_data_type == "bytes":
+            self.on_message(data)
+            return
+        try:
+            self.on_message(data.decode())
+        except UnicodeDecodeError:
+            self.conn.send_close(1007)
+            self.handle_parser_exception()
+
+    def write(self, message: bytes, *, text: bool) -> None:
+        """Sends a message, whether the peer reads or not; to one that has left, nothing."""
+        if self.close_sent or self.disconnected or self.transport.is_closing():
+            return
+        (self.conn.send_text if text else self.conn.send_binary)(message)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+
+    def pause(self) -> None:
+        """Reads no more."""
+        self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Reads again."""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """Drops the connection with what was not sent."""
+        self.transport.abort()
 
 
 class _Server(uvicorn.Server):
@@ -42,6 +84,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # What is there now stays: the collector need not look at it again while a step waits.
+        gc.collect()
+        gc.freeze()
         out = Console()
         for server in self.servers:
             host, port = server.sockets[0].getsockname()[:2]

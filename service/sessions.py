@@ -167,9 +167,7 @@ class SessionManager:
             Overloaded, Draining, SessionNotFound: at once.
             StepConflict, InferenceFailed, SessionNotFound: as the answer.
         """
-        ticket = session.engine.batcher.submit(session, request, answer)
-        session.engine.slab.touch(session)
-        return ticket
+        return session.engine.batcher.submit(session, request, answer)
 
     async def step(self, session: Session, request: StepRequest) -> StepReply:
         """`submit`, and waits for the answer. Cancelling it drops the request if no run has finished it."""

@@ -45,12 +45,14 @@ class Kept(NamedTuple):
     reply: bytes | None
 
 
-class Commit(NamedTuple):
-    """What one finished request does to its slot: the step it arrives at, and what to keep of it."""
+class Commits(NamedTuple):
+    """What finished requests do to their slots, one entry a slot: the step it arrives at, and what to keep of it."""
 
-    slot: Slot
-    step: int
-    kept: Kept
+    slots: list[Slot]
+    steps: list[int]
+    first_steps: list[int]
+    digests: list[bytes]
+    replies: list[bytes | None]
 
 
 class StateSlab:
@@ -75,6 +77,7 @@ class StateSlab:
         self._deadline = np.full(rows, np.inf)
         self._kept_reply: list[bytes | None] = [None] * rows
         self._owners: list[Slot | None] = [None] * rows
+        self._view()
         self._free: list[int] = []  # rows that were released; those from `_fresh` on were never used
         self._fresh = 0
 
@@ -113,7 +116,7 @@ class StateSlab:
 
     def step(self, slot: Slot) -> int:
         """Steps committed so far; the next one is this plus 1. A released slot has none."""
-        return int(self._step[slot.row]) if slot.row >= 0 else 0
+        return self._step_of[slot.row] if slot.row >= 0 else 0
 
     def kept(self, slot: Slot) -> Kept | None:
         """The last committed request, if there was one."""
@@ -130,7 +133,7 @@ class StateSlab:
 
     def is_idle(self, slot: Slot) -> bool:
         """Whether the slot has been idle for too long; a released one has."""
-        return slot.row < 0 or bool(self._deadline[slot.row] <= self._clock())
+        return slot.row < 0 or self._deadline_of[slot.row] <= self._clock()
 
     def idle(self) -> list[Slot]:
         """The slots that have been idle for too long."""
@@ -146,37 +149,36 @@ class StateSlab:
         rows = _rows(slots)
         return [state[rows] for state in self._state]
 
-    def commit(self, commits: Sequence[Commit], state: Sequence[Array]) -> list[bool]:
+    def commit(self, commits: Commits, state: Sequence[Array]) -> list[bool]:
         """Moves every slot of `commits` to its new state, step and kept reply, or leaves it wholly untouched.
 
         Args:
-            commits: one a slot.
-            state: one [B, *shape] a state pair; row b belongs to `commits[b]`.
+            commits: one entry a slot.
+            state: one [B, *shape] a state pair; row b belongs to `commits.slots[b]`.
 
         Returns:
             For each slot whether it was live; a released one is left alone, and so is the next owner of its row.
         """
-        live = [commit.slot.row >= 0 for commit in commits]
+        live = [slot.row >= 0 for slot in commits.slots]
         if not all(live):
             picked = [b for b, is_live in enumerate(live) if is_live]
-            commits, state = [commits[b] for b in picked], [new[picked] for new in state]
-        if commits:
-            slots, steps, kept = zip(*commits, strict=True)
-            firsts, digests, replies = zip(*kept, strict=True)
-            rows = _rows(slots)
+            commits = Commits._make([column[b] for b in picked] for column in commits)
+            state = [new[picked] for new in state]
+        if commits.slots:
+            rows = _rows(commits.slots)
             for mine, new in zip(self._state, state, strict=True):
                 mine[rows] = new
-            self._step[rows] = steps
-            self._kept_first[rows] = firsts
-            self._kept_digest[rows] = np.frombuffer(b"".join(digests), _DIGEST)
+            self._step[rows] = commits.steps
+            self._kept_first[rows] = commits.first_steps
+            self._kept_digest[rows] = np.frombuffer(b"".join(commits.digests), _DIGEST)
             self._deadline[rows] = self._clock() + self._idle_ttl[rows]
-            for slot, reply in zip(slots, replies, strict=True):
+            for slot, reply in zip(commits.slots, commits.replies, strict=True):
                 self._kept_reply[slot.row] = reply
         return live
 
     def reset(self, slot: Slot) -> None:
         """Returns the slot to the initial state and step 0; nothing is kept of what was."""
-        self.commit([Commit(slot, 0, Kept(0, bytes(_DIGEST.itemsize), None))], self._initial)
+        self.commit(Commits([slot], [0], [0], [bytes(_DIGEST.itemsize)], [None]), self._initial)
 
     def _grow(self) -> None:
         rows = len(self._owners)
@@ -194,6 +196,11 @@ class StateSlab:
         self._deadline[rows:] = np.inf
         self._kept_reply += [None] * more
         self._owners += [None] * more
+        self._view()
+
+    def _view(self) -> None:
+        """One value of a column is read through a view: numpy takes three times as long to give one out."""
+        self._step_of, self._deadline_of = self._step.data, self._deadline.data
 
 
 def _rows(slots: Sequence[Slot]) -> NDArray[np.intp]:

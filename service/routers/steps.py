@@ -109,7 +109,7 @@ class StepDoor:
                 f"the body has {len(body)} bytes: rows of this model have {rows.input_bytes} each, {rest} are over",
                 path="body",
             )
-        return packed_request(body, steps, rows, rows.names(names, "outputs"), first_step, self._max_steps)
+        return packed_request(body, steps, rows.names(names, "outputs"), first_step, self._max_steps)
 
     async def _refuse(self, error: LatchError, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.errors.labels(error.code).inc()

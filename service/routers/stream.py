@@ -19,15 +19,17 @@ it is a socket of one session and that is gone. After a broken connection, conne
 
 Rule: reading stops while too many replies are owed or a session's queue is full, and a client that does not read for
 `slow_reader` seconds is closed with 4408, so neither a flood nor a slow reader costs memory. No task and no future a
-message: an answer is written where it comes up, those of one run of the model in one write.
+message: it is handled where it arrives (`take_now`) unless something must be waited for (`take`), and an answer is
+written where it comes up, those of one run of the model in one write.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -91,8 +93,6 @@ class StreamDoor:
                 if before != "/v1/sessions" or not path.endswith("/stream"):
                     raise NotFound(f"{path}: no such address; /v1/stream, or a session's /v1/sessions/<id>/stream")
                 await socket.run(session_id)
-        except _Left:
-            pass
         except LatchError as error:
             await socket.fail(error)
         except Exception:
@@ -108,28 +108,53 @@ class StreamDoor:
     def _flush(self) -> None:
         sockets, self._unsent = self._unsent, []
         for socket in sockets:
-            socket.flush()
+            try:
+                socket.flush()
+            except Exception as error:  # noqa: BLE001 - it ends this socket, and the others are written to
+                socket.end(error)
 
 
-class _Left(Exception):
-    """The client has gone."""
+class Wire(Protocol):
+    """What a socket needs of the server beside ASGI; see `service/server.py`."""
+
+    on_message: Callable[[bytes | str], None] | None
+    writable: asyncio.Event
+
+    def write(self, message: bytes, *, text: bool) -> None:
+        """Sends a message, whether the peer reads or not; to one that has left, nothing."""
+
+    def pause(self) -> None:
+        """Reads no more."""
+
+    def resume(self) -> None:
+        """Reads again."""
+
+    def abort(self) -> None:
+        """Drops the connection."""
+
+
+def _ignore(_message: bytes | str) -> None:
+    """What comes after the end."""
 
 
 class _Socket:
     """What both subprotocols share: reading under flow control, writing without waiting, and the end."""
+
+    text: ClassVar[bool]
 
     def __init__(self, door: StreamDoor, scope: Scope, receive: Receive, send: Send) -> None:
         self.door = door
         self.manager = door.manager
         self._receive = receive
         self._send = send
-        self._writable: asyncio.Event = scope["extensions"]["latch.writable"]
-        self._abort: Callable[[], None] = scope["extensions"]["latch.abort"]
+        self._wire: Wire = scope["extensions"]["latch.wire"]
         self.single: Session | None = None
         self._max_owed = door.max_waiting_many
         self._said: list[bytes] = []
-        self.owed = 0
+        self._owed = 0
         self._room = asyncio.Event()
+        self._backlog: deque[bytes | str] = deque()
+        self._behind: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -138,29 +163,67 @@ class _Socket:
         if session_id is not None:
             self.single = await self.manager.find(session_id)
             self._max_owed = self.door.max_waiting
-            await self.greet(self.single)
-        reader = asyncio.create_task(self._read())
+        self._behind = asyncio.create_task(self._start())
+        self._wire.on_message = self._on_message
+        left = asyncio.create_task(self._left())
         try:
-            await asyncio.wait((reader, self._ended), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                reader.result()
-            self._ended.result()
+            await asyncio.wait((left, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if left.done() and self._behind is not None:
+                # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
+                await asyncio.wait((self._behind, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done():
+                self._ended.result()
         finally:
-            # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
-            reader.cancel()
-            if self._draining is not None:
-                self._draining.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            self._wire.on_message = _ignore
+            for task in (left, self._behind, self._draining):
+                if task is not None:
+                    task.cancel()
 
     async def fail(self, error: LatchError) -> None:
         """Tells why, and closes with the error's code, even if the client does not read: then it is dropped."""
         self.door.metrics.errors.labels(error.code).inc()
-        self.say(self.error(error))
-        with suppress(Exception):
-            self._writable.set()
-            self.flush()
+        with suppress(OSError, RuntimeError):  # how uvicorn says that the client has left
+            for message in (*self._said, self.error(error)):
+                self._wire.write(message, text=self.text)
+            self._said = []
+            self._wire.resume()
+            self._wire.writable.set()
             await self._send({"type": "websocket.close", "code": error.ws_close or 1011, "reason": error.code})
-            asyncio.get_running_loop().call_later(ABORT_SECONDS, self._abort)
+            asyncio.get_running_loop().call_later(ABORT_SECONDS, self._wire.abort)
+
+    async def _left(self) -> None:
+        while (await self._receive())["type"] != "websocket.disconnect":
+            pass
+
+    async def _start(self) -> None:
+        if self.single is not None:
+            await self.greet(self.single)
+        await self._catch_up()
+
+    def _on_message(self, message: bytes | str) -> None:
+        if self._behind is None:
+            try:
+                if self._owed < self._max_owed and self.take_now(message):
+                    return
+            except Exception as error:  # noqa: BLE001 - a fault of ours ends this socket, not uvicorn's reading
+                self.end(error)
+                return
+            self._behind = asyncio.create_task(self._catch_up())
+            self._wire.pause()
+        self._backlog.append(message)
+
+    async def _catch_up(self) -> None:
+        """Handles what could not be handled at once, and reads on when that is done."""
+        try:
+            while self._backlog:
+                while self._owed >= self._max_owed:
+                    self._room.clear()
+                    await self._room.wait()
+                await self.take(self._backlog.popleft())
+        except Exception as error:  # noqa: BLE001 - as above
+            self.end(error)
+        self._behind = None
+        self._wire.resume()
 
     async def greet(self, session: Session, channel: int = 0) -> None:
         """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
@@ -172,33 +235,33 @@ class _Socket:
             "step": step,
             "expires_at": native.timestamp(self.manager.expires_at(session)),
         }
+        self._owed += 1
         self.say(self.hello(facts, channel))
 
-    async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
-        """Hands a request on; where the queue is full, reads no further until the session has had its turn."""
+    def submit_now(self, session: Session, request: StepRequest, answer: Answer) -> bool:
+        """Hands a request on. False, and nothing done, where something must be waited for first."""
         if session.has_idled_out:
+            return False
+        try:
+            self.manager.submit(session, request, answer)
+        except Overloaded:
+            return False
+        self._owed += 1
+        return True
+
+    async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
+        """Hands a request on; where a queue is full, only when the session has had its turn."""
+        while not self.submit_now(session, request, answer):
             await self.manager.find(session.record.id)  # raises what became of it
-        while True:
-            try:
-                self.manager.submit(session, request, answer)
-            except Overloaded:
-                await self.manager.turn(session)
-            else:
-                self.owed += 1
-                return
+            await self.manager.turn(session)
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
         """Answers with an error, in the order of the session's replies where there is a session that lives."""
-        self.owed += 1
+        self._owed += 1
         if session is None or not session.is_live:
             answer(error)
         else:
             session.engine.batcher.at_turn(session, lambda: error, answer)
-
-    def end(self, error: LatchError) -> None:
-        """Ends the socket, from wherever it is found out that it must."""
-        if not self._ended.done():
-            self._ended.set_exception(error)
 
     def say(self, message: bytes) -> None:
         """Sends a message soon, with all others of the same run."""
@@ -208,38 +271,33 @@ class _Socket:
 
     def flush(self) -> None:
         """Writes what was said, or sees to it that it is written when the client has read some."""
-        if not self._writable.is_set():
+        if not self._wire.writable.is_set():
             if self._draining is None and not self._ended.done():
                 self._draining = asyncio.create_task(self._drain())
             return
         said, self._said = self._said, []
-        if not said:
-            return
-        with suppress(OSError, RuntimeError):  # how uvicorn says that the client has left; the reader is told as well
-            for message in self.pack(said):
-                _at_once(self._send(message))  # type: ignore[arg-type]
-        self.owed -= min(self.owed, len(said))
+        if self.text or len(said) < 2:
+            for message in said:
+                self._wire.write(message, text=self.text)
+        else:
+            self._wire.write(b"".join(said), text=False)
+        self._owed -= len(said)
         self._room.set()
 
     async def _drain(self) -> None:
         try:
             async with asyncio.timeout(self.door.slow_reader):
-                await self._writable.wait()
+                await self._wire.writable.wait()
         except TimeoutError:
             self.end(SlowReader(f"no reply was read for {self.door.slow_reader:g} s"))
         else:
             self._draining = None
             self.flush()
 
-    async def _read(self) -> None:
-        while True:
-            while self.owed >= self._max_owed:
-                self._room.clear()
-                await self._room.wait()
-            message = await self._receive()
-            if message["type"] == "websocket.disconnect":
-                raise _Left
-            await self.take(message)
+    def end(self, error: Exception) -> None:
+        """Ends the socket, from wherever it is found out that it must."""
+        if not self._ended.done():
+            self._ended.set_exception(error)
 
     def ends(self, error: LatchError) -> bool:
         """Counts an error that is about to be said; True where the socket ends instead: its only session is gone."""
@@ -249,8 +307,12 @@ class _Socket:
         self.door.metrics.errors.labels(error.code).inc()
         return False
 
-    async def take(self, message: Any) -> None:
-        """Handles one received message."""
+    def take_now(self, message: bytes | str) -> bool:
+        """Handles a message at once. False, and nothing done, where something must be waited for first."""
+        raise NotImplementedError
+
+    async def take(self, message: bytes | str) -> None:
+        """Handles a message."""
         raise NotImplementedError
 
     def hello(self, facts: dict[str, Any], channel: int) -> bytes:
@@ -261,29 +323,37 @@ class _Socket:
         """The message that says an error of the socket itself."""
         raise NotImplementedError
 
-    def pack(self, said: list[bytes]) -> list[dict[str, Any]]:
-        """What was said as ASGI messages."""
-        raise NotImplementedError
-
 
 class _JsonSocket(_Socket):
     """`latch.json`: a message is a JSON object; on a socket of many sessions, each names its own."""
 
-    async def take(self, message: Any) -> None:
-        session, name = self.single, {}
+    text = True
+
+    def take_now(self, message: bytes | str) -> bool:
+        session, name = self.single, _NO_NAME
         try:
-            text = message.get("text")
-            if text is None:
-                raise Malformed(f"a binary message: this socket speaks {JSON}, in text")
-            if self.single is None:
-                envelope = native.read_envelope(text)
+            if session is None:
+                envelope = native.read_envelope(_text(message))
+                session, name = self.manager.resident(envelope.session), {"session": envelope.session}
+                if session is None or envelope.type == "open":
+                    return False
+            request = session.engine.codec.decode_step(_text(message), named=self.single is None)
+            return self.submit_now(session, request, partial(self._answer, session, name))
+        except LatchError as error:
+            self.refuse(session, error, partial(self._answer, session, name))
+            return True
+
+    async def take(self, message: bytes | str) -> None:
+        session, name = self.single, _NO_NAME
+        try:
+            if session is None:
+                envelope = native.read_envelope(_text(message))
                 name = {"session": envelope.session}
-                session = self.manager.resident(envelope.session) or await self.manager.find(envelope.session)
+                session = await self.manager.find(envelope.session)
                 if envelope.type == "open":
                     await self.greet(session)
                     return
-            assert session is not None  # noqa: S101 - told to the type checker
-            request = session.engine.codec.decode_step(text, named=self.single is None)
+            request = session.engine.codec.decode_step(_text(message), named=self.single is None)
             await self.submit(session, request, partial(self._answer, session, name))
         except LatchError as error:
             self.refuse(session, error, partial(self._answer, session, name))
@@ -302,8 +372,14 @@ class _JsonSocket(_Socket):
     def error(self, error: LatchError) -> bytes:
         return native.encode({"type": "error"} | error.to_dict())
 
-    def pack(self, said: list[bytes]) -> list[dict[str, Any]]:
-        return [{"type": "websocket.send", "text": each.decode()} for each in said]
+
+_NO_NAME: dict[str, str] = {}
+
+
+def _text(message: bytes | str) -> str:
+    if isinstance(message, str):
+        return message
+    raise Malformed(f"a binary message: this socket speaks {JSON}, in text")
 
 
 class _Channel:
@@ -330,17 +406,32 @@ class _BinarySocket(_Socket):
         self._channels[channel] = _Channel(channel, session, outputs)
         await super().greet(session, channel)
 
-    async def take(self, message: Any) -> None:
-        data, channel, first_step = message.get("bytes"), None, 0
+    text = False
+
+    def take_now(self, message: bytes | str) -> bool:
+        if isinstance(message, str) or (frame := frames.read_single(message)) is None:
+            return False
+        channel = self._channels.get(frame.channel)
+        if channel is None or len(frame.payload) != channel.row_bytes * frame.count:
+            return False
+        session, answer = channel.session, partial(self._answer, frame.channel, frame.first_step)
         try:
-            if data is None:
+            request = frames.step_request(frame, channel.outputs, self.door.max_steps)
+            return self.submit_now(session, request, answer)
+        except LatchError as error:
+            self.refuse(session, error, answer)
+            return True
+
+    async def take(self, message: bytes | str) -> None:
+        try:
+            if isinstance(message, str):
                 raise Malformed(f"a text message: this socket speaks {BINARY}, in frames")
-            for frame in frames.read(data, self._row_bytes):
-                channel, first_step = self._channels.get(frame.channel), frame.first_step
+            for frame in frames.read(message, self._row_bytes):
+                channel = self._channels.get(frame.channel)
                 try:
                     await self._take_frame(frame, channel)
                 except LatchError as error:  # of this frame only: where the next one begins is known
-                    answer = partial(self._answer, frame.channel, first_step)
+                    answer = partial(self._answer, frame.channel, frame.first_step)
                     self.refuse(channel.session if channel else None, error, answer)
         except LatchError as error:
             number = error.extras.get("channel", 0)
@@ -355,7 +446,7 @@ class _BinarySocket(_Socket):
             self._channels.pop(frame.channel, None)
         elif channel is not None:
             session = channel.session
-            request = frames.step_request(frame, session.engine.rows, channel.outputs, self.door.max_steps)
+            request = frames.step_request(frame, channel.outputs, self.door.max_steps)
             await self.submit(session, request, partial(self._answer, frame.channel, frame.first_step))
 
     def _row_bytes(self, number: int) -> int | None:
@@ -373,16 +464,3 @@ class _BinarySocket(_Socket):
 
     def error(self, error: LatchError) -> bytes:
         return frames.notice(Kind.ERROR, 0, error.to_dict())
-
-    def pack(self, said: list[bytes]) -> list[dict[str, Any]]:
-        return [{"type": "websocket.send", "bytes": said[0] if len(said) == 1 else b"".join(said)}]
-
-
-def _at_once(sending: Coroutine[Any, Any, None]) -> None:
-    """Runs a send that need not wait, because the socket is writable, without a task of its own."""
-    try:
-        sending.send(None)
-    except StopIteration:
-        return
-    sending.close()
-    raise RuntimeError("the server did not take at once a message for a socket that is writable")

@@ -14,7 +14,7 @@ class StepRequest(msgspec.Struct, frozen=True):
     """T steps of one session.
 
     Attributes:
-        data: T packed rows of the model's input, finite.
+        data: T packed rows of the model's input; a batch looks whether they are finite.
         steps: T.
         outputs: public names of the outputs to return.
         first_step: number of the first step, counted from 1; None runs next in order.

@@ -86,17 +86,16 @@ class RowFormat:
         records = np.frombuffer(data, self._layout(names))
         return {name: np.ascontiguousarray(records[name]) for name in names}
 
-    def check_finite(self, data: bytes, path: str = "row {}") -> None:
-        """Raises InvalidInput, naming the first value of packed input rows that is not finite."""
-        values = np.frombuffer(data, self._base)
-        if np.isfinite(values).all():
-            return
-        rows = values.reshape(-1, *self.input.shape)
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(rows))[0])
-        place = path.format(where[0]) + "".join(f"[{i}]" for i in where[1:])
-        raise InvalidInput(
-            f"the value at {place} is {rows[where]}: the model takes a finite {self.input.dtype}", path=place
-        )
+    def check_finite(self, data: bytes | memoryview, first: int = 0) -> None:
+        """Raises InvalidInput for the first value of packed input rows that is not finite; rows count from `first`."""
+        rows = np.frombuffer(data, self._base).reshape(-1, *self.input.shape)
+        bad = np.argwhere(~np.isfinite(rows))
+        if len(bad):
+            where = tuple(bad[0].tolist())
+            path = f"$.inputs[{first + where[0]}]" + "".join(f"[{i}]" for i in where[1:])
+            raise InvalidInput(
+                f"the value at {path} is {rows[where]}: the model takes a finite {self.input.dtype}", path=path
+            )
 
     def _make_layout(self, names: tuple[str, ...]) -> Any:
         fields = [

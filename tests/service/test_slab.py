@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.errors import CapacityExceeded
 from service.manifest import StatePair
-from service.slab import Commit, Kept, Slot, StateSlab
+from service.slab import Commits, Kept, Slot, StateSlab
 
 PAIRS = [
     StatePair(name="h", input="h", output="h2", dtype="float32", shape=(3,), batch_axis=0),
@@ -30,9 +30,10 @@ def take(slab: StateSlab) -> Slot:
     return slot
 
 
-def at(slot: Slot, step: int) -> Commit:
-    """A commit that arrives at `step`."""
-    return Commit(slot, step, Kept(step, b"d" * 16, b"reply"))
+def at(step: int, *slots: Slot) -> Commits:
+    """Commits that arrive at `step`, the next slot one later, and keep each a request of one step."""
+    steps = [step + i for i in range(len(slots))]
+    return Commits(list(slots), steps, steps, [b"d" * 16] * len(slots), [b"reply"] * len(slots))
 
 
 def rows(*values: float) -> list[np.ndarray]:
@@ -54,8 +55,8 @@ def test_commit_moves_state_step_and_reply_together() -> None:
     """After a commit all three are the new ones; the neighbour's are the old ones."""
     slab = make_slab(10)
     mine, other = take(slab), take(slab)
-    kept = Kept(1, b"d" * 16, b"reply")
-    assert slab.commit([Commit(mine, 5, kept)], rows(2.5)) == [True]
+    kept = Kept(5, b"d" * 16, b"reply")
+    assert slab.commit(at(5, mine), rows(2.5)) == [True]
     assert slab.gather([mine])[0].tolist() == [[2.5] * 3]
     assert (slab.step(mine), slab.kept(mine)) == (5, kept)
     assert slab.gather([other])[0].tolist() == [[0.0] * 3]
@@ -71,7 +72,7 @@ def test_a_released_slot_never_leaks_into_its_next_owner() -> None:
     new = take(slab)
     assert new.row == row
     assert not old.is_live
-    assert slab.commit([at(old, 9)], rows(4.0)) == [False]
+    assert slab.commit(at(9, old), rows(4.0)) == [False]
     assert slab.gather([new])[0].tolist() == [[0.0] * 3]
     assert (slab.step(new), slab.kept(new)) == (0, None)
 
@@ -81,8 +82,7 @@ def test_a_stale_row_does_not_shift_its_batch_mates() -> None:
     slab = make_slab(3)
     a, b, c = (take(slab) for _ in range(3))
     slab.release(b)
-    commits = [at(slot, i) for i, slot in enumerate([a, b, c], start=1)]
-    assert slab.commit(commits, rows(1.0, 2.0, 3.0)) == [True, False, True]
+    assert slab.commit(at(1, a, b, c), rows(1.0, 2.0, 3.0)) == [True, False, True]
     assert slab.gather([a, c])[0][:, 0].tolist() == [1.0, 3.0]
     assert (slab.step(a), slab.step(c)) == (1, 3)
 
@@ -114,7 +114,7 @@ def test_growing_keeps_what_is_there() -> None:
     slots = []
     for i in range(1000):
         slots.append(take(slab))
-        slab.commit([at(slots[-1], i)], rows(float(i)))
+        slab.commit(at(i, slots[-1]), rows(float(i)))
     assert slab.gather(slots)[0][:, 0].tolist() == list(range(1000))
     assert [slab.step(slot) for slot in slots] == list(range(1000))
     assert len(slab) == 1000
@@ -134,7 +134,7 @@ def test_idle_slots_are_found_by_their_own_time() -> None:
     slab.touch(short)
     assert (slab.idle(), slab.time_left(short), slab.time_left(gone)) == ([], 5.0, 0.0)
     now[0] += 4
-    slab.commit([at(short, 1)], rows(1.0))
+    slab.commit(at(1, short), rows(1.0))
     assert slab.time_left(short) == 5.0
     now[0] += 46
     assert slab.idle() == [short, long]
@@ -144,7 +144,7 @@ def test_a_reset_keeps_nothing() -> None:
     """The initial state at step 0, and no reply to repeat."""
     slab = make_slab(10)
     slot = take(slab)
-    slab.commit([at(slot, 5)], rows(2.5))
+    slab.commit(at(5, slot), rows(2.5))
     slab.reset(slot)
     assert [state.tolist() for state in slab.gather([slot])] == [[[0.0] * 3], [7]]
     assert (slab.step(slot), slab.kept(slot)) == (0, None)
@@ -175,7 +175,7 @@ class SlabMachine(RuleBasedStateMachine):
         live = data.draw(st.sampled_from(list(self.model)))
         slots = [live, *self.dead[-1:]]
         step = self.model[live][1] + 1
-        assert self.slab.commit([at(s, step) for s in slots], rows(*[float(value)] * len(slots)))[0]
+        assert self.slab.commit(at(step, *slots), rows(*[float(value)] * len(slots)))[0]
         self.model[live] = (float(value), step)
 
     @precondition(lambda self: self.model)
