@@ -36,8 +36,8 @@ lint: $(ALL)  ## Style, types and the walls between the layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(ALL)  ## Run the benchmarks behind the README's figures
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+bench: $(ALL)  ## Measure the service beside its limits and write benchmarks/results.md; ARGS="doors --quick" for a part
+	$(BIN)/python -m benchmarks $(ARGS)
 
 train: $(ALL)  ## Train the shipped models again and export them to models/
 	$(BIN)/latch-train ship

@@ -1,45 +1,25 @@
-"""What a chunk in one run (ONNX `Scan`) costs beside the same steps one by one: ratios from one process, one thread."""
+"""What a chunk in one run (ONNX `Scan`) costs beside the same steps one by one, for every shipped model."""
 
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 
-import numpy as np
+from benchmarks import bare
+from benchmarks.machine import ROOT, aside, bar
+from benchmarks.report import Row
 
-from service.manifest import initial_state
-from service.registry import load
-from service.runtime import OrtRunner
-
-MODELS = Path(__file__).parents[1] / "models"
-STEPS, ROUNDS = 32, 60
+STEPS, SESSIONS = 32, (1, 8, 64)
 
 
-def best(call: Callable[[], object]) -> float:
-    """Seconds of the quickest of `ROUNDS` calls: the one that the rest of the machine disturbed least."""
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def main() -> None:
-    """A row a model: time of a chunk of 32 steps by the time of 32 steps, for 1, 8 and 64 sessions."""
-    print(f"one run of {STEPS} steps / {STEPS} runs of one step, by sessions")  # noqa: T201 - the report
-    for folder in sorted(MODELS.glob("*/1")):
-        files = load(folder)
-        chunks, steps = (OrtRunner(files.manifest, files.graph) for _ in range(2))
-        steps.step_by_step("the baseline")
-        ratios = []
-        for sessions in (1, 8, 64):
-            shape = (sessions, STEPS, *files.manifest.input.shape)
-            inputs = np.random.default_rng(0).random(shape).astype(files.manifest.input.dtype)
-            state = initial_state(files.manifest.state, sessions)
-            once, many = (best(lambda r=runner: r.run(inputs, state, ["y"])) for runner in (chunks, steps))  # noqa: B023
-            ratios.append(f"{sessions}: {once / many:.2f}")
-        print(f"{files.manifest.name:<14} {'   '.join(ratios)}")  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+def run(quick: bool) -> Iterator[Row]:
+    """A row a model: time of a run of 32 steps by the time of 32 runs, for some numbers of sessions."""
+    seconds = 0.05 if quick else 0.3
+    with aside() as pool:
+        for folder in bar(sorted((ROOT / "models").glob("*/1")), "chunks"):
+            ratios = []
+            for count in SESSIONS:
+                steps, chunk = (
+                    pool.submit(bare.best, folder, form, count, STEPS, seconds).result()
+                    for form in ("one run a step", "one run")
+                )
+                ratios.append(f"{steps / chunk:.2f}")
+            what = f"{folder.parent.name}: a chunk of {STEPS} steps of {', '.join(map(str, SESSIONS))} sessions"
+            yield Row(what, "the same steps, a run each, time", "", ", ".join(ratios))

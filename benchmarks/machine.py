@@ -1,0 +1,193 @@
+"""The machine: which core serves and which loads, programs pinned to them, and rounds that others did not disturb.
+
+Rule: contenders take turns within one run, and every round says how busy each side was.
+"""
+
+import gc
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Self, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+Item = TypeVar("Item")
+
+ROOT = Path(__file__).parents[1]
+TICK = os.sysconf("SC_CLK_TCK")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+CORES = sorted(os.sched_getaffinity(0))
+SERVER, LOAD = CORES[0], CORES[-1]
+
+# A generator busier than this may be what is measured; a core that strangers use more than this tells us nothing.
+SATURATED, DISTURBED, ATTEMPTS, PAUSE = 0.95, 0.05, 4, 0.5
+
+
+class Program:
+    """A server as a process of its own, pinned to the serving core; `port` is read from the address that it prints.
+
+    Args:
+        arguments: what follows `python -m`.
+        environment: variables on top of ours.
+    """
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - our own programs
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        os.sched_setaffinity(self.pid, {SERVER})  # before it has threads, which inherit it
+        for line in self._process.stdout or ():
+            if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+                self.port = int(found[1])
+                return
+        raise RuntimeError(f"{' '.join(arguments)} ended before it listened")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def memory(self) -> int:
+        """Bytes resident."""
+        return resident(self.pid)
+
+
+def resident(pid: int | str = "self") -> int:
+    """Bytes of a process that are in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+
+
+@contextmanager
+def pinned(core: int = LOAD) -> Iterator[None]:
+    """Keeps this process on one core, without pauses of the garbage collector."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def aside() -> Iterator[ProcessPoolExecutor]:
+    """A fresh process on the serving core, for what is measured without a server."""
+    with ProcessPoolExecutor(1, get_context("spawn"), os.sched_setaffinity, (0, {SERVER})) as pool:
+        yield pool
+
+
+class Ticks(NamedTuple):
+    """Seconds of processor time so far: of us, of the server, and of everybody on each of the two cores."""
+
+    load: float
+    server: float
+    load_core: float
+    server_core: float
+
+    @staticmethod
+    def now(pid: int) -> "Ticks":
+        """Reads `/proc`; the kernel counts in ticks of 10 ms."""
+        cores = {}
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *values = line.split()
+            if name.startswith("cpu") and name != "cpu":
+                user, nice, system, _, _, interrupt, soft, steal = map(int, values[:8])
+                cores[int(name[3:])] = (user + nice + system + interrupt + soft + steal) / TICK
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        server = (int(fields[11]) + int(fields[12])) / TICK
+        return Ticks(time.process_time(), server, cores[LOAD], cores[SERVER])
+
+
+@dataclass(frozen=True)
+class Round:
+    """A rate, and who was how busy while it was taken, as shares of one core. `strangers` are other processes."""
+
+    rate: float
+    load: float = 0.0
+    server: float = 0.0
+    strangers: float = 0.0
+
+
+def round_of(measure: Callable[[], float], pid: int) -> Round:
+    """Takes a rate and watches the two cores meanwhile."""
+    before, start = Ticks.now(pid), time.perf_counter()
+    rate = measure()
+    seconds = time.perf_counter() - start
+    load, server, load_core, server_core = (
+        (after - first) / seconds for after, first in zip(Ticks.now(pid), before, strict=True)
+    )
+    return Round(rate, load, server, max(0.0, load_core - load, server_core - server))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something with a rate, and the process on the serving core that does the work."""
+
+    measure: Callable[[], float]
+    pid: int
+    title: str = ""
+
+    @staticmethod
+    def of(pool: ProcessPoolExecutor, call: Callable[..., float], *arguments: Any, title: str = "") -> "Contender":
+        """A call made in a process aside."""
+        return Contender(lambda: pool.submit(call, *arguments).result(), pool.submit(os.getpid).result(), title)
+
+
+def take_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[Round]]:
+    """A B A B ...: `rounds` of each; a round that strangers disturbed is taken again, a few times."""
+    taken: dict[str, list[Round]] = {name: [] for name in contenders}
+    for _ in bar(range(rounds), " : ".join(contenders)):
+        for name, contender in contenders.items():
+            attempts: list[Round] = []
+            while len(attempts) < ATTEMPTS and all(one.strangers > DISTURBED for one in attempts):
+                time.sleep(len(attempts) * PAUSE)
+                attempts.append(round_of(contender.measure, contender.pid))
+            taken[name].append(min(attempts, key=lambda one: one.strangers))
+    return taken
+
+
+def bar(items: Sequence[Item], title: str) -> Iterator[Item]:
+    """The items, with a progress bar where somebody looks; drawn between two items only, never beside a measurement."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=len(items))
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.update(task, completed=done, refresh=100 * done // len(items) > 100 * (done - 1) // len(items))
+
+
+def ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> float:
+    """Of the medians."""
+    return median(one.rate for one in ours) / median(one.rate for one in theirs)
+
+
+def describe(rounds: Sequence[Round], unit: str) -> str:
+    """The median rate, and whether the generator or strangers may have had a part in it."""
+    load, strangers = (max(getattr(one, name) for one in rounds) for name in ("load", "strangers"))
+    text = f"{median(one.rate for one in rounds):,.0f} {unit}"
+    if load > 0.02:
+        text += f", load {load:.0%} busy" + (" (SATURATED)" if load > SATURATED else "")
+    if strangers > DISTURBED:
+        text += f", DISTURBED by others ({strangers:.0%})"
+    return text

@@ -1,0 +1,1 @@
+"""The benchmarks, as far as a mistake in them would flatter the service."""
