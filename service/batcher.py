@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -29,10 +29,12 @@ from service.manifest import Array
 from service.metrics import ModelMetrics
 from service.slab import Commits, Slot, StateSlab
 from service.steps import Decision, decide
-from service.wire import StepReply, StepRequest
+from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import RowFormat
 
 log = logging.getLogger(__name__)
+
+_WORKER_STEPS = 8
 
 Outcome = StepReply | LatchError
 Answer = Callable[[Outcome], Any]
@@ -86,6 +88,32 @@ class _Chunk(Ticket, kw_only=True):
     compute_seconds: float = 0.0
 
 
+class BlockReply(NamedTuple):
+    """What became of the requests of a block, one entry a session: packed rows, or why there are none."""
+
+    first_steps: list[int]
+    replies: list[bytes]
+    live: list[bool]
+
+
+class _Block(msgspec.Struct):
+    """Requests of many idle sessions that came together and run together, and go through as arrays.
+
+    `answer` is called when it ran; where it cannot run as a whole, `answers` gives the answer of each request instead.
+    """
+
+    slots: list[Slot]
+    block: Block
+    answer: Callable[[BlockReply], Any]
+    answers: Callable[[int], Answer]
+    submitted: float
+
+    def refuse(self, error: LatchError) -> None:
+        """Answers every request."""
+        for i in range(len(self.slots)):
+            self.answers(i)(error)
+
+
 class Batcher:
     """The queue of one model and the task that serves it.
 
@@ -123,8 +151,8 @@ class Batcher:
         self._max_session_queue = max_session_queue
         self._keep_reply_bytes = keep_reply_bytes
         self._metrics = metrics
-        self._queues: dict[Slot, list[Ticket]] = {}
-        self._ready: deque[Slot] = deque()  # slots with work that are in no run, oldest first
+        self._queues: dict[Slot, list[Ticket]] = {}  # of busy slots; empty where a block has the slot and nobody waits
+        self._ready: deque[Slot | _Block] = deque()  # work that is in no run, oldest first
         self._depth = 0
         self._wake = asyncio.Event()
         self._closed = False
@@ -144,6 +172,29 @@ class Batcher:
             raise self._overloaded(queue or [])
         return self._enqueue(_Chunk(slot, answer, time.perf_counter(), request=request))
 
+    def submit_block(
+        self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
+    ) -> bool:
+        """Takes requests of many sessions as one, each slot once. False, and nothing done, where they must go one by
+        one: a session is busy, idled out or at another step, or they are too many for a run.
+        """
+        count, steps = block.inputs.shape[:2]
+        if (
+            self._closed
+            or count > self._max_batch_size
+            or steps > self._max_run_steps
+            or self._depth + count > self._max_queue
+            or not self._queues.keys().isdisjoint(slots)
+            or not self._slab.are_next(slots, block.first_steps)
+        ):
+            return False
+        for slot in slots:
+            self._queues[slot] = []
+        self._depth += count
+        self._ready.append(_Block(slots, block, answer, answers, time.perf_counter()))
+        self._wake.set()
+        return True
+
     def at_turn(self, slot: Slot, action: Callable[[], Outcome], answer: Answer) -> Ticket:
         """Calls `action` once everything that the session has waiting is applied or has failed, and answers with that.
 
@@ -152,9 +203,9 @@ class Batcher:
         """
         return self._enqueue(Ticket(slot, answer, time.perf_counter(), action))
 
-    def pending(self, slot: Slot) -> int:
-        """Requests of this slot that wait or run."""
-        return len(self._queues.get(slot, ()))
+    def is_busy(self, slot: Slot) -> bool:
+        """Whether requests of this slot wait or run."""
+        return slot in self._queues
 
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
@@ -167,27 +218,54 @@ class Batcher:
         try:
             while True:
                 await self._wake.wait()
-                batch = self._collect()
-                if not batch:
+                work = self._collect()
+                if isinstance(work, _Block):
+                    await self._serve_block(work)
+                elif work:
+                    await self._serve_chunks(work)
+                else:
                     self._wake.clear()
                     continue
-                try:
-                    await self._advance(batch)
-                except Exception:
-                    log.exception("a batch of %d failed outside the runtime", len(batch))
-                    for chunk in batch:
-                        chunk.settle(InferenceFailed("the batch failed; the state did not move"))
-                finally:
-                    for chunk in batch:
-                        self._requeue(chunk.slot)
                 # Inline runs never wait for anything: let the doors read and write before the next.
                 await asyncio.sleep(0)
         finally:
             self._closed = True
             self._worker.shutdown(wait=False)
+            for waiting in self._ready:
+                if isinstance(waiting, _Block):
+                    waiting.refuse(Draining("the service is stopping"))
             for queue in self._queues.values():
                 for ticket in list(queue):
                     ticket.settle(Draining("the service is stopping"))
+
+    async def _serve_chunks(self, batch: list[_Chunk]) -> None:
+        try:
+            await self._advance(batch)
+        except Exception:
+            log.exception("a batch of %d failed outside the runtime", len(batch))
+            for chunk in batch:
+                chunk.settle(InferenceFailed("the batch failed; the state did not move"))
+        finally:
+            for chunk in batch:
+                self._requeue(chunk.slot)
+
+    async def _serve_block(self, work: _Block) -> None:
+        self._depth -= len(work.slots)
+        try:
+            if not await self._advance_block(work):
+                for i, slot in enumerate(work.slots):
+                    chunk = _Chunk(slot, work.answers(i), work.submitted, request=work.block.request(i))
+                    self._queues[slot].insert(0, chunk)
+                    self._depth += 1
+        except asyncio.CancelledError:
+            work.refuse(Draining("the service is stopping"))
+            raise
+        except Exception:
+            log.exception("a block of %d failed outside the runtime", len(work.slots))
+            work.refuse(InferenceFailed("the batch failed; the state did not move"))
+        finally:
+            for slot in work.slots:
+                self._requeue(slot)
 
     def _overloaded(self, queue: list[Ticket]) -> Overloaded:
         waiting, limit, what = len(queue), self._max_session_queue, "session"
@@ -211,12 +289,17 @@ class Batcher:
         self._wake.set()
         return ticket
 
-    def _collect(self) -> list[_Chunk]:
-        """The head of every queue that needs a run, oldest first, up to `max_batch_size`."""
+    def _collect(self) -> list[_Chunk] | _Block:
+        """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
         batch: list[_Chunk] = []
         ready = self._ready
         for _ in range(min(len(ready), self._max_batch_size)):
             slot = ready.popleft()
+            if isinstance(slot, _Block):
+                if not batch:
+                    return slot
+                ready.appendleft(slot)
+                break
             chunk = self._head(slot)
             if chunk is None:
                 self._requeue(slot)
@@ -267,7 +350,9 @@ class Batcher:
 
     async def _advance(self, batch: list[_Chunk]) -> None:
         """One run: everybody in `batch` moves on by the same number of steps."""
-        steps = min(self._max_run_steps, *(chunk.request.steps - chunk.done for chunk in batch))
+        steps = min([chunk.request.steps - chunk.done for chunk in batch])
+        if steps > 1:
+            steps = self._cap(steps, len(batch))
         names = {chunk.request.outputs for chunk in batch}
         wanted = names.pop() if len(names) == 1 else tuple({name: None for each in names for name in each})
         inputs = self._rows.batch([self._part(chunk, steps) for chunk in batch], steps)
@@ -281,11 +366,7 @@ class Batcher:
                     rows[b] = own
         start = time.perf_counter()
         try:
-            if self._runner.is_short(len(batch), steps):
-                outputs, state = self._runner.run(inputs, state, wanted)
-            else:
-                loop = asyncio.get_running_loop()
-                outputs, state = await loop.run_in_executor(self._worker, self._runner.run, inputs, state, wanted)
+            outputs, state = await self._run(inputs, state, wanted)
         except InferenceFailed as error:
             if len(batch) == 1:
                 batch[0].settle(error)
@@ -320,6 +401,65 @@ class Batcher:
             queue=[chunk.queue_seconds for chunk in batch if chunk.done <= steps],
             overhead=[now - chunk.submitted - chunk.compute_seconds for chunk in chunks],
         )
+
+    def _cap(self, steps: int, rows: int) -> int:
+        """Of the steps that a run could take, those that keep it short: whoever comes meanwhile waits for its end.
+
+        A run that is not short at `_WORKER_STEPS` goes to a worker, where fewer would cost more in hops than they save.
+        """
+        steps = min(steps, self._max_run_steps)
+        while steps > _WORKER_STEPS and not self._runner.is_short(rows, steps):
+            steps = 3 * steps // 4
+        return steps
+
+    async def _run(
+        self, inputs: Array, state: list[Array], wanted: tuple[str, ...]
+    ) -> tuple[dict[str, Array], list[Array]]:
+        if self._runner.is_short(*inputs.shape[:2]):
+            return self._runner.run(inputs, state, wanted)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, self._runner.run, inputs, state, wanted)
+
+    async def _advance_block(self, work: _Block) -> bool:
+        """One run of a block; False, and nothing has changed, where its requests must meet their fates alone."""
+        slots, block = work.slots, work.block
+        count, steps = block.inputs.shape[:2]
+        start = time.perf_counter()
+        if not np.isfinite(block.inputs).all():
+            return False
+        try:
+            outputs, state = await self._run(block.inputs, self._slab.gather(slots), block.outputs)
+        except InferenceFailed:
+            return False
+        ended = time.perf_counter()
+        if not all(np.isfinite(values).all() for values in (*outputs.values(), *state)):
+            return False
+        data = self._rows.pack(outputs, block.outputs)
+        size = len(data) // count
+        replies = [data[b * size : (b + 1) * size] for b in range(count)]
+        before = self._slab.steps(slots)
+        live = self._slab.commit(
+            Commits(
+                slots,
+                [step + steps for step in before],
+                [step + 1 for step in before],
+                block.digests(),
+                [*replies] if size <= self._keep_reply_bytes else [None] * count,
+            ),
+            state,
+        )
+        self._metrics.steps.inc(steps * sum(live))
+        work.answer(BlockReply([step + 1 for step in before], replies, live))
+        now = time.perf_counter()
+        self._metrics.observe_run(
+            rows=count,
+            steps=steps,
+            compute=ended - start,
+            answer=now - ended,
+            queue=[start - work.submitted] * count,
+            overhead=[now - work.submitted - (ended - start)] * count,
+        )
+        return True
 
     async def _advance_finite(self, batch: list[_Chunk], steps: int) -> None:
         """Refuses the rows whose inputs are no numbers, and runs the others."""

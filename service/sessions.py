@@ -45,7 +45,7 @@ class Session(Slot):
     def has_idled_out(self) -> bool:
         """Whether its time is over. A session with requests that wait or run is not idle, however long they take."""
         slab = self.engine.slab
-        return slab.is_idle(self) and not self.engine.batcher.pending(self)
+        return slab.is_idle(self) and not self.engine.batcher.is_busy(self)
 
 
 @dataclass(frozen=True)

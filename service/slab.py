@@ -140,9 +140,19 @@ class StateSlab:
         found = np.flatnonzero(self._deadline <= self._clock())
         return [slot for row in found.tolist() if (slot := self._owners[row]) is not None]
 
-    def steps(self, slots: Sequence[Slot]) -> NDArray[np.int64]:
-        """[B] steps committed so far."""
-        return self._step[_rows(slots)]
+    def steps(self, slots: Sequence[Slot]) -> list[int]:
+        """Steps committed so far, of live slots."""
+        steps: list[int] = self._step[_rows(slots)].tolist()
+        return steps
+
+    def are_next(self, slots: Sequence[Slot], first_steps: Array) -> bool:
+        """Whether all slots are live and in use, and each one's next step is the one named (0: any)."""
+        rows = _rows(slots)
+        return bool(
+            rows.min() >= 0
+            and (self._deadline[rows] > self._clock()).all()
+            and ((first_steps == 0) | (first_steps == self._step[rows] + 1)).all()
+        )
 
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""

@@ -33,10 +33,11 @@ from typing import Any, ClassVar, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from service.batcher import Answer, Outcome
-from service.errors import Internal, LatchError, Malformed, NotFound, Overloaded, SlowReader
+from service.batcher import Answer, BlockReply, Outcome
+from service.errors import Internal, LatchError, Malformed, NotFound, Overloaded, SessionNotFound, SlowReader
 from service.metrics import Metrics
 from service.sessions import Session, SessionManager
+from service.slab import Slot
 from service.wire import StepReply, StepRequest, frames, native
 from service.wire.frames import Frame, Kind
 
@@ -151,12 +152,12 @@ class _Socket:
         self.single: Session | None = None
         self._max_owed = door.max_waiting_many
         self._said: list[bytes] = []
-        self._owed = 0
+        self._owed = self._answered = 0
         self._room = asyncio.Event()
         self._backlog: deque[bytes | str] = deque()
         self._behind: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     async def run(self, session_id: str | None = None) -> None:
         """Until the client leaves; or the one session of the socket is gone, or the client does not read (raised)."""
@@ -172,7 +173,7 @@ class _Socket:
                 # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
                 await asyncio.wait((self._behind, self._ended), return_when=asyncio.FIRST_COMPLETED)
             if self._ended.done():
-                self._ended.result()
+                raise self._ended.result()
         finally:
             self._wire.on_message = _ignore
             for task in (left, self._behind, self._draining):
@@ -263,8 +264,9 @@ class _Socket:
         else:
             session.engine.batcher.at_turn(session, lambda: error, answer)
 
-    def say(self, message: bytes) -> None:
-        """Sends a message soon, with all others of the same run."""
+    def say(self, message: bytes, answers: int = 1) -> None:
+        """Sends a message soon, with all others of the same run; it answers so many requests."""
+        self._answered += answers
         self._said.append(message)
         if len(self._said) == 1:
             self.door.flush_later(self)
@@ -281,7 +283,8 @@ class _Socket:
                 self._wire.write(message, text=self.text)
         else:
             self._wire.write(b"".join(said), text=False)
-        self._owed -= len(said)
+        self._owed -= self._answered
+        self._answered = 0
         self._room.set()
 
     async def _drain(self) -> None:
@@ -297,7 +300,7 @@ class _Socket:
     def end(self, error: Exception) -> None:
         """Ends the socket, from wherever it is found out that it must."""
         if not self._ended.done():
-            self._ended.set_exception(error)
+            self._ended.set_result(error)
 
     def ends(self, error: LatchError) -> bool:
         """Counts an error that is about to be said; True where the socket ends instead: its only session is gone."""
@@ -412,8 +415,10 @@ class _BinarySocket(_Socket):
         if isinstance(message, str) or (frame := frames.read_single(message)) is None:
             return False
         channel = self._channels.get(frame.channel)
-        if channel is None or len(frame.payload) != channel.row_bytes * frame.count:
+        if channel is None:
             return False
+        if len(frame.payload) != channel.row_bytes * frame.count:
+            return self._take_block(message, channel)
         session, answer = channel.session, partial(self._answer, frame.channel, frame.first_step)
         try:
             request = frames.step_request(frame, channel.outputs, self.door.max_steps)
@@ -438,6 +443,29 @@ class _BinarySocket(_Socket):
             channel = self._channels.get(number)
             self.refuse(channel.session if channel else None, error, partial(self._answer, number, 0))
 
+    def _take_block(self, message: bytes, first: _Channel) -> bool:
+        """Handles at once a message that carries the same number of steps for each of many sessions of one model."""
+        engine = first.session.engine
+        found = frames.read_block(message, engine.rows, first.outputs)
+        if found is None:
+            return False
+        numbers, block = found
+        channels = [self._channels.get(number) for number in numbers]
+        sessions: list[Slot] = []
+        for channel in channels:
+            if channel is None or channel.session.engine is not engine or channel.outputs != first.outputs:
+                return False
+            sessions.append(channel.session)
+        if len(set(sessions)) < len(sessions) or not engine.batcher.submit_block(
+            sessions,
+            block,
+            partial(self._answer_block, numbers, block.inputs.shape[1]),
+            lambda i: partial(self._answer, numbers[i], int(block.first_steps[i])),
+        ):
+            return False
+        self._owed += len(sessions)
+        return True
+
     async def _take_frame(self, frame: Frame, channel: _Channel | None) -> None:
         if frame.kind == Kind.OPEN:
             opened = frames.open_request(frame)
@@ -458,6 +486,17 @@ class _BinarySocket(_Socket):
             self.say(frames.stepped(number, outcome))
         elif not self.ends(outcome):
             self.say(frames.notice(Kind.ERROR, number, outcome.to_dict(), first_step))
+
+    def _answer_block(self, numbers: list[int], steps: int, outcome: BlockReply) -> None:
+        if all(outcome.live):
+            self.say(frames.stepped_block(numbers, steps, outcome.first_steps, outcome.replies), len(numbers))
+            return
+        outputs = self._channels[numbers[0]].outputs if numbers[0] in self._channels else ()
+        for number, first, data, live in zip(numbers, *outcome, strict=True):
+            reply = StepReply(outputs, data, first, first + steps - 1)
+            self._answer(
+                number, first, reply if live else SessionNotFound("the session was deleted while this step ran")
+            )
 
     def hello(self, facts: dict[str, Any], channel: int) -> bytes:
         return frames.notice(Kind.HELLO, channel, facts)

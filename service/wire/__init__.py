@@ -9,6 +9,8 @@ from functools import lru_cache
 import msgspec
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from service.manifest import Array
+
 
 class StepRequest(msgspec.Struct, frozen=True):
     """T steps of one session.
@@ -51,6 +53,34 @@ class StepReply(msgspec.Struct, frozen=True):
     replayed: bool = False
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+
+
+class Block(msgspec.Struct, frozen=True):
+    """The same for n sessions in one go: T steps of each, as arrays.
+
+    Attributes:
+        inputs: [n, T, *input.shape] of the model's input, each session's T rows without a gap.
+        outputs: public names of the outputs to return.
+        first_steps: n numbers; 0 runs next in order.
+    """
+
+    inputs: Array
+    outputs: tuple[str, ...]
+    first_steps: Array
+
+    def request(self, index: int) -> StepRequest:
+        """What one of the sessions is asked."""
+        return StepRequest(
+            self.inputs[index].tobytes(),
+            self.inputs.shape[1],
+            self.outputs,
+            int(self.first_steps[index]) or None,
+        )
+
+    def digests(self) -> list[bytes]:
+        """Those of the n requests."""
+        seed = _seed(self.outputs)
+        return [xxh3_128_digest(rows, seed) for rows in self.inputs]
 
 
 @lru_cache(maxsize=1024)

@@ -30,18 +30,19 @@ short) ends the message: the frames before it count, it and the rest are refused
 import struct
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from service.errors import ChannelNotOpen, InvalidInput, Malformed, PayloadTooLarge
-from service.wire import StepReply, StepRequest
+from service.wire import Block, StepReply, StepRequest
 from service.wire.native import encode
+from service.wire.rows import Field, RowFormat
 
 HEADER = struct.Struct("<BBHIQ")
-MAX_CHANNEL = 2**16 - 1
+MAX_STEP = 2**63 - 1
 REPLAYED, ALREADY_APPLIED = 1, 2
 
 
@@ -56,7 +57,7 @@ class Kind(IntEnum):
     ERROR = 131
 
 
-_STEP = int(Kind.STEP)  # an enum's member compares several times slower
+_STEP, _STEPPED = int(Kind.STEP), int(Kind.STEPPED)  # an enum's member compares several times slower
 
 
 class Frame(msgspec.Struct, frozen=True):
@@ -67,22 +68,6 @@ class Frame(msgspec.Struct, frozen=True):
     count: int
     first_step: int
     payload: bytes
-
-
-class Block(NamedTuple):
-    """A message of nothing but STEP frames of equal T and equal size: n frames as arrays.
-
-    Attributes:
-        channels: n channels, each once.
-        steps: T.
-        first_steps: [n], 0 where next in order.
-        data: n times T packed rows, without headers.
-    """
-
-    channels: list[int]
-    steps: int
-    first_steps: NDArray[np.uint64]
-    data: NDArray[np.uint8]
 
 
 class Open(msgspec.Struct, forbid_unknown_fields=True):
@@ -146,28 +131,31 @@ def read_single(message: bytes) -> Frame | None:
     return None
 
 
-def read_block(message: bytes, row_bytes: Callable[[int], int | None]) -> Block | None:
-    """The message as arrays, where it is so regular; None where `read` must take it apart."""
-    if len(message) < 2 * HEADER.size:
+def read_block(message: bytes, rows: RowFormat, outputs: tuple[str, ...]) -> tuple[list[int], Block] | None:
+    """The channels of a message that is nothing but STEP frames of equal T, each channel once, and all as arrays; None
+    where `read` must take it apart. `rows` and `outputs` are those of the first channel.
+    """
+    steps = HEADER.unpack_from(message)[3]
+    layout = _records(rows.input, steps)
+    if not steps or len(message) % layout.itemsize:
         return None
-    _, _, channel, steps, _ = HEADER.unpack_from(message)
-    size = HEADER.size + (row_bytes(channel) or 0) * steps
-    count, rest = divmod(len(message), size)
-    if rest or count < 2 or not steps:
+    records = np.frombuffer(message, layout)
+    channels = records["channel"].tolist()
+    if (
+        (records["kind"] != _STEP).any()
+        or (records["count"] != steps).any()
+        or len(set(channels)) < len(channels)
+        or records["first_step"].max() > MAX_STEP
+    ):
         return None
-    frames = np.frombuffer(message, np.uint8).reshape(count, size)
-    heads = np.frombuffer(frames[:, : HEADER.size].tobytes(), _HEADS)
-    channels = heads["channel"].tolist()
-    regular = (
-        (heads["type"] == Kind.STEP).all()
-        and not heads["flags"].any()
-        and (heads["count"] == steps).all()
-        and len(set(channels)) == count
-    )
-    return Block(channels, steps, heads["first_step"], frames[:, HEADER.size :]) if regular else None
+    return channels, Block(records["rows"], outputs, records["first_step"])
 
 
-_HEADS = np.dtype([("type", "u1"), ("flags", "u1"), ("channel", "<u2"), ("count", "<u4"), ("first_step", "<u8")])
+@lru_cache(maxsize=256)
+def _records(row: Field, steps: int) -> Any:
+    # Type and flags are read as one number: that of a STEP, whose flags are 0.
+    head = [("kind", "<u2"), ("channel", "<u2"), ("count", "<u4"), ("first_step", "<u8")]
+    return np.dtype([*head, ("rows", np.dtype(row.dtype).newbyteorder("<"), (steps, *row.shape))])
 
 
 def step_request(frame: Frame, outputs: tuple[str, ...], max_steps: int) -> StepRequest:
@@ -190,7 +178,7 @@ def packed_request(
         raise PayloadTooLarge(
             f"{steps} steps: one request may carry {max_steps}; send them in parts", path="count", limit=max_steps
         )
-    if first_step is not None and first_step >= 2**63:
+    if first_step is not None and first_step > MAX_STEP:
         raise InvalidInput(f"first step {first_step}: a step number has 63 bits", path="first_step")
     return StepRequest(data, steps, outputs, first_step)
 
@@ -215,15 +203,13 @@ def stepped(channel: int, reply: StepReply) -> bytes:
     return HEADER.pack(Kind.STEPPED, REPLAYED * reply.replayed, channel, steps, reply.first_step) + reply.data
 
 
-def stepped_block(channels: list[int], steps: int, first_steps: NDArray[np.int64], data: NDArray[np.uint8]) -> bytes:
-    """N STEPPED frames of T steps; `data` is [n, bytes of T packed rows]."""
-    frames = np.empty((len(channels), HEADER.size + data.shape[1]), np.uint8)
-    heads = np.zeros(len(channels), _HEADS)
-    heads["type"], heads["count"] = Kind.STEPPED, steps
-    heads["channel"], heads["first_step"] = channels, first_steps
-    frames[:, : HEADER.size] = heads.view(np.uint8).reshape(len(channels), HEADER.size)
-    frames[:, HEADER.size :] = data
-    return frames.tobytes()
+def stepped_block(channels: list[int], steps: int, first_steps: list[int], replies: list[bytes]) -> bytes:
+    """N STEPPED frames of T steps."""
+    parts: list[bytes] = []
+    for channel, first_step, rows in zip(channels, first_steps, replies, strict=True):
+        parts.append(HEADER.pack(_STEPPED, 0, channel, steps, first_step))
+        parts.append(rows)
+    return b"".join(parts)
 
 
 def notice(kind: Kind, channel: int, document: dict[str, Any], first_step: int = 0) -> bytes:

@@ -28,7 +28,7 @@ def ask(socket: Any, **message: Any) -> Any:
 def is_busy(manager: Any, session: str) -> bool:
     """Whether requests of the session wait or run."""
     live = manager._live[session]
-    return live.engine.batcher.pending(live) > 0
+    return live.engine.batcher.is_busy(live)
 
 
 def test_hello_then_steps(server: Server) -> None:
