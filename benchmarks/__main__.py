@@ -18,7 +18,7 @@ from benchmarks.report import Row, markdown
 
 NAMES = ("doors", "bulk", "latency", "mixed", "units", "batch", "chunks", "cold", "memory")
 PAGE = Path(__file__).with_name("results.md")
-COLOURS = {"met": "green", "missed": "red", "-": "dim"}
+COLOURS = {"met": "green", "missed": "red", "unsure": "yellow", "-": "dim"}
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -101,13 +101,17 @@ def unrolled(folder: Path, rows: Array) -> Array:
     return np.stack(outputs)
 
 
-def contender(pool: ProcessPoolExecutor, folder: Path, name: str, batch: int, steps: int, seconds: float) -> Contender:
+def contender(
+    pool: ProcessPoolExecutor, folder: Path, name: str, batch: int, steps: int, seconds: float
+) -> Contender[float]:
     """One form of a model, measured in `pool`."""
     title = f"{name}, {steps} steps a call"
     return Contender.of(pool, rate, folder, name, batch, steps, seconds, title=title)
 
 
-def quickest(pool: ProcessPoolExecutor, folder: Path, batch: int, chunks: Sequence[int], seconds: float) -> Contender:
+def quickest(
+    pool: ProcessPoolExecutor, folder: Path, batch: int, chunks: Sequence[int], seconds: float
+) -> Contender[float]:
     """Of all forms, and of all numbers of steps a call in `chunks`, the one with the highest rate."""
     forms = [(name, steps) for name in FORMS for steps in chunks]
     rates = {one: pool.submit(best, folder, one[0], batch, one[1], TRIAL).result() for one in forms}

@@ -25,7 +25,7 @@ def run(quick: bool) -> Iterator[Row]:
             yield _backfill(folder, pool, rounds, seconds)
 
 
-def stepping(program: Program, line: Line, steps: int, seconds: float) -> Contender:
+def stepping(program: Program, line: Line, steps: int, seconds: float) -> Contender[float]:
     """A line whose every reply stands for so many steps."""
 
     def measure() -> float:
@@ -61,11 +61,11 @@ def _backfill(folder: Path, pool: ProcessPoolExecutor, rounds: int, seconds: flo
         return _contest(f"backfill of {BACKFILL:,} steps in one request, {name}", contenders, rounds)
 
 
-def _contest(what: str, contenders: dict[str, Contender], rounds: int) -> Row:
+def _contest(what: str, contenders: dict[str, Contender[float]], rounds: int) -> Row:
     """The service by the bare loop; and what it could reach if it cost nothing but an echo of the same bytes."""
     taken = take_turns(contenders, rounds)
     said = {name: describe(one, "steps/s") for name, one in taken.items()}
-    bare_rate, echo_rate = (median(one.rate for one in taken[name]) for name in ("bare", "echo"))
+    bare_rate, echo_rate = (median(one.value for one in taken[name]) for name in ("bare", "echo"))
     detail = (
         f"{said['latch']}; bare {said['bare']} ({contenders['bare'].title}); echo of the same bytes {said['echo']}, "
         f"so one core that does both can reach {echo_rate / (bare_rate + echo_rate):.2f}"

@@ -42,7 +42,7 @@ def run(quick: bool) -> Iterator[Row]:
                 yield at_least(goals[rival], f"{name}, {kind}", f"echo.py {rival}", ratio(ours, theirs), detail)
 
 
-def loading(program: Program, lines: Sequence[Line], seconds: float) -> Contender:
+def loading(program: Program, lines: Sequence[Line], seconds: float) -> Contender[float]:
     """A warm server under all the load that it takes."""
 
     def measure() -> float:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 ROOT = Path(__file__).parents[1]
 TICK = os.sysconf("SC_CLK_TCK")
@@ -30,7 +31,9 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVER, LOAD = CORES[0], CORES[-1]
 
 # A generator busier than this may be what is measured; a core that strangers use more than this tells us nothing.
-SATURATED, DISTURBED, ATTEMPTS, PAUSE = 0.95, 0.05, 4, 0.5
+SATURATED, DISTURBED, IDLE = 0.95, 0.05, 0.02
+ATTEMPTS, PAUSE = 3, 0.5
+UNSURE = "UNSURE"
 
 
 class Program:
@@ -120,51 +123,58 @@ class Ticks(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Round:
-    """A rate, and who was how busy while it was taken, as shares of one core. `strangers` are other processes."""
+class Round(Generic[Value]):
+    """A measured value, and who was how busy meanwhile, in shares of a core. `strangers` are other processes."""
 
-    rate: float
-    load: float = 0.0
-    server: float = 0.0
-    strangers: float = 0.0
-
-
-def round_of(measure: Callable[[], float], pid: int) -> Round:
-    """Takes a rate and watches the two cores meanwhile."""
-    before, start = Ticks.now(pid), time.perf_counter()
-    rate = measure()
-    seconds = time.perf_counter() - start
-    load, server, load_core, server_core = (
-        (after - first) / seconds for after, first in zip(Ticks.now(pid), before, strict=True)
-    )
-    return Round(rate, load, server, max(0.0, load_core - load, server_core - server))
+    value: Value
+    load: float
+    server: float
+    strangers: float
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Something with a rate, and the process on the serving core that does the work."""
+class Contender(Generic[Value]):
+    """Something to measure, and the process on the serving core that does the work."""
 
-    measure: Callable[[], float]
+    measure: Callable[[], Value]
     pid: int
     title: str = ""
 
     @staticmethod
-    def of(pool: ProcessPoolExecutor, call: Callable[..., float], *arguments: Any, title: str = "") -> "Contender":
+    def of(
+        pool: ProcessPoolExecutor, call: Callable[..., Value], *arguments: Any, title: str = ""
+    ) -> "Contender[Value]":
         """A call made in a process aside."""
         return Contender(lambda: pool.submit(call, *arguments).result(), pool.submit(os.getpid).result(), title)
 
+    def round(self) -> Round[Value]:
+        """Measures, and watches the two cores."""
+        before, start = Ticks.now(self.pid), time.perf_counter()
+        value = self.measure()
+        seconds = time.perf_counter() - start
+        load, server, load_core, server_core = (
+            (after - first) / seconds for after, first in zip(Ticks.now(self.pid), before, strict=True)
+        )
+        return Round(value, load, server, max(0.0, load_core - load, server_core - server))
 
-def take_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[Round]]:
-    """A B A B ...: `rounds` of each; a round that strangers disturbed is taken again, a few times."""
-    taken: dict[str, list[Round]] = {name: [] for name in contenders}
+
+def take_turns(contenders: Mapping[str, Contender[Value]], rounds: int) -> dict[str, list[Round[Value]]]:
+    """A B A B ...: `rounds` of each; one that strangers disturbed is taken again, a few times."""
+    taken: dict[str, list[Round[Value]]] = {name: [] for name in contenders}
     for _ in bar(range(rounds), " : ".join(contenders)):
         for name, contender in contenders.items():
-            attempts: list[Round] = []
+            attempts: list[Round[Value]] = []
             while len(attempts) < ATTEMPTS and all(one.strangers > DISTURBED for one in attempts):
                 time.sleep(len(attempts) * PAUSE)
-                attempts.append(round_of(contender.measure, contender.pid))
+                attempts.append(contender.round())
             taken[name].append(min(attempts, key=lambda one: one.strangers))
-    return taken
+    return {name: quiet(found) for name, found in taken.items()}
+
+
+def quiet(rounds: list[Round[Value]]) -> list[Round[Value]]:
+    """The rounds that nobody disturbed, if they are two at least; else all, which `doubts` will tell."""
+    undisturbed = [one for one in rounds if one.strangers <= DISTURBED]
+    return undisturbed if len(undisturbed) > 1 else rounds
 
 
 def bar(items: Sequence[Item], title: str) -> Iterator[Item]:
@@ -177,17 +187,20 @@ def bar(items: Sequence[Item], title: str) -> Iterator[Item]:
             progress.update(task, completed=done, refresh=100 * done // len(items) > 100 * (done - 1) // len(items))
 
 
-def ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> float:
+def ratio(ours: Sequence[Round[float]], theirs: Sequence[Round[float]]) -> float:
     """Of the medians."""
-    return median(one.rate for one in ours) / median(one.rate for one in theirs)
+    return median(one.value for one in ours) / median(one.value for one in theirs)
 
 
-def describe(rounds: Sequence[Round], unit: str) -> str:
-    """The median rate, and whether the generator or strangers may have had a part in it."""
-    load, strangers = (max(getattr(one, name) for one in rounds) for name in ("load", "strangers"))
-    text = f"{median(one.rate for one in rounds):,.0f} {unit}"
-    if load > 0.02:
-        text += f", load {load:.0%} busy" + (" (SATURATED)" if load > SATURATED else "")
-    if strangers > DISTURBED:
-        text += f", DISTURBED by others ({strangers:.0%})"
-    return text
+def describe(rounds: Sequence[Round[float]], unit: str) -> str:
+    """The median, how busy the generator was, and what speaks against it."""
+    load = max(one.load for one in rounds)
+    text = f"{median(one.value for one in rounds):,.0f} {unit}" + (f", load {load:.0%} busy" if load > IDLE else "")
+    return text + doubts(rounds, load)
+
+
+def doubts(rounds: Sequence[Round[Any]], load: float = 0.0) -> str:
+    """Why these rounds prove nothing; empty where they do."""
+    strangers = max(one.strangers for one in rounds)
+    text = f" ({UNSURE}: the generator was the limit)" if load > SATURATED else ""
+    return text + (f" ({UNSURE}: others took {strangers:.0%} of a core)" if strangers > DISTURBED else "")

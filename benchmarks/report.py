@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.machine import UNSURE
+
 LIBRARIES = ("onnxruntime", "numpy", "uvicorn", "uvloop", "httptools", "websockets", "orjson", "fastapi", "pydantic")
 
 
@@ -28,6 +30,8 @@ class Row:
     @property
     def verdict(self) -> str:
         """One word."""
+        if self.met is not None and UNSURE in self.detail:
+            return "unsure"
         return {True: "met", False: "missed", None: "-"}[self.met]
 
 

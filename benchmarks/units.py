@@ -18,10 +18,10 @@ def run(quick: bool) -> Iterator[Row]:
     rounds, seconds = (2, 0.4) if quick else (5, 1.0)
     with models.repository(("gru", "gru3"), HIDDEN) as folder, aside() as pool, Latch(folder) as service:
 
-        def inside(name: str, batch: int, steps: int) -> Contender:
+        def inside(name: str, batch: int, steps: int) -> Contender[float]:
             return bare.contender(pool, folder / name / "1", "runner cpu", batch, steps, seconds)
 
-        def through(name: str) -> Contender:
+        def through(name: str) -> Contender[float]:
             ids = service.create(SESSIONS, name, prefix=name)
             return stepping(
                 service, latch.many(service.port, ids, rolls(SESSIONS, STEPS), window=WINDOW), STEPS, seconds
@@ -34,7 +34,7 @@ def run(quick: bool) -> Iterator[Row]:
         yield _row(what, {name: through(name) for name in (FULL, LEAN)}, rounds, 1.0)
 
 
-def _row(what: str, contenders: dict[str, Contender], rounds: int, goal: float) -> Row:
+def _row(what: str, contenders: dict[str, Contender[float]], rounds: int, goal: float) -> Row:
     taken = take_turns(contenders, rounds)
     detail = "; ".join(f"{name} {describe(one, 'steps/s')}" for name, one in taken.items())
     return at_most(goal, what, f"{FULL}, time a step", ratio(taken[FULL], taken[LEAN]), detail)

@@ -64,10 +64,10 @@ def messages(begins: bytes) -> Take:
         at = count = 0
         while (found := payload(data, at)) is not None:
             start, end = found
-            if data.startswith(begins, start):
+            if data[at] != PING:
+                if not data.startswith(begins, start):
+                    raise _unexpected(data[at:])
                 count += 1
-            elif data[at] != PING:
-                raise _unexpected(data[at:])
             at = end
         return at, count
 

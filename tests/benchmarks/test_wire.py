@@ -46,7 +46,7 @@ CUTS = st.lists(st.integers(0, 10**6), max_size=6)
 @given(st.lists(st.sampled_from([2, 125, 126, 70_000]), min_size=1, max_size=4), CUTS)
 def test_messages_are_counted_however_they_arrive(sizes: list[int], cuts: list[int]) -> None:
     """Cut anywhere, of any length of length, with a ping between them."""
-    data = message(b"ping", wire.PING).join(message(b"{}".ljust(size), wire.TEXT) for size in sizes)
+    data = message(b"{ping", wire.PING).join(message(b"{}".ljust(size), wire.TEXT) for size in sizes)
     assert fed(wire.messages(b"{"), data, cuts) == len(sizes)
 
 
@@ -74,6 +74,7 @@ def test_responses_are_counted_however_they_arrive(sizes: list[int], cuts: list[
     [
         (wire.messages(b'{"type":"step"'), message(b'{"type":"error"}', wire.TEXT)),
         (wire.messages(b"{"), message(struct.pack(">H", 1011), 0x88)),
+        (wire.messages(b"{"), message(b"")),
         (wire.frames(ROW), message(stepped(1) + wire.FRAME.pack(131, 0, 0, 2, 1) + b"{}")),
         (wire.responses, b"HTTP/1.1 409 Conflict\r\ncontent-length: 2\r\n\r\n{}"),
     ],
