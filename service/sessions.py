@@ -7,7 +7,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,23 +18,37 @@ from service.engine import Engine, Engines
 from service.errors import InvalidInput, LatchError, PayloadTooLarge, SessionExists, SessionExpired
 from service.metrics import Metrics
 from service.slab import Slot
-from service.stores import SessionRecord, SessionStore
+from service.stores import SessionStore
 from service.wire import StepReply, StepRequest
 
 log = logging.getLogger(__name__)
 
+_NOTHING: Mapping[str, Any] = {}  # one for all sessions without metadata
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:-]{0,127}")
 
 
-class Session(Slot):
-    """A live session: a slot in the slab of an engine, and its record."""
+class Session(Slot, eq=False, gc=False, kw_only=True):
+    """A live session: a slot in the slab of an engine, and who it is (a `SessionRecord` of the stores)."""
 
-    __slots__ = ("engine", "record")
+    id: str
+    engine: Engine
+    created_at: float
+    metadata: Mapping[str, Any]
 
-    def __init__(self, record: SessionRecord, engine: Engine) -> None:
-        super().__init__()
-        self.record = record
-        self.engine = engine
+    @property
+    def model(self) -> str:
+        """The name of its model."""
+        return self.engine.key.name
+
+    @property
+    def version(self) -> str:
+        """The version of its model."""
+        return self.engine.key.version
+
+    @property
+    def idle_ttl(self) -> float:
+        """Seconds that it may be idle."""
+        return self.engine.slab.idle_ttl(self)
 
     @property
     def step(self) -> int:
@@ -127,10 +141,10 @@ class SessionManager:
             existing = await self._existing(session_id)
             if existing is not None:
                 return self._same(existing, engine.key.name, version), False
-        session = Session(SessionRecord(session_id, *engine.key, ttl, self._wall(), metadata or {}), engine)
+        session = Session(id=session_id, engine=engine, created_at=self._wall(), metadata=metadata or _NOTHING)
         engine.slab.acquire(session, ttl)
         try:
-            await self._store.create(session.record)
+            await self._store.create(session)
         except BaseException:
             engine.batcher.release(session)
             raise
@@ -261,24 +275,23 @@ class SessionManager:
     @staticmethod
     def _same(existing: Session, model: str, version: str | None) -> Session:
         """The session that a repeated create means. Without a version, it keeps the one that it has."""
-        record = existing.record
-        if record.model != model or version not in (None, record.version):
+        if existing.model != model or version not in (None, existing.version):
             raise SessionExists(
-                f"session {record.id!r} exists already, on {record.model}/{record.version}: "
+                f"session {existing.id!r} exists already, on {existing.model}/{existing.version}: "
                 "delete it first, or take another id",
-                model=record.model,
-                version=record.version,
+                model=existing.model,
+                version=existing.version,
             )
         return existing
 
     async def _expire(self, session: Session) -> None:
         self._forget(session)
         self._metrics.expired.labels(*session.engine.key).inc()
-        await self._store.expire(session.record.id)
+        await self._store.expire(session.id)
 
     def _forget(self, session: Session) -> None:
         """Takes the session out of this process at once, before anything is awaited."""
-        del self._live[session.record.id]
+        del self._live[session.id]
         session.engine.batcher.release(session)
         self._metrics.sessions.labels(*session.engine.key).dec()
 

@@ -8,6 +8,7 @@ a million idle sessions cost little more than their states, and a run moves its 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,15 +19,14 @@ _FIRST_ROWS = 64
 _DIGEST = np.dtype("V16")
 
 
-class Slot:
+class Slot(msgspec.Struct, eq=False, gc=False):
     """A row of the slab and the right to it. `row` is -1 from the release on: whatever still carries the slot is stale,
     and can never be taken for the next owner of the same row.
+
+    The garbage collector does not look at slots: there may be millions, and a release cuts every tie to them.
     """
 
-    __slots__ = ("row",)
-
-    def __init__(self) -> None:
-        self.row = -1
+    row: int = -1
 
     @property
     def is_live(self) -> bool:
@@ -126,6 +126,10 @@ class StateSlab:
     def touch(self, slot: Slot) -> None:
         """The slot was used just now."""
         self._deadline[slot.row] = self._clock() + self._idle_ttl[slot.row]
+
+    def idle_ttl(self, slot: Slot) -> float:
+        """Seconds that the slot may be idle."""
+        return float(self._idle_ttl[slot.row])
 
     def time_left(self, slot: Slot) -> float:
         """Seconds until the slot has been idle for too long; a released one has."""

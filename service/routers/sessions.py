@@ -84,7 +84,7 @@ STEP_CALL = {
 async def create_session(body: CreateSession, response: Response, manager: Manager) -> SessionInfo:
     """A new session with an id of the server's."""
     session, _ = await _create(manager, body, None)
-    response.headers["Location"] = f"/v1/sessions/{session.record.id}"
+    response.headers["Location"] = f"/v1/sessions/{session.id}"
     return _info(manager, session)
 
 
@@ -159,14 +159,13 @@ async def _create(manager: SessionManager, body: CreateSession, session_id: str 
 
 
 def _info(manager: SessionManager, session: Session) -> SessionInfo:
-    record = session.record
     return SessionInfo(
-        id=record.id,
-        model=record.model,
-        version=record.version,
+        id=session.id,
+        model=session.model,
+        version=session.version,
         step=session.step,
-        idle_ttl_ms=round(record.idle_ttl * 1000),
-        created_at=native.timestamp(record.created_at),
+        idle_ttl_ms=round(session.idle_ttl * 1000),
+        created_at=native.timestamp(session.created_at),
         expires_at=native.timestamp(manager.expires_at(session)),
-        metadata=record.metadata,
+        metadata=dict(session.metadata),
     )

@@ -228,11 +228,11 @@ class _Socket:
 
     async def greet(self, session: Session, channel: int = 0) -> None:
         """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
-        record, step = session.record, await self.manager.turn(session)
+        step = await self.manager.turn(session)
         facts = {
-            "session": record.id,
-            "model": record.model,
-            "version": record.version,
+            "session": session.id,
+            "model": session.model,
+            "version": session.version,
             "step": step,
             "expires_at": native.timestamp(self.manager.expires_at(session)),
         }
@@ -253,7 +253,7 @@ class _Socket:
     async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
         """Hands a request on; where a queue is full, only when the session has had its turn."""
         while not self.submit_now(session, request, answer):
-            await self.manager.find(session.record.id)  # raises what became of it
+            await self.manager.find(session.id)  # raises what became of it
             await self.manager.turn(session)
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:

@@ -4,24 +4,28 @@ Rule: a store answers who exists, who expired and who never was; the hidden stat
 A driver is imported only when its URL asks for it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from service.errors import SettingsInvalid
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRecord:
+class SessionRecord(Protocol):
     """What a session is, apart from its state. Times are wall-clock seconds; `idle_ttl` is in seconds."""
 
-    id: str
-    model: str
-    version: str
-    idle_ttl: float
-    created_at: float
-    metadata: dict[str, Any] = field(default_factory=dict)
+    @property
+    def id(self) -> str: ...  # noqa: D102 - a plain value, as all that follow
+    @property
+    def model(self) -> str: ...  # noqa: D102
+    @property
+    def version(self) -> str: ...  # noqa: D102
+    @property
+    def idle_ttl(self) -> float: ...  # noqa: D102
+    @property
+    def created_at(self) -> float: ...  # noqa: D102
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
 class SessionStore(Protocol):

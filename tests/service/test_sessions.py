@@ -117,7 +117,7 @@ async def test_capacity_is_bounded_and_a_delete_makes_room(manager: SessionManag
     with pytest.raises(CapacityExceeded):
         await manager.create("toy")
     await manager.create("counter")
-    await manager.delete(sessions[1].record.id)
+    await manager.delete(sessions[1].id)
     await manager.create("toy")
 
 
@@ -160,7 +160,7 @@ async def test_a_sweep_expires_who_is_idle_and_nobody_else(manager: SessionManag
     await manager.step(used, ones())
     clock.now += 2
     assert await manager.sweep() == 1
-    assert [s.record.id for s in (await manager.page(None, "", 10))[0]] == ["long", "used"]
+    assert [s.id for s in (await manager.page(None, "", 10))[0]] == ["long", "used"]
     clock.now += 95
     assert await manager.sweep() == 2
     assert len(manager.engines.get("toy").slab) == 0
@@ -220,7 +220,7 @@ async def test_ten_thousand_sessions_leave_nothing_behind(manager: SessionManage
     """Opened and deleted, or opened and expired, they leave no slot and no entry."""
     for i in range(5000):
         session, _ = await manager.create("toy")
-        await manager.delete(session.record.id)
+        await manager.delete(session.id)
         await manager.create("counter", session_id=f"s{i}", idle_ttl=10)
         clock.now += 11
         await manager.sweep()
@@ -262,7 +262,7 @@ async def test_predict_without_room_takes_nothing(manager: SessionManager) -> No
     with pytest.raises(CapacityExceeded):
         await manager.predict(engine, [ones()] * 3)
     assert len(engine.slab) == 1
-    await manager.delete(session.record.id)
+    await manager.delete(session.id)
     assert len(await manager.predict(engine, [ones()] * 3)) == 3
 
 

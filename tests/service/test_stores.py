@@ -1,11 +1,12 @@
 """The contract of a store, the same tests for every back end."""
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
 
 from service.errors import SessionExists, SessionExpired, SessionNotFound, SettingsInvalid
-from service.stores import SessionRecord, SessionStore, open_store
+from service.stores import SessionStore, open_store
 
 pytestmark = pytest.mark.anyio
 
@@ -16,6 +17,18 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
     opened = open_store(request.param, max_expired_ids=3)
     yield opened
     await opened.close()
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """A session as a store sees it."""
+
+    id: str
+    model: str
+    version: str
+    idle_ttl: float
+    created_at: float
+    metadata: dict[str, str]
 
 
 def record(name: str, model: str = "m") -> SessionRecord:
