@@ -75,13 +75,12 @@ class OrtRunner:
         self._step_cost, self._chunk_cost = _Cost(), _Cost()
         self._chunk: ChunkGraph | None = None
 
-        def chunk_graph(*, hoist: bool) -> ChunkGraph:
-            return ChunkGraph(open_session(scan.wrap(graph, manifest, hoist=hoist), provider, threads), manifest)
+        def chunk_graph(**form: bool) -> ChunkGraph:
+            return ChunkGraph(open_session(scan.wrap(graph, manifest, **form), provider, threads), manifest)
 
-        self._chunk_forms = [
-            ("scan", partial(chunk_graph, hoist=True)),
-            ("scan of whole steps", partial(chunk_graph, hoist=False)),
-        ]
+        self._chunk_forms = [("scan", partial(chunk_graph)), ("scan of whole steps", partial(chunk_graph, hoist=False))]
+        if manifest.unit is not None and manifest.unit.get("lowering") == "operator":
+            self._chunk_forms.insert(0, ("operator", partial(chunk_graph, operator=True)))
         self.simplify("")
 
     def simplify(self, reason: str) -> None:

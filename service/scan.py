@@ -1,4 +1,4 @@
-"""Wraps a step graph in an ONNX `Scan` (opset 9 and later), so that T steps of a chunk are one run of the runtime.
+"""Makes the graph of T steps from the graph of one, so that a chunk is one run: with an ONNX `Scan`, or none.
 
 Rule: only the recurrence loops. What a step makes of its input alone goes before the loop and what no state waits for
 goes after it, on the rows of all T steps at once; every node is still the step graph's own. Whoever uses the wrapped
@@ -12,6 +12,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from service.manifest import Manifest
+from service.operators import is_operator, over_time
 from service.recurrence import Parts, made, read, rows_of, split
 
 # Names inside and outside of the loop must differ, and no exporter writes these.
@@ -41,13 +42,14 @@ def last(name: str) -> str:
     return _LAST + name
 
 
-def wrap(graph: bytes, manifest: Manifest, *, hoist: bool = True) -> bytes:
+def wrap(graph: bytes, manifest: Manifest, *, hoist: bool = True, operator: bool = False) -> bytes:
     """Makes the graph of T steps from the graph of one.
 
     Args:
         graph: model.onnx.
         manifest: names its input, outputs, states and constants.
         hoist: whether nodes may leave the loop; else all of them run T times, on B rows each.
+        operator: whether the recurrence is one `GRU`, which takes sequences, so that nothing loops.
 
     Returns:
         A graph that takes `inputs(input)`, `first(state.input)` for each state and the constants, and returns
@@ -55,6 +57,7 @@ def wrap(graph: bytes, manifest: Manifest, *, hoist: bool = True) -> bytes:
 
     Raises:
         Exception: of `onnx`, where the step graph does not fit into a loop.
+        ValueError: the recurrence is not one operator.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(graph))
     step, x, states = model.graph, manifest.input.name, manifest.state
@@ -76,7 +79,13 @@ def wrap(graph: bytes, manifest: Manifest, *, hoist: bool = True) -> bytes:
     nodes += _on_rows(parts.before, parts.constant)
     for name in enter:
         nodes += reshapes.to_steps(name, inputs(name)) if name != x else []
-    nodes.append(_loop(parts, values, manifest, enter, leave))
+    if operator:
+        if not is_operator(parts.loop):
+            raise ValueError("the recurrence is not one operator")
+        (pair,), (sequenced,), (entering,) = states, leave, enter
+        nodes += over_time(parts.loop, inputs(entering), first(pair.input), sequence(sequenced), last(pair.input))
+    else:
+        nodes.append(_loop(parts, values, manifest, enter, leave))
     for name in leave:
         nodes += reshapes.to_rows(sequence(name), name) if name in read(parts.after) else []
     nodes += _on_rows(parts.after, parts.constant)

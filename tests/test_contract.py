@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,3 +46,21 @@ def test_every_unit_is_served_bit_for_bit_in_one_run_a_chunk(
     assert prove_bits(runner, files)
     assert runner.chunks == "scan"
     assert replay_golden(runner, files) <= files.manifest.golden.tolerance
+
+
+@pytest.mark.parametrize("blend", ["write", "keep"])
+@pytest.mark.parametrize("reset", ["before", "after"])
+def test_a_unit_lowered_to_its_operator_is_served_without_a_loop(tmp_path: Path, reset: str, blend: str) -> None:
+    """The operator takes the chunk, in the bits of its steps, and gives what the primitives give but gates."""
+    settings = {"reset": reset, "blend": blend, "standardise": True, "learned_initial_state": True}
+    primitives = load(exported(tmp_path, "gru", "regression", **settings))
+    files = load(export(tmp_path / "run", tmp_path / "models", "made-up", lowering="operator"))
+    assert [tensor.name for tensor in primitives.manifest.outputs] == ["y", "z", "r"]
+    assert [tensor.name for tensor in files.manifest.outputs] == ["y"]
+    assert files.manifest.unit is not None
+    assert files.manifest.unit["lowering"] == "operator"
+    runner = OrtRunner(files.manifest, files.graph)
+    assert prove_bits(runner, files)
+    assert runner.chunks == "operator"
+    assert replay_golden(runner, files) <= files.manifest.golden.tolerance
+    np.testing.assert_array_equal(files.golden["output.y"], primitives.golden["output.y"])

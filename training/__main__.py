@@ -19,6 +19,7 @@ from training.data import polymusic
 from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
 from training.export import export as export_run
+from training.graph import LOWERINGS
 from training.scores import Metric, score_all
 from training.trainer import LOGGERS, OPTIMISERS, configure
 from training.trainer import fit as fit_run
@@ -144,13 +145,17 @@ def export(
     best_so_far: Annotated[
         bool, typer.Option("--best-so-far", help="Write the best weights of a run that has not finished.")
     ] = False,
+    lowering: Annotated[
+        str, typer.Option(help=f"What a step becomes in ONNX: {one_of(LOWERINGS)}; only gru has an operator.")
+    ] = "primitives",
 ) -> None:
     """Write a run as models/NAME/VERSION: step graph, manifest, golden vectors. No parity, no artifact.
 
     **Example:** `latch-train export runs/mine --name my-chorales --models models`
     """
     name = name or folder.resolve().name
-    console.print(f"wrote {export_run(folder, models, name, version, force=force, best_so_far=best_so_far)}")
+    path = export_run(folder, models, name, version, force=force, best_so_far=best_so_far, lowering=lowering)
+    console.print(f"wrote {path}")
 
 
 @app.command(name="data")

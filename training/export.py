@@ -26,12 +26,12 @@ from training.scores import score_all
 GOLDEN_SEQUENCES, GOLDEN_STEPS, GOLDEN_SEED = 3, 24, 20141212
 
 
-def golden_vectors(model: RecurrentModel) -> Values:
+def golden_vectors(model: RecurrentModel, lowering: str = "primitives") -> Values:
     """Synthetic sequences and what torch on a CPU makes of them, under the manifest's keys."""
     inputs = synthetic_inputs(model, GOLDEN_SEQUENCES, GOLDEN_STEPS, GOLDEN_SEED)
-    steps = list(torch_steps(model, inputs))
+    steps, names = list(torch_steps(model, inputs)), output_names(model, lowering)
     golden: Values = {"input.x": inputs}
-    golden |= {f"output.{name}": np.stack([step[name] for step in steps], axis=1) for name in output_names(model)}
+    golden |= {f"output.{name}": np.stack([step[name] for step in steps], axis=1) for name in names}
     return golden | {f"state.{name}": steps[-1][name] for name in model.state_names}
 
 
@@ -43,11 +43,18 @@ def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, An
     return {"name": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
 
 
-def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, files: dict[str, str]) -> dict[str, Any]:
+def make_manifest(
+    run: Run,
+    model: RecurrentModel,
+    name: str,
+    version: str,
+    files: dict[str, str],
+    lowering: str = "primitives",
+) -> dict[str, Any]:
     """The contract's words for `run`; the same weights give the same bytes (no times in it)."""
     info, config, cell, result = run.data, run.model, model.layers[0], run.result or {}
     outputs = []
-    for output in output_names(model):
+    for output in output_names(model, lowering):
         described = output in ("y", "std")
         entry = _tensor(output, [config.output_size if described else config.hidden])
         entry["role"] = {"y": "prediction", "std": "spread"}.get(output, "gate")
@@ -76,6 +83,7 @@ def make_manifest(run: Run, model: RecurrentModel, name: str, version: str, file
         "feedback": None if info.feedback is None else {"output": "y", "rule": info.feedback},
         "unit": {
             "cell": config.cell,
+            "lowering": lowering,
             "blend": cell.blend,
             "reset": cell.reset,
             "gate_activation": cell.gate_activation,
@@ -125,8 +133,11 @@ def export(
     *,
     force: bool = False,
     best_so_far: bool = False,
+    lowering: str = "primitives",
 ) -> Path:
     """The run in `folder` as models/<name>/<version>, by default the next free one; returns that path.
+
+    `lowering` is what the unit's step becomes: primitives, or the one operator that computes it (`lowering.py`).
 
     An existing version is replaced, whole, only by `force`; an unfinished run is exported only as `best_so_far`.
     Raises ExportError, and leaves `models` as it was, when any check fails.
@@ -141,15 +152,15 @@ def export(
     model, epoch = run.best_model(folder)
     if run.result is None:
         run = scored_now(run, folder, model, epoch)
-    graph = build_graph(model).SerializeToString()
+    graph = build_graph(model, lowering).SerializeToString()
     check_parity(model, graph)
     models.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
     try:
         (partial / "model.onnx").write_bytes(graph)
-        np.savez(partial / "golden.npz", allow_pickle=False, **golden_vectors(model))
+        np.savez(partial / "golden.npz", allow_pickle=False, **golden_vectors(model, lowering))
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
-        manifest = make_manifest(run, model, name, version, files)
+        manifest = make_manifest(run, model, name, version, files, lowering)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (partial / "manifest.json").write_text(text, encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp's folder is private; a served one is not

@@ -5,7 +5,7 @@ Its one rule: a graph that is not in parity is an error, never a warning. It mus
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.errors import ExportError
+from training.lowering import TRANSLATIONS, OperatorGraph
 from training.model import RecurrentModel
 
 TOLERANCE = 1e-5
@@ -41,16 +42,26 @@ class StepGraph(nn.Module):
         return (*self.model.predict(raw), *gates, *after)
 
 
-def output_names(model: RecurrentModel) -> list[str]:
+LOWERINGS: dict[str, Callable[[RecurrentModel], nn.Module]] = {"primitives": StepGraph, "operator": OperatorGraph}
+
+
+def output_names(model: RecurrentModel, lowering: str = "primitives") -> list[str]:
     """Outputs and gates in the graph's order, without the states. Constant gates (`gru3`, `mgu3`) are not outputs.
 
     ONNX Runtime computes every output at every step, asked for or not, and a constant says nothing about a step.
     """
-    return ["y", *(["std"] if model.config.head == "gaussian" else []), *model.gate_names]
+    gates = model.gate_names if lowering == "primitives" else []
+    return ["y", *(["std"] if model.config.head == "gaussian" else []), *gates]
 
 
-def build_graph(model: RecurrentModel) -> onnx.ModelProto:
-    """The step as ONNX: inputs `x` and each state, outputs, then `<state>_next`; the batch axis is free."""
+def build_graph(model: RecurrentModel, lowering: str = "primitives") -> onnx.ModelProto:
+    """The step as ONNX: inputs `x` and each state, outputs, then `<state>_next`; the batch axis is free.
+
+    Raises ExportError for an unknown lowering, or one that the model does not have.
+    """
+    if lowering not in LOWERINGS:
+        raise ExportError(f"unknown lowering {lowering!r}: choose one of {', '.join(LOWERINGS)}")
+    step = LOWERINGS[lowering](model)
     states = model.state_names
     batch = torch.export.Dim("batch")
     shape = () if model.embedding is not None else (model.config.input_size,)
@@ -62,14 +73,15 @@ def build_graph(model: RecurrentModel) -> onnx.ModelProto:
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         warnings.filterwarnings("ignore", message=".*axis name: batch will not be used")
         program = torch.onnx.export(
-            StepGraph(model).eval(),
+            step.eval(),
             (x, *(value.contiguous() for value in model.init_state(2))),
             dynamo=True,
             external_data=False,
             verbose=False,
             input_names=["x", *states],
-            output_names=[*output_names(model), *(f"{name}_next" for name in states)],
+            output_names=[*output_names(model, lowering), *(f"{name}_next" for name in states)],
             dynamic_shapes=({0: batch}, tuple({0: batch} for _ in states)),
+            custom_translation_table=TRANSLATIONS,
         )
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
@@ -110,16 +122,17 @@ def torch_steps(model: RecurrentModel, inputs: NDArray[Any]) -> Iterator[Values]
 
 
 def onnx_steps(model: RecurrentModel, graph: bytes, inputs: NDArray[Any]) -> Iterator[Values]:
-    """The same by ONNX Runtime on one CPU thread."""
+    """The same by ONNX Runtime on one CPU thread; of the outputs, those that the graph has."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    outputs, states = output_names(model), model.state_names
+    states = model.state_names
+    fetch = [output.name for output in session.get_outputs()]
+    outputs = fetch[: -len(states)]
     state = {
         name: value.detach().contiguous().numpy()
         for name, value in zip(states, model.init_state(len(inputs)), strict=True)
     }
-    fetch = [*outputs, *(f"{name}_next" for name in states)]
     for step in range(inputs.shape[1]):
         found = session.run(fetch, {"x": np.ascontiguousarray(inputs[:, step]), **state})
         values = dict(zip([*outputs, *states], found, strict=True))
@@ -133,8 +146,8 @@ def check_parity(model: RecurrentModel, graph: bytes) -> float:
     worst = 0.0
     pairs = zip(torch_steps(model, inputs), onnx_steps(model, graph, inputs), strict=True)
     for step, (expected, found) in enumerate(pairs, start=1):
-        for name, value in expected.items():
-            error = float((np.abs(found[name] - value) / np.maximum(1, np.abs(value))).max())
+        for name, value in found.items():
+            error = float((np.abs(value - expected[name]) / np.maximum(1, np.abs(expected[name]))).max())
             if not error <= TOLERANCE:
                 raise ExportError(
                     f"ONNX Runtime and torch differ by {error:.2e} in {name!r} at step {step} (limit {TOLERANCE}): "

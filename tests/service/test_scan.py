@@ -22,14 +22,22 @@ from tests.service.conftest import OPTIONS
 
 
 @pytest.mark.parametrize(
-    "save", [toys.save_leaky, toys.save_counter, toys.save_branching, toys.save_echo, toys.save_exploding]
+    ("save", "form"),
+    [
+        (toys.save_leaky, "scan"),
+        (toys.save_counter, "scan"),
+        (toys.save_branching, "scan"),
+        (toys.save_echo, "scan"),
+        (toys.save_exploding, "scan"),
+        (toys.save_operator, "operator"),
+    ],
 )
-def test_a_chunk_in_one_run_equals_the_unrolled_steps(tmp_path: Path, save: Callable[[Path], Path]) -> None:
+def test_a_chunk_in_one_run_equals_the_unrolled_steps(tmp_path: Path, save: Callable[[Path], Path], form: str) -> None:
     """Outputs, gates and every state after every step, whatever the state's axis, the ids, constants or branches."""
     folder = save(tmp_path)
     files, manifest = load(folder), json.loads((folder / "manifest.json").read_text())
     runner = OrtRunner(files.manifest, files.graph)
-    assert runner.chunks == "scan"
+    assert runner.chunks == form
     inputs = files.golden[f"input.{files.manifest.input.name}"]
     start = initial_state(files.manifest.state, len(inputs))
     names = list(files.manifest.replies)
@@ -169,3 +177,22 @@ def test_a_graph_older_than_the_nodes_around_the_loop_loops_whole_steps(tmp_path
     assert runner.chunks.startswith("scan of whole steps: ")
     inputs, start = files.golden["input.x"], initial_state(files.manifest.state, 2)
     np.testing.assert_array_equal(runner.run(inputs, start, ["y"])[0]["y"], files.golden["output.y"])
+
+
+def test_an_operator_needs_no_loop(tmp_path: Path) -> None:
+    """Where the recurrence is one operator and the manifest says so, the operator gets the steps and nothing loops."""
+    files = load(toys.save_operator(tmp_path))
+    whole = onnx.load_model_from_string(scan.wrap(files.graph, files.manifest, operator=True)).graph
+    kinds = [node.op_type for node in whole.node if node.op_type not in ("Constant", "Shape", "Concat", "Reshape")]
+    assert kinds == ["Mul", "Unsqueeze", "GRU", "Squeeze", "Squeeze", "Mul"]
+
+
+def test_what_is_no_operator_loops_whatever_its_manifest_says(tmp_path: Path) -> None:
+    """A manifest that promises an operator which the graph does not have costs speed, and the page says why."""
+    folder = toys.save_operator(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    leaky = toys.save_leaky(tmp_path)
+    unit = json.loads((leaky / "manifest.json").read_text()) | {"unit": manifest["unit"]}
+    toys.seal(leaky, unit)
+    files = load(leaky)
+    assert OrtRunner(files.manifest, files.graph).chunks == "scan: the recurrence is not one operator"

@@ -274,6 +274,45 @@ def save_branching(root: Path, name: str = "branching", version: str = "1") -> P
     return _save(root, graph, manifest, {"input.x": np.arange(10, dtype=np.float32).reshape(2, 5, 1)})
 
 
+def save_operator(root: Path, name: str = "operator", version: str = "1") -> Path:
+    """An ONNX `GRU` of 4 units over 2 x (x has 3 values), y = 3 h', in a manifest that says so."""
+    rng = np.random.default_rng(4)
+    node = helper.make_node
+    weights = {"W": (1, 3 * HIDDEN, INPUTS), "R": (1, 3 * HIDDEN, HIDDEN), "B": (1, 6 * HIDDEN)}
+    graph = helper.make_graph(
+        [
+            node("Mul", ["x", "two"], ["xx"]),
+            node("Unsqueeze", ["xx", "zero"], ["sequence"]),
+            node("Unsqueeze", ["h", "zero"], ["first"]),
+            node("GRU", ["sequence", "W", "R", "B", "", "first"], ["", "last"], hidden_size=HIDDEN),
+            node("Squeeze", ["last", "zero"], ["h_next"]),
+            node("Mul", ["h_next", "three"], ["y"]),
+        ],
+        name,
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", s]) for n, s in (("x", INPUTS), ("h", HIDDEN))],
+        [helper.make_tensor_value_info(n, FLOAT, ["batch", HIDDEN]) for n in ("y", "h_next")],
+        [
+            *(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), k) for k, shape in weights.items()),
+            *(numpy_helper.from_array(np.float32(value), key) for key, value in (("two", 2), ("three", 3))),
+            numpy_helper.from_array(np.array([0], np.int64), "zero"),
+        ],
+    )
+    tensor = {"dtype": "float32", "shape": [HIDDEN], "batch_axis": 0}
+    manifest = _manifest(
+        name,
+        version,
+        input={"name": "x", "dtype": "float32", "shape": [INPUTS], "batch_axis": 0},
+        outputs=[{"name": "y", "role": "prediction"} | tensor],
+        state=[{"name": "h", "input": "h", "output": "h_next"} | tensor],
+        unit={
+            "cell": "gru", "lowering": "operator", "blend": "keep", "reset": "before", "gate_activation": "sigmoid",
+            "candidate_activation": "tanh", "input_size": INPUTS, "hidden_size": HIDDEN, "layers": 1,
+            "learned_initial_state": False, "parameters": 108,
+        },
+    )  # fmt: skip
+    return _save(root, graph, manifest, {"input.x": rng.normal(size=(2, 5, INPUTS)).astype(np.float32)})
+
+
 def save_mixing(root: Path, name: str = "mixing", version: str = "1") -> Path:
     """A graph whose rows feel the rows before them: h' = h / 2 + (x summed over the batch so far), y = h'."""
     graph = helper.make_graph(

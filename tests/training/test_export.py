@@ -158,8 +158,8 @@ def test_without_parity_no_artifact_is_written(
     models = tmp_path / "models"
     good = (export(tmp_path / "run", models, "kept") / "manifest.json").read_bytes()
 
-    def broken(model: RecurrentModel) -> onnx.ModelProto:
-        graph = build_graph(model)
+    def broken(model: RecurrentModel, lowering: str) -> onnx.ModelProto:
+        graph = build_graph(model, lowering)
         damage(graph)
         return graph
 

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from training.cells import UNITS
 from training.config import ModelConfig
+from training.errors import ExportError
 from training.graph import build_graph, check_parity, onnx_steps
 from training.model import RecurrentModel
 
@@ -53,6 +55,34 @@ def test_a_row_has_the_same_bits_in_any_batch(cell: str) -> None:
     for many, one in zip(together, alone, strict=True):
         for name, value in one.items():
             np.testing.assert_array_equal(many[name][2:3], value, err_msg=name)
+
+
+def test_the_operator_is_one_node_for_the_whole_unit() -> None:
+    """Lowered to its operator, the fully gated unit is four nodes, in parity, without its gates."""
+    model = RecurrentModel(ModelConfig("gru", 6, 6, "bernoulli", hidden=5)).eval()
+    graph = build_graph(model, "operator")
+    assert [node.op_type for node in graph.graph.node] == [
+        *("Unsqueeze", "Unsqueeze", "GRU", "Squeeze"),
+        *("Gemm", "Sigmoid"),
+    ]
+    assert [output.name for output in graph.graph.output] == ["y", "h_next"]
+    assert check_parity(model, graph.SerializeToString()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lowering", "settings", "message"),
+    [
+        ("operator", {"cell": "gru1"}, "only one layer of `gru`"),
+        ("operator", {"cell": "gru", "layers": 2}, "only one layer of `gru`"),
+        ("operator", {"cell": "gru", "candidate_activation": "relu"}, "sigmoid and tanh"),
+        ("fused", {"cell": "gru"}, "unknown lowering 'fused': choose one of primitives, operator"),
+    ],
+)
+def test_a_lowering_that_a_model_does_not_have_is_refused(lowering: str, settings: Any, message: str) -> None:
+    """What the operator cannot compute, or only with multiplied zeros, stays primitives."""
+    model = RecurrentModel(ModelConfig(**settings, input_size=6, output_size=6, head="bernoulli", hidden=5)).eval()
+    with pytest.raises(ExportError, match=message):
+        build_graph(model, lowering)
 
 
 def test_importing_leaves_nothing_in_the_users_home(tmp_path: Path) -> None:
