@@ -102,7 +102,7 @@ def read(message: bytes, row_bytes: Callable[[int], int | None]) -> Iterator[Fra
         if kind not in (Kind.STEP, Kind.OPEN, Kind.CLOSE) or flags:
             what = f"flags {flags}, a client's are 0" if flags else f"type {kind}; a client sends 1, 2 or 3"
             raise Malformed(f"frame {index} at byte {start}: {what}", frame=index, channel=channel)
-        size = row_bytes(channel) if kind == Kind.STEP else int(kind == Kind.OPEN)
+        size = row_bytes(channel) if kind == Kind.STEP else 1
         if size is None:
             raise ChannelNotOpen(
                 f"frame {index} at byte {start}: channel {channel} is not open; send OPEN with its session first",
@@ -135,9 +135,13 @@ def read_block(message: bytes, rows: RowFormat, outputs: tuple[str, ...]) -> tup
     """The channels of a message that is nothing but STEP frames of equal T, each channel once, and all as arrays; None
     where `read` must take it apart. `rows` and `outputs` are those of the first channel.
     """
+    if len(message) < HEADER.size:
+        return None
     steps = HEADER.unpack_from(message)[3]
+    if not 0 < steps * rows.input_bytes <= len(message):  # before numpy is asked for a layout of any size
+        return None
     layout = _records(rows.input, steps)
-    if not steps or len(message) % layout.itemsize:
+    if len(message) % layout.itemsize:
         return None
     records = np.frombuffer(message, layout)
     channels = records["channel"].tolist()
