@@ -185,7 +185,7 @@ class SessionManager:
 
     async def step(self, session: Session, request: StepRequest) -> StepReply:
         """`submit`, and waits for the answer. Cancelling it drops the request if no run has finished it."""
-        return await _answered(partial(self.submit, session, request))
+        return await _answered(partial(session.engine.batcher.submit, session, request))
 
     async def turn(self, session: Session) -> int:
         """Waits until everything that the session has queued is applied or has failed; returns its step then."""
@@ -305,17 +305,17 @@ def _standing(session: Session) -> StepReply:
 async def _answered(ask: Callable[[Answer], Ticket]) -> StepReply:
     """Calls `ask` with an answer that ends the wait."""
     future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
-
-    def answer(outcome: Outcome) -> None:
-        if future.done():
-            return
-        if isinstance(outcome, LatchError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-    ticket = ask(answer)
+    ticket = ask(partial(_end, future))
     try:
         return await future
     finally:
         ticket.cancel()
+
+
+def _end(future: asyncio.Future[StepReply], outcome: Outcome) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, LatchError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

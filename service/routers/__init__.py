@@ -16,7 +16,8 @@ from service.errors import LatchError, Malformed, PayloadTooLarge, UnsupportedMe
 from service.sessions import SessionManager
 from service.wire import native
 
-JSON = "application/json"
+JSON, PACKED = "application/json", "application/octet-stream"
+_KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell them
 
 
 class BoundedRoute(APIRoute):
@@ -47,13 +48,14 @@ async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str
     kind, coding, size = "none", "identity", 0
     for name, value in scope["headers"]:
         if name == b"content-type":
-            kind = value.decode("latin-1").partition(";")[0].strip().lower()
+            kind = _KINDS.get(value) or value.decode("latin-1").partition(";")[0].strip().lower()
         elif name == b"content-length":
             size = int(value)
         elif name == b"content-encoding":
             coding = value.decode("latin-1")
     parts: list[bytes] = []
-    received, more = 0, size <= limit
+    more = size <= limit
+    received = 0
     while more and received <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -61,7 +63,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str
         parts.append(message["body"])
         received += len(parts[-1])
         more = message["more_body"]
-    body = b"".join(parts)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
     if max(size, received) > limit:
         raise PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
     if body and coding != "identity":

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import JSON, BoundedRoute, Manager
-from service.routers.steps import PACKED
+from service.routers import JSON, PACKED, BoundedRoute, Manager
 from service.sessions import Session, SessionManager
 from service.wire import native
 

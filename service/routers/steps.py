@@ -11,14 +11,12 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import Internal, InvalidInput, LatchError
 from service.metrics import Metrics
-from service.routers import JSON, error_response, read_body
+from service.routers import JSON, PACKED, error_response, read_body
 from service.sessions import Session, SessionManager
 from service.wire import StepReply, StepRequest
 from service.wire.frames import packed_request
 
 log = logging.getLogger(__name__)
-
-PACKED = "application/octet-stream"
 
 
 class Answer(NamedTuple):
