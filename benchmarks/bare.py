@@ -1,6 +1,6 @@
 """The model without a server: steps a second of plain ONNX Runtime, in the form that is quickest for the shape.
 
-Rule: it shares with the service only the step graph and the session options that make one thread quick.
+Rule: the quickest form counts, also where the service found it: a loop of steps, its graph of a chunk, or its runner.
 """
 
 import time

@@ -3,8 +3,10 @@
 Rule: it is reached as any client reaches it, and everything about a session is on the wire.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import numpy as np
@@ -60,39 +62,47 @@ class Latch(Program):
 
 def websocket_binary(port: int, session: str | None, rows: Sequence[Array]) -> Line:
     """Binary steps of one session over a socket of its own; without a session, to an echo."""
-    path = f"/v1/sessions/{session}/stream" if session else "/"
     requests = [message(step_frame(row.tobytes(), len(row)), BINARY) for row in rows]
-    connection = websocket(port, path, "latch.binary", greets=bool(session))
-    return Line(connection, requests, frames(ROW) if session else messages(b"\1"))
+    return Line(_stream(port, session, "latch.binary"), requests, frames(ROW) if session else messages(b"\1"))
 
 
 def websocket_json(port: int, session: str | None, rows: Sequence[Array]) -> Line:
     """The same in JSON."""
-    path = f"/v1/sessions/{session}/stream" if session else "/"
     requests = [message(dumps({"inputs": row.tolist()}), TEXT) for row in rows]
-    connection = websocket(port, path, "latch.json", greets=bool(session))
-    return Line(connection, requests, messages(b'{"type":"step"' if session else b'{"inputs"'))
+    return Line(
+        _stream(port, session, "latch.json"), requests, messages(b'{"type":"step"' if session else b'{"inputs"')
+    )
 
 
 def http_binary(port: int, session: str | None, rows: Sequence[Array]) -> Line:
     """Binary steps of one session over a kept HTTP connection."""
     path = f"/v1/sessions/{session}/steps" if session else "/"
-    return Line(connect(port), [request("POST", path, row.tobytes(), OCTETS) for row in rows], responses)
+    return Line(partial(connect, port), [request("POST", path, row.tobytes(), OCTETS) for row in rows], responses)
 
 
 def http_json(port: int, session: str | None, rows: Sequence[Array]) -> Line:
     """The same in JSON."""
     path = f"/v1/sessions/{session}/steps" if session else "/"
-    return Line(connect(port), [request("POST", path, dumps({"inputs": row.tolist()})) for row in rows], responses)
+    bodies = [dumps({"inputs": row.tolist()}) for row in rows]
+    return Line(partial(connect, port), [request("POST", path, body) for body in bodies], responses)
 
 
 def many(port: int, sessions: Sequence[str] | None, chunks: Array, *, window: int) -> Line:
     """All sessions over one socket: each message carries a chunk of every session, [sessions, T, 88]."""
-    connection = websocket(port, "/v1/stream", "latch.binary", greets=False)
+
+    def dial() -> socket:
+        connection = websocket(port, "/v1/stream", "latch.binary", greets=False)
+        if sessions is not None:
+            hellos = b"".join(open_frame(session, channel) for channel, session in enumerate(sessions))
+            ask(connection, message(hellos, BINARY), frames(ROW), len(sessions))
+        return connection
+
     steps = chunks.shape[1]
     body = b"".join(step_frame(chunk.tobytes(), steps, channel) for channel, chunk in enumerate(chunks))
-    if sessions is None:
-        return Line(connection, [message(body, BINARY)], messages(b"\1"), window=window)
-    hellos = b"".join(open_frame(session, channel) for channel, session in enumerate(sessions))
-    ask(connection, message(hellos, BINARY), frames(ROW), len(sessions))
-    return Line(connection, [message(body, BINARY)], frames(ROW), replies=len(sessions), window=window)
+    take, replies = (messages(b"\1"), 1) if sessions is None else (frames(ROW), len(sessions))
+    return Line(dial, [message(body, BINARY)], take, replies=replies, window=window)
+
+
+def _stream(port: int, session: str | None, subprotocol: str) -> Callable[[], socket]:
+    path = f"/v1/sessions/{session}/stream" if session else "/"
+    return partial(websocket, port, path, subprotocol, greets=bool(session))

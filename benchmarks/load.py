@@ -8,6 +8,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -55,13 +56,19 @@ def _until(connection: socket.socket, enough: Callable[[bytes], bool], data: byt
 
 
 class Line:
-    """A connection with requests under way, up to `window`; each of `requests` is answered by `replies` replies."""
+    """A connection, made by `dial`, with up to `window` requests under way, each answered by `replies` replies."""
 
     def __init__(
-        self, connection: socket.socket, requests: Sequence[bytes], take: Take, *, replies: int = 1, window: int = 1
+        self,
+        dial: Callable[[], socket.socket],
+        requests: Sequence[bytes],
+        take: Take,
+        *,
+        replies: int = 1,
+        window: int = 1,
     ) -> None:
-        connection.setblocking(False)
-        self.connection = connection
+        self._dial = dial
+        self.connection = dial()
         self._buffer = 1 << 14 if len(requests[0]) < 1 << 14 else 1 << 17  # Python allocates it for every read
         self.owed = 0
         self.due: deque[float] = deque()
@@ -71,6 +78,14 @@ class Line:
         self._take = take
         self._rest = b""
         self._unsent = b""
+
+    def revive(self) -> None:
+        """Before a round: servers close HTTP connections that are idle for some seconds."""
+        self.connection.setblocking(False)
+        with suppress(BlockingIOError):
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                self.connection = self._dial()
+                self.connection.setblocking(False)
 
     def send(self) -> bool:
         """One request more; as `flush`."""
@@ -118,6 +133,8 @@ class _Loop:
     """Which lines can be read, and which wait for room to send."""
 
     def __init__(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            line.revive()
         self._lines = {line.connection.fileno(): line for line in lines}
         self._epoll = select.epoll()
         for number in self._lines:
