@@ -1,0 +1,113 @@
+"""What a peer is to the driver: packages to install, a command to start, and doors to go through."""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+HERE = Path(__file__).parent
+MODEL = HERE.parents[1] / "models" / "chorales-gru" / "1" / "model.onnx"
+
+
+def no_opening(session: int) -> Sequence[bytes]:
+    """A session that its first step opens."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Door:
+    """A protocol of a peer; sessions are whole numbers from 1.
+
+    Attributes:
+        request: session, the 88 numbers, whether they are the session's first -> bytes to send.
+        reply: body of the answer -> 88 numbers.
+        opening: session -> requests that open it, each with an answer; a WebSocket's upgrade is the last.
+        greeted: whether the server speaks first.
+    """
+
+    name: str
+    request: Callable[[int, np.ndarray, bool], bytes]
+    reply: Callable[[bytes], np.ndarray]
+    opening: Callable[[int], Sequence[bytes]] = no_opening
+    greeted: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server runs: its environment's folder, an empty folder to work in, a port, how many cores it has."""
+
+    environment: Path
+    folder: Path
+    port: int
+    cores: int
+
+    def program(self, name: str) -> Path:
+        """One of the environment's."""
+        return self.environment / "bin" / name
+
+    def copy(self, ours: str, theirs: str) -> None:
+        """Puts the step, and our file under the name that the peer wants, beside each other."""
+        for source, target in (("cell.py", Path(theirs).with_name("cell.py")), (ours, theirs)):
+            self.write(str(target), (HERE / source).read_text())
+
+    def write(self, name: str, text: str) -> None:
+        """A file in the working folder."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, and variables on top of ours."""
+
+    command: Sequence[object]
+    variables: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server.
+
+    Attributes:
+        package: whose version is reported.
+        requirements: of its environment, pinned; none for Latch, which is served from the environment of the driver.
+        launch: lays out files and says how to start.
+        ready: the path that answers 200 when it is.
+        settle: seconds to wait after that.
+    """
+
+    name: str
+    package: str
+    requirements: Sequence[str]
+    launch: Callable[[Place], Launch]
+    ready: str
+    doors: Sequence[Door]
+    settle: float = 0.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def dumps(value: object) -> bytes:
+    """JSON; float32 as the shortest number that reads back as the same bits."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def loads(data: bytes, *path: str | int) -> np.ndarray:
+    """The numbers at a path of a JSON value."""
+    value = orjson.loads(data)
+    for key in path:
+        value = value[key]
+    return np.array(value, np.float32).ravel()
+
+
+def floats(data: bytes) -> np.ndarray:
+    """The last 88 floats of a packed reply."""
+    return np.frombuffer(data[-352:], np.float32)
