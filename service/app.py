@@ -102,6 +102,7 @@ def create_app(settings: Settings) -> FrontDoor:
         metrics,
         max_waiting=settings.max_session_queue,
         max_waiting_many=settings.max_socket_queue,
+        max_unsent_bytes=settings.max_body_bytes,
         max_steps=settings.max_steps,
         slow_reader=settings.slow_reader_ms / 1000,
     )

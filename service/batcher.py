@@ -62,14 +62,16 @@ class Ticket(msgspec.Struct):
     submitted: float
     action: Callable[[], Outcome] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of inputs that wait."""
+        return 0
+
     def settle(self, outcome: Outcome) -> None:
         """Answers, unless that was done or the caller has gone."""
         if self.answer is not None:
             answer, self.answer = self.answer, None
-            try:
-                answer(outcome)
-            except Exception:  # a door that fails must not take the batch with it
-                log.exception("an answer could not be delivered")
+            _deliver(answer, outcome)
 
     def cancel(self) -> None:
         """The caller has gone: drops the request if no run has finished it, and harms nobody else."""
@@ -86,6 +88,10 @@ class _Chunk(Ticket, kw_only=True):
     parts: list[bytes] = []
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return len(self.request.data)
 
 
 class BlockReply(NamedTuple):
@@ -111,7 +117,7 @@ class _Block(msgspec.Struct):
     def refuse(self, error: LatchError) -> None:
         """Answers every request."""
         for i in range(len(self.slots)):
-            self.answers(i)(error)
+            _deliver(self.answers(i), error)
 
 
 class Batcher:
@@ -123,7 +129,7 @@ class Batcher:
         rows: how inputs and outputs are packed.
         max_batch_size: sessions in a run.
         max_run_steps: steps of one session in a run, so that nobody waits long behind a chunk.
-        max_queue: requests waiting for this model.
+        max_queue, max_queue_bytes: requests waiting for this model, and what their inputs may weigh.
         max_session_queue: requests waiting for one session.
         keep_reply_bytes: largest reply kept for a duplicate.
         metrics: the instruments of this model and version.
@@ -138,6 +144,7 @@ class Batcher:
         max_batch_size: int,
         max_run_steps: int,
         max_queue: int,
+        max_queue_bytes: int,
         max_session_queue: int,
         keep_reply_bytes: int,
         metrics: ModelMetrics,
@@ -148,12 +155,13 @@ class Batcher:
         self._max_batch_size = max_batch_size
         self._max_run_steps = max_run_steps
         self._max_queue = max_queue
+        self._max_queue_bytes = max_queue_bytes
         self._max_session_queue = max_session_queue
         self._keep_reply_bytes = keep_reply_bytes
         self._metrics = metrics
         self._queues: dict[Slot, list[Ticket]] = {}  # of busy slots; empty where a block has the slot and nobody waits
         self._ready: deque[Slot | _Block] = deque()  # work that is in no run, oldest first
-        self._depth = 0
+        self._depth = self._bytes = 0
         self._wake = asyncio.Event()
         self._closed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
@@ -168,7 +176,11 @@ class Batcher:
             SessionNotFound: the slot was released.
         """
         queue = self._queues.get(slot)
-        if self._depth >= self._max_queue or (queue is not None and len(queue) >= self._max_session_queue):
+        if (
+            self._depth >= self._max_queue
+            or self._bytes >= self._max_queue_bytes
+            or (queue is not None and len(queue) >= self._max_session_queue)
+        ):
             raise self._overloaded(queue or [])
         return self._enqueue(_Chunk(slot, answer, time.perf_counter(), request=request))
 
@@ -223,7 +235,7 @@ class Batcher:
                     await self._serve_block(work)
                 elif work:
                     await self._serve_chunks(work)
-                else:
+                elif not self._ready:
                     self._wake.clear()
                     continue
                 # Inline runs never wait for anything: let the doors read and write before the next.
@@ -257,6 +269,9 @@ class Batcher:
                     chunk = _Chunk(slot, work.answers(i), work.submitted, request=work.block.request(i))
                     self._queues[slot].insert(0, chunk)
                     self._depth += 1
+                    self._bytes += chunk.size
+                    if slot.row < 0:
+                        chunk.settle(SessionNotFound("the session was deleted while this step ran"))
         except asyncio.CancelledError:
             work.refuse(Draining("the service is stopping"))
             raise
@@ -268,10 +283,13 @@ class Batcher:
                 self._requeue(slot)
 
     def _overloaded(self, queue: list[Ticket]) -> Overloaded:
-        waiting, limit, what = len(queue), self._max_session_queue, "session"
-        if waiting < limit:
-            waiting, limit, what = self._depth, self._max_queue, "model"
-        return Overloaded(f"{waiting} requests wait for this {what}: send again later", limit=limit, retry_after_ms=100)
+        checks = (
+            (len(queue), self._max_session_queue, "requests wait for this session"),
+            (self._depth, self._max_queue, "requests wait for this model"),
+            (self._bytes, self._max_queue_bytes, "bytes of inputs wait for this model"),
+        )
+        waiting, limit, what = next(check for check in checks if check[0] >= check[1])
+        return Overloaded(f"{waiting} {what}: send again later", limit=limit, retry_after_ms=100)
 
     def _enqueue(self, ticket: Ticket) -> Ticket:
         if self._closed:
@@ -286,8 +304,13 @@ class Batcher:
         else:
             queue.append(ticket)
         self._depth += 1
+        self._bytes += ticket.size
         self._wake.set()
         return ticket
+
+    def _drop(self, queue: list[Ticket]) -> None:
+        self._depth -= 1
+        self._bytes -= queue.pop(0).size
 
     def _collect(self) -> list[_Chunk] | _Block:
         """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
@@ -317,8 +340,7 @@ class Batcher:
                     ticket.settle(self._act(ticket))
                 elif ticket.done or self._begin(ticket):
                     return ticket
-            del queue[0]
-            self._depth -= 1
+            self._drop(queue)
         return None
 
     @staticmethod
@@ -409,7 +431,7 @@ class Batcher:
         """
         steps = min(steps, self._max_run_steps)
         while steps > _WORKER_STEPS and not self._runner.is_short(rows, steps):
-            steps = 3 * steps // 4
+            steps = max(_WORKER_STEPS, 3 * steps // 4)
         return steps
 
     async def _run(
@@ -449,7 +471,7 @@ class Batcher:
             state,
         )
         self._metrics.steps.inc(steps * sum(live))
-        work.answer(BlockReply([step + 1 for step in before], replies, live))
+        _deliver(work.answer, BlockReply([step + 1 for step in before], replies, live))
         now = time.perf_counter()
         self._metrics.observe_run(
             rows=count,
@@ -524,13 +546,19 @@ class Batcher:
         """Drops what is answered and, where more waits, puts the slot at the back of the line."""
         queue = self._queues[slot]
         while queue and queue[0].answer is None:
-            del queue[0]
-            self._depth -= 1
+            self._drop(queue)
         if queue:
             self._ready.append(slot)
             self._wake.set()
         else:
             del self._queues[slot]
+
+
+def _deliver(answer: Callable[[Any], Any], outcome: Any) -> None:
+    try:
+        answer(outcome)
+    except Exception:  # a door that fails must not take the batch with it
+        log.exception("an answer could not be delivered")
 
 
 def _finite_rows(rows: Array) -> Array:

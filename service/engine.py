@@ -32,6 +32,7 @@ class EngineOptions:
     max_batch_size: int
     max_run_steps: int
     max_queue: int
+    max_queue_bytes: int
     max_session_queue: int
     max_steps: int
     keep_reply_bytes: int
@@ -71,6 +72,7 @@ class Engine:
             max_batch_size=options.max_batch_size,
             max_run_steps=options.max_run_steps,
             max_queue=options.max_queue,
+            max_queue_bytes=options.max_queue_bytes,
             max_session_queue=options.max_session_queue,
             keep_reply_bytes=options.keep_reply_bytes,
             metrics=metrics.model(*self.key, self.slab.__len__),

@@ -55,6 +55,7 @@ class StreamDoor:
         manager: has the sessions.
         metrics: counts what is refused.
         max_waiting, max_waiting_many: replies that a socket of one session, or of many, may owe.
+        max_unsent_bytes: of replies that the client does not read; then no more is read from it.
         max_steps: steps that one request may carry.
         slow_reader: seconds.
     """
@@ -66,6 +67,7 @@ class StreamDoor:
         *,
         max_waiting: int,
         max_waiting_many: int,
+        max_unsent_bytes: int,
         max_steps: int,
         slow_reader: float,
     ) -> None:
@@ -73,6 +75,7 @@ class StreamDoor:
         self.metrics = metrics
         self.max_waiting = max_waiting
         self.max_waiting_many = max_waiting_many
+        self.max_unsent_bytes = max_unsent_bytes
         self.max_steps = max_steps
         self.slow_reader = slow_reader
         self._unsent: list[_Socket] = []
@@ -152,7 +155,7 @@ class _Socket:
         self.single: Session | None = None
         self._max_owed = door.max_waiting_many
         self._said: list[bytes] = []
-        self._owed = self._answered = 0
+        self._owed = self._answered = self._said_bytes = 0
         self._room = asyncio.Event()
         self._backlog: deque[bytes | str] = deque()
         self._behind: asyncio.Task[None] | None = None
@@ -164,6 +167,7 @@ class _Socket:
         if session_id is not None:
             self.single = await self.manager.find(session_id)
             self._max_owed = self.door.max_waiting
+        self._wire.pause()
         self._behind = asyncio.create_task(self._start())
         self._wire.on_message = self._on_message
         left = asyncio.create_task(self._left())
@@ -193,8 +197,9 @@ class _Socket:
             asyncio.get_running_loop().call_later(ABORT_SECONDS, self._wire.abort)
 
     async def _left(self) -> None:
-        while (await self._receive())["type"] != "websocket.disconnect":
-            pass
+        while (event := await self._receive())["type"] != "websocket.disconnect":
+            # What a client sent before it was told that it may went the way of ASGI.
+            self._on_message(event["bytes"] if event.get("bytes") is not None else event["text"])
 
     async def _start(self) -> None:
         if self.single is not None:
@@ -204,7 +209,7 @@ class _Socket:
     def _on_message(self, message: bytes | str) -> None:
         if self._behind is None:
             try:
-                if self._owed < self._max_owed and self.take_now(message):
+                if not self._owes_too_much() and self.take_now(message):
                     return
             except Exception as error:  # noqa: BLE001 - a fault of ours ends this socket, not uvicorn's reading
                 self.end(error)
@@ -217,7 +222,7 @@ class _Socket:
         """Handles what could not be handled at once, and reads on when that is done."""
         try:
             while self._backlog:
-                while self._owed >= self._max_owed:
+                while self._owes_too_much():
                     self._room.clear()
                     await self._room.wait()
                 await self.take(self._backlog.popleft())
@@ -225,6 +230,9 @@ class _Socket:
             self.end(error)
         self._behind = None
         self._wire.resume()
+
+    def _owes_too_much(self) -> bool:
+        return self._owed >= self._max_owed or self._said_bytes >= self.door.max_unsent_bytes
 
     async def greet(self, session: Session, channel: int = 0) -> None:
         """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
@@ -268,6 +276,7 @@ class _Socket:
         """Sends a message soon, with all others of the same run; it answers so many requests."""
         self._answered += answers
         self._said.append(message)
+        self._said_bytes += len(message)
         if len(self._said) == 1:
             self.door.flush_later(self)
 
@@ -284,7 +293,7 @@ class _Socket:
         else:
             self._wire.write(b"".join(said), text=False)
         self._owed -= self._answered
-        self._answered = 0
+        self._answered = self._said_bytes = 0
         self._room.set()
 
     async def _drain(self) -> None:
