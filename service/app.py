@@ -21,6 +21,7 @@ from service.metrics import Metrics
 from service.registry import scan
 from service.routers import ERRORS, error_response, models, ops, sessions, stream
 from service.routers.front import FrontDoor
+from service.routers.sockets import Shared
 from service.routers.steps import StepDoor
 from service.routers.stream import StreamDoor
 from service.sessions import IdleLimits, SessionManager
@@ -97,7 +98,7 @@ def create_app(settings: Settings) -> FrontDoor:
         app.include_router(router)
     for kind in (LatchError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    streams = StreamDoor(
+    sockets = Shared(
         manager,
         metrics,
         max_waiting=settings.max_session_queue,
@@ -106,7 +107,7 @@ def create_app(settings: Settings) -> FrontDoor:
         max_steps=settings.max_steps,
         slow_reader=settings.slow_reader_ms / 1000,
     )
-    return FrontDoor(app, app.state.steps, streams)
+    return FrontDoor(app, app.state.steps, StreamDoor(sockets))
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

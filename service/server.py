@@ -21,7 +21,7 @@ STOP_SECONDS = 10
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket whose messages come and go by plain calls: `routers.stream.Wire`, found in the ASGI scope.
+    """A WebSocket whose messages come and go by plain calls: `routers.sockets.Wire`, found in the ASGI scope.
 
     The ASGI app still accepts, closes and is told of the end; but a queue, a task's wake-up and two changes of the
     poll set a message cost more than the step that it carries.

@@ -1,0 +1,138 @@
+"""`BinarySocket`: `latch.binary`, whose frames `wire/frames.py` describes."""
+
+from functools import partial
+from typing import Any
+
+from service.batcher import BlockReply, Outcome
+from service.errors import InvalidInput, LatchError, Malformed, SessionNotFound
+from service.routers.sockets import BINARY, Socket
+from service.sessions import Session
+from service.slab import Slot
+from service.wire import StepReply, frames
+from service.wire.frames import Frame, Kind
+
+
+class _Channel:
+    """A session bound to a number on a binary socket."""
+
+    __slots__ = ("number", "outputs", "row_bytes", "session")
+
+    def __init__(self, number: int, session: Session, outputs: list[str] | None) -> None:
+        self.number = number
+        self.session = session
+        self.outputs = session.engine.rows.names(outputs, "$.outputs")
+        self.row_bytes = session.engine.rows.input_bytes
+
+
+class BinarySocket(Socket):
+    """A message is one frame or more; on a socket of many sessions, each is on the channel of its own."""
+
+    text = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._channels: dict[int, _Channel] = {}
+
+    async def greet(self, session: Session, channel: int = 0, outputs: list[str] | None = None) -> None:
+        """Binds the channel, then says hello on it."""
+        self._channels[channel] = _Channel(channel, session, outputs)
+        await super().greet(session, channel)
+
+    def take_now(self, message: bytes | str) -> bool:
+        """See `Socket`."""
+        if isinstance(message, str) or (frame := frames.read_single(message)) is None:
+            return False
+        channel = self._channels.get(frame.channel)
+        if channel is None:
+            return False
+        if len(frame.payload) != channel.row_bytes * frame.count:
+            return self._take_block(message, channel)
+        session, answer = channel.session, partial(self._answer, frame.channel, frame.first_step)
+        try:
+            request = frames.step_request(frame, channel.outputs, self.shared.max_steps)
+            return self.submit_now(session, request, answer)
+        except LatchError as error:
+            self.refuse(session, error, answer)
+            return True
+
+    async def take(self, message: bytes | str) -> None:
+        """See `Socket`."""
+        try:
+            if isinstance(message, str):
+                raise Malformed(f"a text message: this socket speaks {BINARY}, in frames")
+            for frame in frames.read(message, self._row_bytes):
+                channel = self._channels.get(frame.channel)
+                try:
+                    await self._take_frame(frame, channel)
+                except LatchError as error:  # of this frame only: where the next one begins is known
+                    answer = partial(self._answer, frame.channel, frame.first_step)
+                    self.refuse(channel.session if channel else None, error, answer)
+        except LatchError as error:
+            number = error.extras.get("channel", 0)
+            channel = self._channels.get(number)
+            self.refuse(channel.session if channel else None, error, partial(self._answer, number, 0))
+
+    def _take_block(self, message: bytes, first: _Channel) -> bool:
+        """Handles at once a message that carries the same number of steps for each of many sessions of one model."""
+        engine = first.session.engine
+        found = frames.read_block(message, engine.rows, first.outputs)
+        if found is None:
+            return False
+        numbers, block = found
+        channels = [self._channels.get(number) for number in numbers]
+        sessions: list[Slot] = []
+        for channel in channels:
+            if channel is None or channel.session.engine is not engine or channel.outputs != first.outputs:
+                return False
+            sessions.append(channel.session)
+        if len(set(sessions)) < len(sessions) or not engine.batcher.submit_block(
+            sessions,
+            block,
+            partial(self._answer_block, numbers, block.inputs.shape[1]),
+            lambda i: partial(self._answer, numbers[i], int(block.first_steps[i])),
+        ):
+            return False
+        self._owed += len(sessions)
+        return True
+
+    async def _take_frame(self, frame: Frame, channel: _Channel | None) -> None:
+        if frame.kind != Kind.STEP and self.single is not None:
+            raise InvalidInput("this socket has one session, on channel 0: /v1/stream takes many", path="type")
+        if frame.kind == Kind.OPEN:
+            opened = frames.open_request(frame)
+            await self.greet(await self.manager.find(opened.session), frame.channel, opened.outputs)
+        elif frame.kind == Kind.CLOSE:
+            self._channels.pop(frame.channel, None)
+        elif channel is not None:
+            session = channel.session
+            request = frames.step_request(frame, channel.outputs, self.shared.max_steps)
+            await self.submit(session, request, partial(self._answer, frame.channel, frame.first_step))
+
+    def _row_bytes(self, number: int) -> int | None:
+        channel = self._channels.get(number)
+        return channel.row_bytes if channel else None
+
+    def _answer(self, number: int, first_step: int, outcome: Outcome) -> None:
+        if isinstance(outcome, StepReply):
+            self.say(frames.stepped(number, outcome))
+        elif not self.ends(outcome):
+            self.say(frames.notice(Kind.ERROR, number, outcome.to_dict(), first_step))
+
+    def _answer_block(self, numbers: list[int], steps: int, outcome: BlockReply) -> None:
+        if all(outcome.live):
+            self.say(frames.stepped_block(numbers, steps, outcome.first_steps, outcome.replies), len(numbers))
+            return
+        outputs = self._channels[numbers[0]].outputs if numbers[0] in self._channels else ()
+        for number, first, data, live in zip(numbers, *outcome, strict=True):
+            reply = StepReply(outputs, data, first, first + steps - 1)
+            self._answer(
+                number, first, reply if live else SessionNotFound("the session was deleted while this step ran")
+            )
+
+    def hello(self, facts: dict[str, Any], channel: int) -> bytes:
+        """See `Socket`."""
+        return frames.notice(Kind.HELLO, channel, facts)
+
+    def error(self, error: LatchError) -> bytes:
+        """See `Socket`."""
+        return frames.notice(Kind.ERROR, 0, error.to_dict())

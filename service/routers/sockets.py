@@ -1,0 +1,281 @@
+"""`Socket`: how every WebSocket is read and written, whatever it speaks.
+
+Rule: reading stops while too many replies are owed or a session's queue is full, and a client that does not read for
+`slow_reader` seconds is closed with 4408, so neither a flood nor a slow reader costs memory. No task and no future a
+message: it is handled where it arrives (`take_now`) unless something must be waited for (`take`), and an answer is
+written where it comes up, those of one run of the model in one write.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from service.batcher import Answer
+from service.errors import LatchError, Overloaded, SlowReader
+from service.metrics import Metrics
+from service.sessions import Session, SessionManager
+from service.wire import StepRequest, native
+
+JSON, BINARY = "latch.json", "latch.binary"
+# After a close that the peer does not read, its connection is dropped.
+ABORT_SECONDS = 5.0
+
+
+@dataclass
+class Shared:
+    """What all sockets share.
+
+    Attributes:
+        manager: has the sessions.
+        metrics: counts what is refused.
+        max_waiting, max_waiting_many: replies that a socket of one session, or of many, may owe.
+        max_unsent_bytes: of replies that the client does not read; then no more is read from it.
+        max_steps: steps that one request may carry.
+        slow_reader: seconds.
+    """
+
+    manager: SessionManager
+    metrics: Metrics
+    max_waiting: int
+    max_waiting_many: int
+    max_unsent_bytes: int
+    max_steps: int
+    slow_reader: float
+    _unsent: list["Socket"] = field(default_factory=list)
+
+    def flush_later(self, socket: "Socket") -> None:
+        """Writes what the socket has to say once all answers of a run are there."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(socket)
+
+    def _flush(self) -> None:
+        sockets, self._unsent = self._unsent, []
+        for socket in sockets:
+            try:
+                socket.flush()
+            except Exception as error:  # noqa: BLE001 - it ends this socket, and the others are written to
+                socket.end(error)
+
+
+class Wire(Protocol):
+    """What a socket needs of the server beside ASGI; see `service/server.py`."""
+
+    on_message: Callable[[bytes | str], None] | None
+    writable: asyncio.Event
+
+    def write(self, message: bytes, *, text: bool) -> None:
+        """Sends a message, whether the peer reads or not; to one that has left, nothing."""
+
+    def pause(self) -> None:
+        """Reads no more."""
+
+    def resume(self) -> None:
+        """Reads again."""
+
+    def abort(self) -> None:
+        """Drops the connection."""
+
+
+def _ignore(_message: bytes | str) -> None:
+    """What comes after the end."""
+
+
+class Socket:
+    """What both subprotocols share: reading under flow control, writing without waiting, and the end."""
+
+    text: ClassVar[bool]
+
+    def __init__(self, shared: Shared, scope: Scope, receive: Receive, send: Send) -> None:
+        self.shared = shared
+        self.manager = shared.manager
+        self._receive = receive
+        self._send = send
+        self._wire: Wire = scope["extensions"]["latch.wire"]
+        self.single: Session | None = None
+        self._max_owed = shared.max_waiting_many
+        self._said: list[bytes] = []
+        self._owed = self._answered = self._said_bytes = 0
+        self._room = asyncio.Event()
+        self._backlog: deque[bytes | str] = deque()
+        self._behind: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+
+    async def run(self, session_id: str | None = None) -> None:
+        """Until the client leaves; or the one session of the socket is gone, or the client does not read (raised)."""
+        if session_id is not None:
+            self.single = await self.manager.find(session_id)
+            self._max_owed = self.shared.max_waiting
+        self._wire.pause()
+        self._behind = asyncio.create_task(self._start())
+        self._wire.on_message = self._on_message
+        left = asyncio.create_task(self._left())
+        try:
+            await asyncio.wait((left, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if left.done() and self._behind is not None:
+                # What was received is applied even if nobody reads the reply: a client that comes back finds it kept.
+                await asyncio.wait((self._behind, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done():
+                raise self._ended.result()
+        finally:
+            self._wire.on_message = _ignore
+            for task in (left, self._behind, self._draining):
+                if task is not None:
+                    task.cancel()
+
+    async def fail(self, error: LatchError) -> None:
+        """Tells why, and closes with the error's code, even if the client does not read: then it is dropped."""
+        self.shared.metrics.errors.labels(error.code).inc()
+        with suppress(OSError, RuntimeError):  # how uvicorn says that the client has left
+            for message in (*self._said, self.error(error)):
+                self._wire.write(message, text=self.text)
+            self._said = []
+            self._wire.resume()
+            self._wire.writable.set()
+            await self._send({"type": "websocket.close", "code": error.ws_close or 1011, "reason": error.code})
+            asyncio.get_running_loop().call_later(ABORT_SECONDS, self._wire.abort)
+
+    async def _left(self) -> None:
+        while (event := await self._receive())["type"] != "websocket.disconnect":
+            # What a client sent before it was told that it may went the way of ASGI.
+            self._on_message(event["bytes"] if event.get("bytes") is not None else event["text"])
+
+    async def _start(self) -> None:
+        if self.single is not None:
+            await self.greet(self.single)
+        await self._catch_up()
+
+    def _on_message(self, message: bytes | str) -> None:
+        if self._behind is None:
+            try:
+                if not self._owes_too_much() and self.take_now(message):
+                    return
+            except Exception as error:  # noqa: BLE001 - a fault of ours ends this socket, not uvicorn's reading
+                self.end(error)
+                return
+            self._behind = asyncio.create_task(self._catch_up())
+            self._wire.pause()
+        self._backlog.append(message)
+
+    async def _catch_up(self) -> None:
+        """Handles what could not be handled at once, and reads on when that is done."""
+        try:
+            while self._backlog:
+                while self._owes_too_much():
+                    self._room.clear()
+                    await self._room.wait()
+                await self.take(self._backlog.popleft())
+        except Exception as error:  # noqa: BLE001 - as above
+            self.end(error)
+        self._behind = None
+        self._wire.resume()
+
+    def _owes_too_much(self) -> bool:
+        return self._owed >= self._max_owed or self._said_bytes >= self.shared.max_unsent_bytes
+
+    async def greet(self, session: Session, channel: int = 0) -> None:
+        """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
+        step = await self.manager.turn(session)
+        facts = {
+            "session": session.id,
+            "model": session.model,
+            "version": session.version,
+            "step": step,
+            "expires_at": native.timestamp(self.manager.expires_at(session)),
+        }
+        self._owed += 1
+        self.say(self.hello(facts, channel))
+
+    def submit_now(self, session: Session, request: StepRequest, answer: Answer) -> bool:
+        """Hands a request on. False, and nothing done, where something must be waited for first."""
+        if session.has_idled_out:
+            return False
+        try:
+            self.manager.submit(session, request, answer)
+        except Overloaded:
+            return False
+        self._owed += 1
+        return True
+
+    async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
+        """Hands a request on; where a queue is full, only when the session has had its turn."""
+        while not self.submit_now(session, request, answer):
+            await self.manager.find(session.id)  # raises what became of it
+            await self.manager.turn(session)
+
+    def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
+        """Answers with an error, in the order of the session's replies where there is a session that lives."""
+        self._owed += 1
+        if session is None or not session.is_live:
+            answer(error)
+        else:
+            session.engine.batcher.at_turn(session, lambda: error, answer)
+
+    def say(self, message: bytes, answers: int = 1) -> None:
+        """Sends a message soon, with all others of the same run; it answers so many requests."""
+        self._answered += answers
+        self._said.append(message)
+        self._said_bytes += len(message)
+        if len(self._said) == 1:
+            self.shared.flush_later(self)
+
+    def flush(self) -> None:
+        """Writes what was said, or sees to it that it is written when the client has read some."""
+        if not self._wire.writable.is_set():
+            if self._draining is None and not self._ended.done():
+                self._draining = asyncio.create_task(self._drain())
+            return
+        said, self._said = self._said, []
+        if self.text or len(said) < 2:
+            for message in said:
+                self._wire.write(message, text=self.text)
+        else:
+            self._wire.write(b"".join(said), text=False)
+        self._owed -= self._answered
+        self._answered = self._said_bytes = 0
+        self._room.set()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self.shared.slow_reader):
+                await self._wire.writable.wait()
+        except TimeoutError:
+            self.end(SlowReader(f"no reply was read for {self.shared.slow_reader:g} s"))
+        else:
+            self._draining = None
+            self.flush()
+
+    def end(self, error: Exception) -> None:
+        """Ends the socket, from wherever it is found out that it must."""
+        if not self._ended.done():
+            self._ended.set_result(error)
+
+    def ends(self, error: LatchError) -> bool:
+        """Counts an error that is about to be said; True where the socket ends instead: its only session is gone."""
+        if error.ws_close is not None and self.single is not None:
+            self.end(error)
+            return True
+        self.shared.metrics.errors.labels(error.code).inc()
+        return False
+
+    def take_now(self, message: bytes | str) -> bool:
+        """Handles a message at once. False, and nothing done, where something must be waited for first."""
+        raise NotImplementedError
+
+    async def take(self, message: bytes | str) -> None:
+        """Handles a message."""
+        raise NotImplementedError
+
+    def hello(self, facts: dict[str, Any], channel: int) -> bytes:
+        """The message that says where a session stands."""
+        raise NotImplementedError
+
+    def error(self, error: LatchError) -> bytes:
+        """The message that says an error of the socket itself."""
+        raise NotImplementedError
