@@ -4,6 +4,7 @@ Rule: the hot path of HTTP; raw ASGI, nothing per call that a step does not need
 """
 
 import logging
+import re
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
@@ -17,6 +18,8 @@ from service.wire import StepReply, StepRequest
 from service.wire.frames import packed_request
 
 log = logging.getLogger(__name__)
+
+_NUMBER = re.compile("[1-9][0-9]{0,18}")
 
 
 class Answer(NamedTuple):
@@ -94,11 +97,11 @@ class StepDoor:
             for name, values in fields.items():
                 if name == "outputs":
                     names = [part for value in values for part in value.split(",") if part]
-                elif name == "step" and values[-1].isascii() and values[-1].isdigit() and int(values[-1]) > 0:
+                elif name == "step" and _NUMBER.fullmatch(values[-1]):
                     first_step = int(values[-1])
                 else:
                     raise InvalidInput(
-                        f"{name}={values[-1]} in the query: it takes step (from 1) and outputs (names, commas)",
+                        f"{name}={values[-1][:40]} in the query: it takes step (from 1) and outputs (names, commas)",
                         path=name,
                     )
         steps, rest = divmod(len(body), rows.input_bytes)

@@ -1,163 +1,18 @@
 """The batcher's invariants, with a runner whose every move the test decides."""
 
 import asyncio
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+import itertools
 
 import numpy as np
 import pytest
 
-from service.batcher import Answer, Batcher, Outcome, Ticket
-from service.errors import Draining, InferenceFailed, LatchError, Overloaded, SessionNotFound, StepConflict
-from service.manifest import StatePair
+from service.errors import Draining, InferenceFailed, InvalidInput, Overloaded, SessionNotFound, StepConflict
 from service.metrics import Metrics
-from service.slab import Slot, StateSlab
+from service.slab import Slot
 from service.wire import StepReply, StepRequest
-from service.wire.rows import Field, RowFormat
+from tests.service.bench import Bench, last, serving
 
 pytestmark = pytest.mark.anyio
-
-PAIR = StatePair(name="h", input="h", output="h2", dtype="float64", shape=(1,), batch_axis=0)
-
-
-class Folding:
-    """h' = 10 h + x: a state that spells the inputs in order, so that a lost or doubled one shows.
-
-    Outputs: y = h', inverse = 1 / y, nothing = 0.
-    """
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[int, int]] = []
-        self.poison: float | None = None
-        self.before_run: Callable[[], None] = lambda: None
-        self.short = True
-
-    def run(self, inputs: Any, state: Sequence[Any], outputs: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
-        """As a step graph would; fails when it meets `poison`."""
-        self.runs.append(inputs.shape[:2])
-        self.before_run()
-        if self.poison is not None and (inputs == self.poison).any():
-            raise InferenceFailed("poison")
-        columns, h = [], state[0]
-        for t in range(inputs.shape[1]):
-            h = 10 * h + inputs[:, t]
-            columns.append(h)
-        stacked = np.stack(columns, axis=1)
-        with np.errstate(divide="ignore"):
-            named = {"y": stacked, "inverse": 1 / stacked, "nothing": 0 * inputs}
-        return {name: named[name] for name in outputs}, [h]
-
-    def is_short(self, rows: int, steps: int) -> bool:
-        """On the loop's thread, unless the test wants a worker."""
-        return self.short
-
-
-class Waiting(asyncio.Future[StepReply]):
-    """An answer to wait for; cancelling it is what a caller does who leaves."""
-
-    ticket: Ticket
-
-    @classmethod
-    def on(cls, ask: Callable[[Answer], Ticket]) -> "Waiting":
-        """Asks, and has the answer end the wait."""
-        future = cls()
-
-        def answer(outcome: Outcome) -> None:
-            assert not future.done(), "answered twice"
-            if isinstance(outcome, LatchError):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
-        future.ticket = ask(answer)
-        return future
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Leaves."""
-        self.ticket.cancel()
-        return super().cancel(msg)
-
-
-ROWS = RowFormat(Field("float64", (1,)), {name: Field("float64", (1,)) for name in ("y", "inverse", "nothing")})
-
-
-class Bench:
-    """A batcher with its runner and slab."""
-
-    def __init__(self, metrics: Metrics, **limits: Any) -> None:
-        self.runner = Folding()
-        self.slab = StateSlab([PAIR], 1000, time.monotonic)
-        defaults = {
-            "max_batch_size": 64,
-            "max_run_steps": 8,
-            "max_queue": 100,
-            "max_session_queue": 10,
-            "keep_reply_bytes": 1000,
-        }
-        self.batcher = Batcher(
-            self.runner, self.slab, ROWS, metrics=metrics.model("m", "1", self.slab.__len__), **(defaults | limits)
-        )
-
-    def acquire(self) -> Slot:
-        """A new session's slot."""
-        slot = Slot()
-        self.slab.acquire(slot)
-        return slot
-
-    def step(self, slot: Slot, *digits: float, first: int | None = None, outputs: tuple[str, ...] = ("y",)) -> Waiting:
-        """Submits a chunk of digits."""
-        request = StepRequest(np.array(digits, float).tobytes(), len(digits), outputs, first)
-        return Waiting.on(lambda answer: self.batcher.submit(slot, request, answer))
-
-    def turn(self, slot: Slot) -> Waiting:
-        """Asks for the step that the slot is at, in turn."""
-        action = lambda: StepReply((), b"", 0, self.slab.step(slot))  # noqa: E731
-        return Waiting.on(lambda answer: self.batcher.at_turn(slot, action, answer))
-
-    def reset(self, slot: Slot) -> Waiting:
-        """Resets the slot, in turn."""
-
-        def reset() -> StepReply:
-            self.slab.reset(slot)
-            return StepReply((), b"", 0, self.slab.step(slot))
-
-        return Waiting.on(lambda answer: self.batcher.at_turn(slot, reset, answer))
-
-    def hold(self) -> tuple[threading.Event, threading.Event]:
-        """Stops every run in a worker: the first event says that one has begun, the second lets it go."""
-        entered, go = threading.Event(), threading.Event()
-
-        def wait() -> None:
-            entered.set()
-            go.wait(10)
-
-        self.runner.short, self.runner.before_run = False, wait
-        return entered, go
-
-    def state(self, slot: Slot) -> float:
-        """The digits that the slot has seen, as one number."""
-        return float(self.slab.gather([slot])[0][0, 0])
-
-
-@asynccontextmanager
-async def serving(bench: Bench) -> AsyncIterator[Bench]:
-    """Runs the batcher's task."""
-    task = asyncio.create_task(bench.batcher.serve())
-    try:
-        yield bench
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-def last(reply: StepReply) -> float:
-    """The last output of a reply."""
-    assert reply.data is not None
-    return float(ROWS.unpack(reply.data, ("y",))["y"][-1, 0])
 
 
 async def test_what_is_ready_together_runs_together(metrics: Metrics) -> None:
@@ -330,8 +185,7 @@ async def test_a_failing_batch_answers_everybody_and_the_loop_lives(metrics: Met
 
 async def test_a_slot_released_in_flight_never_leaks_into_its_next_owner(metrics: Metrics) -> None:
     """Deleted during its run and the row taken again at once: the old step is refused, the new owner starts at zero."""
-    bench = Bench(metrics)
-    bench.slab = bench.batcher._slab = StateSlab([PAIR], 1, time.monotonic)
+    bench = Bench(metrics, capacity=1)
     entered, go = bench.hold()
     old = bench.acquire()
     async with serving(bench):
@@ -438,6 +292,25 @@ async def test_full_queues_refuse_and_say_when_to_come_again(metrics: Metrics) -
         assert not bench.batcher.is_busy(slots[0])
 
 
+async def test_what_waits_is_bounded_in_bytes(metrics: Metrics) -> None:
+    """Few requests may be many bytes: the one after the limit is refused, and what was served makes room again."""
+    bench = Bench(metrics, max_queue_bytes=160)
+    slots = [bench.acquire() for _ in range(4)]
+    bench.turn(slots[3])  # weighs nothing
+    waiting = [bench.step(slot, *[1.0] * 10) for slot in slots[:2]]
+    with pytest.raises(Overloaded, match="160 bytes of inputs wait for this model") as caught:
+        bench.step(slots[2], 1)
+    assert (caught.value.extras["limit"], caught.value.retryable) == (160, True)
+    bench.turn(slots[2])
+    async with serving(bench):
+        await asyncio.gather(*waiting)
+        for _ in range(5):
+            await bench.step(slots[2], *[1.0] * 3)
+            bench.step(slots[3], *[1.0] * 20).cancel()
+            await bench.turn(slots[3])
+    assert (bench.value("queue_depth"), bench.batcher._bytes) == (0, 0)
+
+
 async def test_a_kept_reply_does_not_hold_the_batch(metrics: Metrics) -> None:
     """What is kept is a copy: a session does not pin the outputs of all its batch-mates."""
     bench = Bench(metrics)
@@ -497,3 +370,129 @@ async def test_random_traffic_is_folded_exactly(metrics: Metrics) -> None:
         await asyncio.gather(*[client(slot) for slot in slots])
     for slot in slots:
         assert bench.state(slot) == seen[slot]
+
+
+async def test_more_turns_than_a_run_has_room_for_are_all_answered(metrics: Metrics) -> None:
+    """Requests that need no run (turns, duplicates, conflicts) of many sessions at once: none is left lying."""
+    bench = Bench(metrics, max_batch_size=3)
+    slots = [bench.acquire() for _ in range(10)]
+    async with serving(bench), asyncio.timeout(10):
+        assert [(await turn).step for turn in [bench.turn(slot) for slot in slots]] == [0] * 10
+        await asyncio.gather(*[bench.step(slot, 7, first=1) for slot in slots])
+        replies = await asyncio.gather(*[bench.step(slot, 7, first=1) for slot in slots])
+        assert all(reply.replayed for reply in replies)
+        results = await asyncio.gather(*[bench.step(slot, 7, first=5) for slot in slots], return_exceptions=True)
+        assert all(isinstance(result, StepConflict) for result in results)
+    assert bench.value("queue_depth") == 0
+
+
+async def test_whatever_a_session_asks_is_answered_in_order(metrics: Metrics) -> None:
+    """Steps, chunks, turns, a reset and an error in the same queue: each meets what those before it left."""
+    bench = Bench(metrics, max_run_steps=2)
+    slot = bench.acquire()
+    order: list[int] = []
+
+    def refuse() -> StepReply:
+        raise InvalidInput("this one was bad from the start")
+
+    async with serving(bench):
+        asked = [
+            bench.step(slot, 1),
+            bench.turn(slot),
+            bench.step(slot, 2, 3, 4, 5, 6),
+            bench.ask(lambda answer: bench.batcher.at_turn(slot, refuse, answer)),
+            bench.step(slot, 9, first=3),
+            bench.reset(slot),
+            bench.step(slot, 7),
+            bench.turn(slot),
+        ]
+        for i, each in enumerate(asked):
+            each.add_done_callback(lambda _, i=i: order.append(i))
+        results = await asyncio.gather(*asked, return_exceptions=True)
+    assert order == list(range(8))
+    steps = [result.step if isinstance(result, StepReply) else type(result) for result in results]
+    assert steps == [1, 1, 6, InvalidInput, StepConflict, 0, 1, 1]
+    assert (bench.state(slot), bench.value("queue_depth")) == (7, 0)
+
+
+async def test_an_input_that_is_no_number_is_refused_alone(metrics: Metrics) -> None:
+    """NaN in one of five rows: that request gets its path and no run; the others run together, once."""
+    bench = Bench(metrics)
+    slots = [bench.acquire() for _ in range(5)]
+    async with serving(bench):
+        asked = [bench.step(slot, float("nan") if i == 2 else i, first=1) for i, slot in enumerate(slots)]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(results[2], InvalidInput)
+        assert results[2].extras["path"] == "$.inputs[0][0]"
+        assert [last(results[i]) for i in (0, 1, 3, 4)] == [0, 1, 3, 4]
+        assert bench.runner.runs == [(4, 1)]
+        assert (bench.state(slots[2]), bench.slab.step(slots[2])) == (0, 0)
+        assert last(await bench.step(slots[2], 8, first=1)) == 8
+    assert bench.value("queue_depth") == 0
+
+
+async def test_a_chunk_with_an_input_that_is_no_number_changes_nothing(metrics: Metrics) -> None:
+    """NaN in row 5 of a chunk that runs two rows at a time: what ran is forgotten; paths count from the first row."""
+    bench = Bench(metrics, max_run_steps=2)
+    slot, mate = bench.acquire(), bench.acquire()
+    async with serving(bench):
+        bad, good = bench.step(slot, 1, 2, 3, 4, 5, np.inf, 7, first=1), bench.step(mate, *range(1, 8))
+        with pytest.raises(InvalidInput) as caught:
+            await bad
+        assert caught.value.extras["path"] == "$.inputs[5][0]"
+        assert last(await good) == 1234567
+        assert (bench.state(slot), bench.slab.step(slot), bench.slab.kept(slot)) == (0, 0, None)
+        assert last(await bench.step(slot, 9, first=1)) == 9
+    assert bench.value("queue_depth") == 0
+
+
+@pytest.mark.parametrize(("short", "rows", "most"), [(20, 1, 20), (20, 2, 20), (64, 3, 64), (0, 1, 8), (0, 5, 40)])
+async def test_a_run_of_chunks_is_kept_short(metrics: Metrics, short: int, rows: int, most: int) -> None:
+    """A run takes as many steps as keep it on the loop's thread, or eight where no more than that could."""
+    bench = Bench(metrics, max_run_steps=256)
+    bench.runner.short = short
+    slots = [bench.acquire() for _ in range(rows)]
+    async with serving(bench):
+        await asyncio.gather(*[bench.step(slot, *[0.0] * 100) for slot in slots])
+    assert sum(steps for _, steps in bench.runner.runs) == 100
+    assert {size for size, _ in bench.runner.runs} == {rows}
+    assert max(rows * steps for _, steps in bench.runner.runs) <= most
+    assert min(steps for _, steps in bench.runner.runs[:-1]) >= max(8, 3 * (most // rows) // 4)
+
+
+async def test_a_door_that_cannot_deliver_harms_nobody(metrics: Metrics, caplog: pytest.LogCaptureFixture) -> None:
+    """An answer that raises is logged; the step counts, the others of the run get theirs, and the loop lives."""
+    bench = Bench(metrics)
+    slots = [bench.acquire() for _ in range(3)]
+
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("a door with a bug")
+
+    async with serving(bench):
+        mates = [bench.step(slot, 4) for slot in slots[:2]]
+        bench.batcher.submit(slots[2], StepRequest(np.array([5.0]).tobytes(), 1, ("y",)), broken)
+        bench.batcher.at_turn(slots[2], lambda: StepReply((), b"", 1, 0), broken)
+        assert [last(reply) for reply in await asyncio.gather(*mates)] == [4, 4]
+        assert last(await bench.step(slots[2], 6, first=2)) == 56
+    assert "a door with a bug" in caplog.text
+    assert (bench.runner.runs, bench.value("queue_depth")) == ([(3, 1), (1, 1)], 0)
+
+
+async def test_waiting_computing_and_the_rest_are_the_whole_time(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that ticks when it is read, overhead and compute of a request are its time from submit to answer."""
+    ticks = itertools.count()
+    monkeypatch.setattr("service.batcher.time.perf_counter", lambda: float(next(ticks)))
+    bench = Bench(metrics, max_run_steps=2)
+    slot = bench.acquire()
+    async with serving(bench):
+        submitted = next(ticks) + 1
+        reply = await bench.step(slot, 1, 2, 3, 4, 5)
+    whole = next(ticks) - 1 - submitted  # the last look at the clock is the one after the answer
+    assert (bench.value("compute_seconds_count"), bench.value("run_steps_sum")) == (3, 5)
+    assert reply.compute_seconds == bench.value("compute_seconds_sum") == 3
+    assert reply.queue_seconds == bench.value("queue_seconds_sum") == 1
+    assert bench.value("overhead_seconds_sum") == whole - reply.compute_seconds
+    assert bench.value("overhead_seconds_count") == bench.value("queue_seconds_count") == 1
+    assert bench.value("steps_total") == 5
