@@ -18,7 +18,7 @@ GOAL = 0.85
 
 def run(quick: bool) -> Iterator[Row]:
     """Steps a second through the service by those of a bare loop over the same graph, for a small and a large unit."""
-    rounds, seconds = (2, 0.5) if quick else (5, 1.5)
+    rounds, seconds = (2, 0.5) if quick else (5, 1.0)
     with models.repository(("gru",), 256) as made, aside() as pool:
         for folder in (ROOT / "models" / MODEL / "1", made / "gru-256" / "1"):
             yield _many(folder, pool, rounds, seconds)

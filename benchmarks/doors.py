@@ -24,7 +24,7 @@ DOORS: tuple[tuple[str, Door, dict[str, float]], ...] = (
 
 def run(quick: bool) -> Iterator[Row]:
     """For every door, messages a second by those of its echo; of JSON over HTTP also by those of plain FastAPI."""
-    rounds, seconds = (2, 0.5) if quick else (5, 1.5)
+    rounds, seconds = (2, 0.5) if quick else (5, 1.0)
     for name, door, goals in DOORS:
         for kind, rows in _bodies(name).items():
             with ExitStack() as stack:

@@ -124,7 +124,10 @@ class Ticks(NamedTuple):
 
 @dataclass(frozen=True)
 class Round(Generic[Value]):
-    """A measured value, and who was how busy meanwhile, in shares of a core. `strangers` are other processes."""
+    """A measured value, and who was how busy meanwhile, in shares of a core.
+
+    `strangers` are other processes on the serving core, and on the loading one where that had work to do.
+    """
 
     value: Value
     load: float
@@ -155,7 +158,8 @@ class Contender(Generic[Value]):
         load, server, load_core, server_core = (
             (after - first) / seconds for after, first in zip(Ticks.now(self.pid), before, strict=True)
         )
-        return Round(value, load, server, max(0.0, load_core - load, server_core - server))
+        strangers = [0.0, server_core - server] + ([load_core - load] if load > IDLE else [])
+        return Round(value, load, server, max(strangers))
 
 
 def take_turns(contenders: Mapping[str, Contender[Value]], rounds: int) -> dict[str, list[Round[Value]]]:
