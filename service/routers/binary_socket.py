@@ -1,11 +1,12 @@
 """`BinarySocket`: `latch.binary`, whose frames `wire/frames.py` describes."""
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from service.batcher import BlockReply, Outcome
 from service.errors import InvalidInput, LatchError, Malformed, SessionNotFound
-from service.routers.sockets import BINARY, Socket
+from service.routers.sockets import BINARY, MESSAGE_BYTES, Socket
 from service.sessions import Session
 from service.slab import Slot
 from service.wire import StepReply, frames
@@ -79,6 +80,8 @@ class BinarySocket(Socket):
         if found is None:
             return False
         numbers, block = found
+        if block.inputs.shape[1] > self.shared.max_steps:
+            return False
         channels = [self._channels.get(number) for number in numbers]
         sessions: list[Slot] = []
         for channel in channels:
@@ -98,6 +101,9 @@ class BinarySocket(Socket):
     async def _take_frame(self, frame: Frame, channel: _Channel | None) -> None:
         if frame.kind != Kind.STEP and self.single is not None:
             raise InvalidInput("this socket has one session, on channel 0: /v1/stream takes many", path="type")
+        if frame.kind != Kind.STEP and channel is not None:
+            with suppress(LatchError):  # of a session that is gone: nobody is owed a reply by it
+                await self.manager.turn(channel.session)
         if frame.kind == Kind.OPEN:
             opened = frames.open_request(frame)
             await self.greet(await self.manager.find(opened.session), frame.channel, opened.outputs)
@@ -120,7 +126,11 @@ class BinarySocket(Socket):
 
     def _answer_block(self, numbers: list[int], steps: int, outcome: BlockReply) -> None:
         if all(outcome.live):
-            self.say(frames.stepped_block(numbers, steps, outcome.first_steps, outcome.replies), len(numbers))
+            at_once = max(1, MESSAGE_BYTES // (frames.HEADER.size + len(outcome.replies[0])))
+            for start in range(0, len(numbers), at_once):
+                part = slice(start, start + at_once)
+                firsts, replies = outcome.first_steps[part], outcome.replies[part]
+                self.say(frames.stepped_block(numbers[part], steps, firsts, replies), len(firsts))
             return
         outputs = self._channels[numbers[0]].outputs if numbers[0] in self._channels else ()
         for number, first, data, live in zip(numbers, *outcome, strict=True):

@@ -8,7 +8,7 @@ written where it comes up, those of one run of the model in one write.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -24,6 +24,8 @@ from service.wire import StepRequest, native
 JSON, BINARY = "latch.json", "latch.binary"
 # After a close that the peer does not read, its connection is dropped.
 ABORT_SECONDS = 5.0
+# Replies that are written together are one message up to this size: client libraries take a megabyte by default.
+MESSAGE_BYTES = 2**19
 
 
 @dataclass
@@ -80,6 +82,18 @@ class Wire(Protocol):
 
     def abort(self) -> None:
         """Drops the connection."""
+
+
+def _joined(messages: list[bytes]) -> Iterator[bytes]:
+    """The same as few messages, none of them large that was not."""
+    start = size = 0
+    for end, message in enumerate(messages):
+        if end > start and size + len(message) > MESSAGE_BYTES:
+            yield b"".join(messages[start:end])
+            start, size = end, 0
+        size += len(message)
+    if messages:
+        yield b"".join(messages[start:])
 
 
 def _ignore(_message: bytes | str) -> None:
@@ -232,11 +246,8 @@ class Socket:
                 self._draining = asyncio.create_task(self._drain())
             return
         said, self._said = self._said, []
-        if self.text or len(said) < 2:
-            for message in said:
-                self._wire.write(message, text=self.text)
-        else:
-            self._wire.write(b"".join(said), text=False)
+        for message in said if self.text else _joined(said):
+            self._wire.write(message, text=self.text)
         self._owed -= self._answered
         self._answered = self._said_bytes = 0
         self._room.set()

@@ -21,7 +21,8 @@ A message holds one or more frames, one after another. All numbers are little-en
     131  ERROR     server  JSON {"error", "code", "retryable", ...}; first step: that of the refused STEP
 
 A packed row is one step's values of the model's page in C order, float32 or int64, without padding; of several outputs
-one after another. A client's flags are 0. Frames of one session run in order and are answered in order.
+one after another. A client's flags are 0. Frames of one session run in order and are answered in order; OPEN and CLOSE
+wait until what was sent on their channel is answered.
 
 Rule: a message is read frame by frame. One that cannot be told apart from the next (unknown type or channel, cut
 short) ends the message: the frames before it count, it and the rest are refused in one ERROR.
