@@ -1,0 +1,370 @@
+"""How sockets are read and written, on wires whose every move the test decides: floods, slow readers, ends, leaks."""
+
+import asyncio
+import gc
+import json
+import weakref
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from service.engine import load_engines
+from service.metrics import Metrics
+from service.registry import scan
+from service.routers import sockets, stream
+from service.routers.binary_socket import BinarySocket
+from service.routers.json_socket import JsonSocket
+from service.routers.sockets import BINARY, JSON, Shared
+from service.routers.stream import StreamDoor
+from service.sessions import IdleLimits, SessionManager
+from service.stores.memory import MemoryStore
+from tests.service import peer
+from tests.service.conftest import OPTIONS
+from tests.service.peer import ERROR, HELLO, STEPPED
+from tests.service.wires import Client
+
+pytestmark = pytest.mark.anyio
+
+ROW = np.array([[1, 2, 3]], np.float32)
+
+
+class Watched:
+    """Sockets that are remembered as long as they live, and how much each owed at most."""
+
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+    _now = most = 0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.alive.add(self)
+
+    @property
+    def _owed(self) -> int:
+        return self._now
+
+    @_owed.setter
+    def _owed(self, owed: int) -> None:
+        self._now, self.most = owed, max(self.most, owed)
+
+
+class WatchedBinary(Watched, BinarySocket):
+    """`latch.binary`."""
+
+
+class WatchedJson(Watched, JsonSocket):
+    """`latch.json`."""
+
+
+class House:
+    """A door of small limits, the manager behind it, and clients."""
+
+    def __init__(self, manager: SessionManager, metrics: Metrics) -> None:
+        self.manager = manager
+        self.metrics = metrics
+        self.shared = Shared(
+            manager, metrics, max_waiting=8, max_waiting_many=20, max_unsent_bytes=10**6, max_steps=5000, slow_reader=60
+        )
+        self.door = StreamDoor(self.shared)
+
+    async def session(self, name: str) -> str:
+        """A new session of that id."""
+        await self.manager.create("toy", session_id=name)
+        return name
+
+    def at(self, name: str) -> int:
+        """The steps that a session has committed."""
+        return self.manager._live[name].step
+
+    def errors(self, code: str) -> float:
+        """How many errors of a code were counted."""
+        return self.metrics.registry.get_sample_value("latch_errors_total", {"code": code}) or 0.0
+
+    async def single(self, name: str, subprotocol: str = JSON) -> Client:
+        """A client on a socket of one session, who has read the hello."""
+        client = Client(self.door, f"/v1/sessions/{await self.session(name)}/stream", subprotocol)
+        await client.until(lambda: client.wire.received)
+        client.wire.received.clear()
+        return client
+
+    async def many(self, *names: str) -> Client:
+        """A client on a binary socket of many sessions, on channels 0 and up, who has read the hellos."""
+        client = Client(self.door, "/v1/stream", BINARY)
+        for channel, name in enumerate(names):
+            client.send(peer.opens(channel, await self.session(name)))
+        await client.until(lambda: len(replies(client)) == len(names))
+        client.wire.received.clear()
+        return client
+
+
+def replies(client: Client) -> list[peer.Reply]:
+    """All that a binary client was sent."""
+    return peer.replies(b"".join(client.wire.received), lambda _: 16)
+
+
+def documents(client: Client) -> list[Any]:
+    """All that a JSON client was sent."""
+    return [json.loads(message) for message in client.wire.received]
+
+
+def message(step: int, **more: Any) -> str:
+    """A step in JSON."""
+    return json.dumps({"inputs": ROW.tolist(), "step": step, **more})
+
+
+@pytest.fixture
+async def house(repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    """One service in this loop; its sockets are watched."""
+    monkeypatch.setattr(stream, "BinarySocket", WatchedBinary)
+    monkeypatch.setattr(stream, "JsonSocket", WatchedJson)
+    Watched.alive.clear()
+    found = [files for files in scan(repository).found if files.manifest.name == "toy"]
+    engines = load_engines(found, {}, replace(OPTIONS, max_session_queue=4), metrics)
+    limits = IdleLimits(60.0, 1.0, 100.0)
+    for engine in engines:
+        engine.start()
+    yield House(SessionManager(engines, MemoryStore(max_expired_ids=10), idle=limits, metrics=metrics), metrics)
+    for engine in engines:
+        await engine.close()
+
+
+async def test_a_flood_that_reads_nothing_is_not_read(house: House) -> None:
+    """Thousands of steps from a client that reads no reply: few are taken; when it reads, all are, once, in order."""
+    client = await house.many("a")
+    client.wire.reads = False
+    client.send(*[peer.step(0, ROW, i + 1) for i in range(3000)])
+    await client.until(lambda: client.wire.paused and not house.manager._live["a"].engine.batcher._depth)
+    [socket] = Watched.alive
+    assert socket.most <= 20
+    assert len(client.wire.sent) >= 3000 - 50
+    assert len(replies(client)) + len(socket._backlog) + socket._owed <= 50
+    client.read()
+    await client.until(lambda: house.at("a") == 3000)
+    await client.until(lambda: len(replies(client)) == 3000)
+    assert [reply.first for reply in replies(client)] == list(range(1, 3001))
+    assert socket.most <= 20
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_what_is_owed_exceeds_the_limit_by_one_message_at_most(house: House, together: bool) -> None:
+    """Of messages with sixteen frames, blocks or not, one is taken where a single reply is still allowed, no second."""
+    names = [f"s{i}" for i in range(16)]
+    client = await house.many(*names)
+    client.wire.reads = False
+    rounds = 100
+    for i in range(rounds):
+        numbers = [i + 1] * 16 if together else [i + 1 + (channel == 5) for channel in range(16)]
+        client.send(b"".join(peer.step(channel, ROW, first) for channel, first in enumerate(numbers)))
+    await client.until(lambda: client.wire.paused)
+    client.read()
+    await client.until(lambda: len(replies(client)) == 16 * rounds)
+    [socket] = Watched.alive
+    assert socket.most <= 19 + 16
+    assert socket._owed == 0
+    assert [house.at(name) for name in names] == [rounds if together or i != 5 else 0 for i in range(16)]
+
+
+async def test_large_replies_that_nobody_reads_stop_the_reading(house: House) -> None:
+    """Bounded in bytes as well as in number, on top of what the transport holds."""
+    house.shared.max_unsent_bytes = 100_000
+    client = await house.many("a", "b")
+    client.wire.reads = False
+    client.send(*[peer.step(i % 2, np.repeat(ROW, 1000, axis=0)) for i in range(60)])
+    [socket] = Watched.alive
+    await client.until(lambda: socket._said_bytes >= 100_000)
+    await client.until(lambda: client.wire.paused)
+    assert socket._said_bytes <= 100_000 + 20 * 16_016
+    assert len(client.wire.sent) > 30
+    client.read()
+    await client.until(lambda: len(replies(client)) == 60)
+    assert (house.at("a"), house.at("b")) == (30_000, 30_000)
+
+
+async def test_a_full_queue_of_a_session_stops_the_reading(house: House) -> None:
+    """Two sockets on one session overfill its queue: both wait for room, nobody is refused, and every step counts."""
+    one = await house.single("a")
+    two = Client(house.door, "/v1/sessions/a/stream", BINARY)
+    await two.until(lambda: two.wire.received)
+    two.wire.received.clear()
+    for _ in range(50):
+        one.send(json.dumps({"inputs": ROW.tolist()}))
+        two.send(peer.step(0, ROW))
+    await one.until(lambda: len(one.wire.received) == 50 and len(replies(two)) == 50)
+    assert {document["type"] for document in documents(one)} == {"step"}
+    assert {reply.kind for reply in replies(two)} == {STEPPED}
+    assert house.at("a") == 100
+    assert max(socket.most for socket in Watched.alive) <= 8
+
+
+async def test_nothing_is_read_while_a_socket_is_greeted(house: House) -> None:
+    """A client that floods before its hello, which waits for a busy session, is not read until then."""
+    await house.session("a")
+    session = house.manager._live["a"]
+    late = asyncio.get_running_loop().create_future()
+
+    async def turn(_: Any) -> int:
+        return await late
+
+    house.manager.turn = turn  # type: ignore[method-assign]
+    client = Client(house.door, "/v1/sessions/a/stream", BINARY)
+    await client.until(lambda: client.wire.paused)
+    client.send(*[peer.step(0, ROW) for _ in range(100)])
+    assert len(client.wire.sent) == 100
+    late.set_result(session.step)
+    await client.until(lambda: len(replies(client)) == 101)
+    assert replies(client)[0].kind == HELLO
+    assert house.at("a") == 100
+
+
+async def test_what_came_before_the_handshake_was_over_is_not_lost(house: House) -> None:
+    """A client that does not wait for the upgrade is answered in order all the same."""
+    await house.session("a")
+    client = Client(house.door, "/v1/sessions/a/stream")
+    client.early(message(1))
+    client.early(message(2))
+    await client.until(lambda: len(client.wire.received) == 3)
+    assert [document["type"] for document in documents(client)] == ["hello", "step", "step"]
+
+
+@pytest.mark.parametrize("subprotocol", [JSON, BINARY])
+async def test_a_client_that_reads_nothing_is_closed(
+    house: House, subprotocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 4408, after all that was owed and an error that says why; then its connection is dropped."""
+    monkeypatch.setattr(sockets, "ABORT_SECONDS", 0.0)
+    house.shared.slow_reader = 0.01
+    client = await house.single("a", subprotocol)
+    client.wire.reads = False
+    for i in range(5):
+        client.send(message(i + 1) if subprotocol == JSON else peer.step(0, ROW, i + 1))
+        await client.until(lambda i=i: house.at("a") == i + 1)
+    await client.task
+    assert client.closed["code"] == 4408
+    await client.until(lambda: client.wire.aborted)
+    if subprotocol == JSON:
+        *steps, error = documents(client)
+        assert [document["step"] for document in steps] == [1, 2, 3, 4, 5]
+    else:
+        *frames, last = replies(client)
+        assert [reply.first for reply in frames] == [1, 2, 3, 4, 5]
+        assert last.kind == ERROR
+        error = last.document
+    assert (error["code"], error["retryable"]) == ("slow_reader", True)
+    assert house.errors("slow_reader") == 1
+
+
+async def test_a_client_that_reads_again_in_time_is_kept(house: House) -> None:
+    """What piled up is written, and its time begins anew with the next reply that it leaves."""
+    client = await house.single("a")
+    [socket] = Watched.alive
+    for i in range(3):
+        client.wire.reads = False
+        client.send(message(2 * i + 1), message(2 * i + 2))
+        await client.until(lambda: socket._draining is not None)
+        client.read()
+        await client.until(lambda i=i: len(client.wire.received) == 2 * i + 2)
+        await client.until(lambda: socket._draining is None)
+    assert not client.task.done()
+    assert [document["step"] for document in documents(client)] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_answers_of_one_run_are_one_write(house: House) -> None:
+    """Sixteen sessions' replies leave together, a binary message of at most half a megabyte."""
+    names = [f"s{i}" for i in range(16)]
+    client = await house.many(*names)
+    client.send(*[peer.step(i, ROW) for i in range(16)])
+    await client.until(lambda: len(replies(client)) == 16)
+    assert len(client.wire.received) == 1
+    client.wire.received.clear()
+    client.send(*[peer.step(i, np.repeat(ROW, 3500, axis=0)) for i in range(16)])
+    await client.until(lambda: len(replies(client)) == 16)
+    assert all(len(received) <= sockets.MESSAGE_BYTES for received in client.wire.received)
+
+
+async def test_what_was_received_is_applied_when_the_client_is_gone(house: House) -> None:
+    """Steps behind a full queue too: the last one's reply is kept for when the client comes again."""
+    client = await house.single("a", BINARY)
+    client.send(*[peer.step(0, ROW, i + 1) for i in range(8)])
+    client.leave()
+    await client.task
+    received = 8 - len(client.wire.sent)  # the rest is in the network
+    assert received > 4
+    await client.until(lambda: house.at("a") == received)
+    again = Client(house.door, "/v1/sessions/a/stream", BINARY)
+    again.send(peer.step(0, ROW, received))
+    await again.until(lambda: again.wire.on_message is not None)
+    again.wire.deliver()
+    await again.until(lambda: len(replies(again)) == 2)
+    hello, reply = replies(again)
+    assert (hello.document["step"], reply.kind, reply.flags) == (received, STEPPED, peer.REPLAYED)
+
+
+async def test_a_fault_while_writing_ends_that_socket_alone(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """Of two sockets answered by one run, the other gets its reply."""
+    one, two = await house.single("a"), await house.single("b")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a wire with a bug")
+
+    one.wire.write = broken  # type: ignore[method-assign]
+    one.send(message(1))
+    two.send(message(1))
+    await two.until(lambda: two.wire.received)
+    assert documents(two)[0]["type"] == "step"
+    with pytest.raises(ZeroDivisionError):  # it cannot be told why, either
+        await one.task
+    assert "a wire with a bug" in caplog.text
+    two.send(message(2))
+    await two.until(lambda: len(two.wire.received) == 2)
+
+
+async def test_a_service_that_stops_ends_its_sockets(house: House) -> None:
+    """What waits is told `draining`, and what is sent afterwards too; the close code says to come again."""
+    client, idle = await house.single("a"), await house.single("b", BINARY)
+    for engine in house.manager.engines:
+        client.send(message(1))
+        await engine.close()
+    await client.task
+    assert (client.closed["code"], documents(client)[-1]["code"]) == (1012, "draining")
+    idle.send(peer.step(0, ROW))
+    await idle.task
+    assert (idle.closed["code"], replies(idle)[-1].document["code"]) == (1012, "draining")
+
+
+async def test_sockets_that_come_and_go_leave_nothing_behind(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone before the hello, idle, owed replies, with a full backlog, refused, deleted: no socket, no task is left."""
+    monkeypatch.setattr(sockets, "ABORT_SECONDS", 0.0)
+    before = len(asyncio.all_tasks())
+    clients = []
+    for i in range(8):
+        names = [f"{i}-{kind}" for kind in range(7)]
+        clients += [
+            await house.single(names[0]),
+            await house.single(names[1], BINARY),
+            await house.many(names[2], names[3]),
+            await house.single(names[4]),
+            Client(house.door, "/v1/sessions/nobody/stream"),
+            Client(house.door, "/v1/stream/nowhere", BINARY),
+            Client(house.door, f"/v1/sessions/{await house.session(names[5])}/stream"),
+        ]
+        idle, owed, block, deleted, *_ = clients[-7:]
+        owed.wire.reads = False
+        owed.send(*[peer.step(0, ROW) for _ in range(100)])
+        block.send(peer.step(0, ROW) + peer.step(1, ROW), peer.step(5, ROW), peer.opens(1, "nobody"), "text")
+        await house.manager.delete(names[4])
+        deleted.send(message(1))
+        idle.send("{")
+    assert Watched.alive
+    for client in clients:
+        client.leave()
+    for client in clients:
+        await client.task
+    await client.until(lambda: len(asyncio.all_tasks()) == before)
+    await client.until(lambda: not any(engine.batcher._depth for engine in house.manager.engines))
+    await client.until(lambda: not house.shared._unsent)
+    del clients, client, idle, owed, block, deleted
+    gc.collect()
+    assert list(Watched.alive) == []
