@@ -20,6 +20,7 @@ from service.engine import load_engines
 from service.errors import LatchError
 from service.metrics import Metrics
 from service.registry import load
+from service.server import calm_collector
 from service.sessions import IdleLimits, Session, SessionManager
 from service.settings import load_settings
 from service.stores import open_store
@@ -41,6 +42,7 @@ class Room:
         self.bodies = [dumps({"inputs": row.tolist()}) for row in rolls(16)]
         self.sessions: list[Session] = []
         self.longest = 0.0
+        calm_collector()  # as `latch serve` does
         self.loop.run_until_complete(self._start())
         gc.collect()
         gc.freeze()  # as the server does when it starts

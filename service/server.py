@@ -84,11 +84,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # What is there now stays: the collector need not look at it again while a step waits.
-        gc.collect()
-        gc.freeze()
-        # Requests come and go without cycles: look for some after so many objects, not after 700.
-        gc.set_threshold(20_000, 20, 20)
+        calm_collector()
         out = Console()
         for server in self.servers:
             host, port = server.sockets[0].getsockname()[:2]
@@ -104,6 +100,13 @@ class _Server(uvicorn.Server):
             ):
                 out.print(f"  {url}{path:<16} {what}", highlight=False)
             out.print(f"  latch demo --url {url}   a chorale, note by note", highlight=False)
+
+
+def calm_collector() -> None:
+    """Has Python's collector of cycles look less often, and at less, while steps wait."""
+    gc.collect()
+    gc.freeze()  # what is there now stays
+    gc.set_threshold(20_000, 20, 20)  # requests come and go without cycles; the default looks after 700 objects
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -185,7 +185,13 @@ class SessionManager:
 
     async def step(self, session: Session, request: StepRequest) -> StepReply:
         """`submit`, and waits for the answer. Cancelling it drops the request if no run has finished it."""
-        return await _answered(partial(session.engine.batcher.submit, session, request))
+        future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
+        ticket = session.engine.batcher.submit(session, request, partial(_end, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            ticket.cancel()
+            raise
 
     async def turn(self, session: Session) -> int:
         """Waits until everything that the session has queued is applied or has failed; returns its step then."""

@@ -3,6 +3,8 @@
 Rule: a shortcut, never another behaviour. A step costs microseconds; FastAPI's way to a route costs a hundred.
 """
 
+from collections.abc import Awaitable
+
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
@@ -26,7 +28,7 @@ class FrontDoor:
         self._steps = steps
         self._streams = streams
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """One call, socket or lifespan."""
         kind = scope["type"]
         if kind == "http":
@@ -34,9 +36,7 @@ class FrontDoor:
             if scope["method"] == "POST" and path.startswith(_BEFORE) and path.endswith(_AFTER):
                 session_id = path[len(_BEFORE) : -len(_AFTER)]
                 if session_id and "/" not in session_id:
-                    await self._steps.serve(session_id, scope, receive, send)
-                    return
+                    return self._steps.serve(session_id, scope, receive, send)
         elif kind == "websocket":
-            await self._streams.serve(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+            return self._streams.serve(scope, receive, send)
+        return self.app(scope, receive, send)
