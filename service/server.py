@@ -65,6 +65,11 @@ class _WebSocket(WebSocketsSansIOProtocol):
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
+    def unsent(self) -> int:
+        """Bytes that were written and have not left."""
+        size: int = self.transport.get_write_buffer_size()
+        return size
+
     def abort(self) -> None:
         """Drops the connection with what was not sent."""
         self.transport.abort()

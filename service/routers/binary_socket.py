@@ -1,5 +1,6 @@
 """`BinarySocket`: `latch.binary`, whose frames `wire/frames.py` describes."""
 
+import asyncio
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ from service.sessions import Session
 from service.slab import Slot
 from service.wire import StepReply, frames
 from service.wire.frames import Frame, Kind
+
+_TURN = 256  # frames of a message after which others have their turn: a million fit into one
 
 
 class _Channel:
@@ -61,7 +64,10 @@ class BinarySocket(Socket):
         try:
             if isinstance(message, str):
                 raise Malformed(f"a text message: this socket speaks {BINARY}, in frames")
-            for frame in frames.read(message, self._row_bytes):
+            for index, frame in enumerate(frames.read(message, self._row_bytes)):
+                await self.room()
+                if index % _TURN == _TURN - 1:
+                    await asyncio.sleep(0)
                 channel = self._channels.get(frame.channel)
                 try:
                     await self._take_frame(frame, channel)

@@ -80,6 +80,9 @@ class Wire(Protocol):
     def resume(self) -> None:
         """Reads again."""
 
+    def unsent(self) -> int:
+        """Bytes that were written and have not left."""
+
     def abort(self) -> None:
         """Drops the connection."""
 
@@ -181,14 +184,18 @@ class Socket:
         """Handles what could not be handled at once, and reads on when that is done."""
         try:
             while self._backlog:
-                while self._owes_too_much():
-                    self._room.clear()
-                    await self._room.wait()
+                await self.room()
                 await self.take(self._backlog.popleft())
         except Exception as error:  # noqa: BLE001 - as above
             self.end(error)
         self._behind = None
         self._wire.resume()
+
+    async def room(self) -> None:
+        """Waits while too many replies are owed."""
+        while self._owes_too_much():
+            self._room.clear()
+            await self._room.wait()
 
     def _owes_too_much(self) -> bool:
         return self._owed >= self._max_owed or self._said_bytes >= self.shared.max_unsent_bytes
@@ -253,14 +260,17 @@ class Socket:
         self._room.set()
 
     async def _drain(self) -> None:
-        try:
-            async with asyncio.timeout(self.shared.slow_reader):
-                await self._wire.writable.wait()
-        except TimeoutError:
-            self.end(SlowReader(f"no reply was read for {self.shared.slow_reader:g} s"))
-        else:
-            self._draining = None
-            self.flush()
+        unsent = self._wire.unsent()
+        while not self._wire.writable.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wire.writable.wait(), self.shared.slow_reader)
+                break
+            before, unsent = unsent, self._wire.unsent()
+            if unsent >= before:
+                self.end(SlowReader(f"no reply was read for {self.shared.slow_reader:g} s"))
+                return
+        self._draining = None
+        self.flush()
 
     def end(self, error: Exception) -> None:
         """Ends the socket, from wherever it is found out that it must."""

@@ -149,8 +149,8 @@ async def test_a_flood_that_reads_nothing_is_not_read(house: House) -> None:
 
 
 @pytest.mark.parametrize("together", [True, False])
-async def test_what_is_owed_exceeds_the_limit_by_one_message_at_most(house: House, together: bool) -> None:
-    """Of messages with sixteen frames, blocks or not, one is taken where a single reply is still allowed, no second."""
+async def test_what_is_owed_exceeds_the_limit_by_one_block_at_most(house: House, together: bool) -> None:
+    """Messages of sixteen frames: a block is taken where one reply is still allowed, and frames stop in between."""
     names = [f"s{i}" for i in range(16)]
     client = await house.many(*names)
     client.wire.reads = False
@@ -162,9 +162,27 @@ async def test_what_is_owed_exceeds_the_limit_by_one_message_at_most(house: Hous
     client.read()
     await client.until(lambda: len(replies(client)) == 16 * rounds)
     [socket] = Watched.alive
-    assert socket.most <= 19 + 16
+    assert socket.most <= (19 + 16 if together else 20)
     assert socket._owed == 0
     assert [house.at(name) for name in names] == [rounds if together or i != 5 else 0 for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    "frame", [peer.frame(1, 0), peer.closes(0), peer.closes(7), peer.opens(0, "nobody")], ids=range(4)
+)
+async def test_a_message_of_many_frames_holds_nobody_up(house: House, frame: bytes) -> None:
+    """Frames that cost little to send: refused or done in portions, others have their turn in between, few are owed."""
+    client, other = await house.many("a"), await house.single("b")
+    [socket] = [each for each in Watched.alive if isinstance(each, BinarySocket)]
+    client.send(frame * 2000 + peer.opens(1, "b"))
+    turns = 0
+    while not any(b'"session":"b"' in received for received in client.wire.received[-2:]):
+        other.send(message(turns + 1))
+        await other.until(lambda n=turns: len(other.wire.received) == n + 1)
+        turns += 1
+    assert turns >= 3
+    assert socket.most <= 20
+    assert house.at("b") == turns
 
 
 async def test_large_replies_that_nobody_reads_stop_the_reading(house: House) -> None:
@@ -269,6 +287,26 @@ async def test_a_client_that_reads_again_in_time_is_kept(house: House) -> None:
         await client.until(lambda: socket._draining is None)
     assert not client.task.done()
     assert [document["step"] for document in documents(client)] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_client_that_reads_slowly_is_kept(house: House) -> None:
+    """As long as some bytes leave in each span of time, however many are left; when none do, it is closed."""
+    house.shared.slow_reader = 0.001
+    client = await house.single("a")
+    looks = []
+
+    def unsent() -> int:
+        looks.append(max(100 - len(looks), 70))
+        return looks[-1]
+
+    client.wire.reads = False
+    client.wire.unsent = unsent  # type: ignore[method-assign]
+    client.send(message(1))
+    await client.until(lambda: house.at("a") == 1)
+    client.send(message(2))
+    await client.task
+    assert looks == [*range(100, 69, -1), 70]
+    assert client.closed["code"] == 4408
 
 
 async def test_answers_of_one_run_are_one_write(house: House) -> None:

@@ -14,6 +14,7 @@ class Wire:
     Attributes:
         sent: messages on their way to the service, which has paused reading them.
         received: messages that the client has been sent.
+        left: bytes that lie in between.
         reads: whether the client reads; if not, the service is told after one write that the line is full.
     """
 
@@ -24,6 +25,7 @@ class Wire:
         self.sent: deque[bytes | str] = deque()
         self.received: list[bytes] = []
         self.reads = True
+        self.left = 0
         self.paused = self.aborted = self.gone = False
 
     def write(self, message: bytes, *, text: bool) -> None:
@@ -31,6 +33,7 @@ class Wire:
         if not self.gone:
             self.received.append(message)
             if not self.reads:
+                self.left += len(message)
                 self.writable.clear()
 
     def pause(self) -> None:
@@ -41,6 +44,10 @@ class Wire:
         """Hands on what lies there, when the loop turns."""
         self.paused = False
         asyncio.get_running_loop().call_soon(self.deliver)
+
+    def unsent(self) -> int:
+        """What lies in between."""
+        return self.left
 
     def abort(self) -> None:
         """Notes it."""
@@ -85,6 +92,7 @@ class Client:
     def read(self) -> None:
         """From now on the client reads."""
         self.wire.reads = True
+        self.wire.left = 0
         self.wire.writable.set()
 
     def leave(self) -> None:
