@@ -7,6 +7,7 @@ Both round-trip every finite float32 exactly, so bit-exactness survives JSON.
 import json
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
@@ -203,6 +204,10 @@ def read_envelope(text: str) -> Envelope:
     try:
         return _ENVELOPE.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        with suppress(ValueError, RecursionError):  # NaN is no JSON: where it is, the model's codec says
+            document = json.loads(text)
+            if isinstance(document, dict) and isinstance(name := document.get("session"), str) and name.encode():
+                return Envelope(name)
         raise Malformed(f'the message names no session: {error}; send {{"session": id, ...}}') from error
 
 

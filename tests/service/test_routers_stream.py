@@ -7,14 +7,18 @@ import socket as std_socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_to
 
+from tests.service import peer
 from tests.service.conftest import Server
+from tests.service.peer import Peer
 
 ROW = [1.0, 2.0, 3.0]
 
@@ -310,6 +314,32 @@ def test_a_flood_is_slowed_down_and_never_refused(start: Callable[..., Server]) 
 
     replies = asyncio.run(flood())
     assert [(reply["type"], reply["step"]) for reply in replies] == [("step", i + 1) for i in range(3000)]
+
+
+def test_a_client_that_does_not_read_is_closed_with_4408(start: Callable[..., Server]) -> None:
+    """Megabytes of replies lie unread: the socket ends with a retryable error, after what it had to say."""
+    server = start(slow_reader_ms=100)
+    session, rows = server.create(), 16_384
+    with std_socket.socket() as raw:
+        raw.setsockopt(std_socket.SOL_SOCKET, std_socket.SO_RCVBUF, 4096)
+        host, port = server.url.removeprefix("http://").split(":")
+        raw.connect((host, int(port)))
+        url = server.url.replace("http", "ws") + "/v1/stream"
+        with connect_to(url, sock=raw, subprotocols=["latch.binary"], max_size=None, max_queue=1) as socket:
+            client = Peer(socket)
+            client.open(0, session, ["y", "z", "h"], row_bytes=48)
+            for _ in range(12):
+                client.send(peer.step(0, np.zeros((rows, 3), np.float32)))
+            while 'latch_errors_total{code="slow_reader"} 1.0' not in server.http.get("/metrics").text:
+                pass
+            replies = []
+            with suppress(ConnectionClosed):
+                while True:
+                    replies.append(client.next())
+            assert socket.close_code == 4408
+    *steps, error = replies
+    assert [reply.first for reply in steps] == [1 + i * rows for i in range(len(steps))]
+    assert (error.document["code"], error.document["retryable"]) == ("slow_reader", True)
 
 
 def test_hundreds_of_sockets_and_http_at_once(server: Server) -> None:
