@@ -13,11 +13,13 @@ import httpx
 import numpy as np
 import pytest
 from websockets.asyncio.client import connect
+from websockets.sync.client import connect as sync_connect
 
 from service.registry import load
 from service.runtime import OrtRunner
-from tests.service import toys
+from tests.service import peer, toys
 from tests.service.conftest import Server, serving
+from tests.service.peer import Peer
 
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = sorted(path.parent.name for path in MODELS.glob("*/1"))
@@ -122,6 +124,56 @@ def test_over_http_and_websocket_under_load(shipped: Server, name: str) -> None:
         for output in names:
             got = np.concatenate([np.array(reply["outputs"][output], np.float32) for reply in replies])
             np.testing.assert_array_equal(got, loop[f"output.{output}"][row])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_in_packed_rows_over_every_door(shipped: Server, name: str) -> None:
+    """In blocks of many sessions, on a binary socket of one and over HTTP, in steps and odd chunks: the same bits."""
+    inputs, loop, names = expected(name)
+    _, manifest, _ = sequences(name)
+    row = np.dtype([(tensor["name"], "<f4", tuple(tensor["shape"])) for tensor in manifest["outputs"]])
+
+    def check(sequence: int, parts: list[bytes], outputs: list[str]) -> None:
+        got = np.frombuffer(b"".join(parts), row[outputs])
+        for output in outputs:
+            np.testing.assert_array_equal(got[output], loop[f"output.{output}"][sequence])
+
+    cases = [(sequence, size) for size in (1, 7, STEPS) for sequence in range(SEQUENCES)]
+    url = shipped.url.replace("http", "ws") + "/v1/stream"
+    with sync_connect(url, subprotocols=["latch.binary"], max_size=None) as socket:
+        client = Peer(socket, row.itemsize)
+        for channel in range(len(cases)):
+            client.open(channel, shipped.create(name), names)
+        parts: dict[int, list[bytes]] = {channel: [] for channel in range(len(cases))}
+        for start in range(STEPS):
+            for size in {size for _, size in cases if start % size == 0}:
+                client.send(
+                    *[
+                        peer.step(channel, inputs[sequence, start : start + size], start + 1)
+                        for channel, (sequence, mine) in enumerate(cases)
+                        if mine == size
+                    ]
+                )
+        for reply in client.take(sum(-(-STEPS // size) for _, size in cases)):
+            parts[reply.channel].append(reply.payload)
+    for channel, (sequence, _) in enumerate(cases):
+        check(sequence, parts[channel], names)
+
+    for sequence, rows in enumerate(inputs):
+        with shipped.socket(shipped.create(name), subprotocols=["latch.binary"]) as socket:
+            client = Peer(socket, row[names[0]].itemsize)
+            client.next()
+            for step in rows:
+                client.send(peer.step(0, step[None]))
+            replies = client.take(STEPS)
+        default = np.frombuffer(b"".join(reply.payload for reply in replies), row[names[0]].base)
+        np.testing.assert_array_equal(default, loop[f"output.{names[0]}"][sequence].ravel())
+        session, bodies = shipped.create(name), []
+        for start in range(0, STEPS, 7):
+            url = f"/v1/sessions/{session}/steps?step={start + 1}&outputs={','.join(names)}"
+            headers = {"Content-Type": "application/octet-stream"}
+            bodies.append(shipped.http.post(url, content=rows[start : start + 7].tobytes(), headers=headers).content)
+        check(sequence, bodies, names)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
