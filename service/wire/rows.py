@@ -34,7 +34,7 @@ class RowFormat:
         self.input = inputs
         self.outputs = outputs
         self.default = tuple(outputs)[:1]
-        self._base = np.dtype(inputs.dtype).newbyteorder("<")
+        self._base = _little_endian(inputs.dtype)
         self.input_bytes = self._base.itemsize * math.prod(inputs.shape)
         self._layout = cache(self._make_layout)
 
@@ -59,10 +59,6 @@ class RowFormat:
                 )
         return tuple(dict.fromkeys(wanted))
 
-    def output_bytes(self, names: tuple[str, ...]) -> int:
-        """Bytes of one row of these outputs."""
-        return int(self._layout(names).itemsize)
-
     def batch(self, parts: Sequence[bytes | memoryview], steps: int) -> Array:
         """[B, T, *shape] from the T packed input rows of each of B sessions."""
         data = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -81,6 +77,9 @@ class RowFormat:
 
     def unpack(self, data: bytes, names: tuple[str, ...]) -> dict[str, Array]:
         """[T, *shape] a name, from T packed rows."""
+        if len(names) == 1:  # nearly always
+            field = self.outputs[names[0]]
+            return {names[0]: np.frombuffer(data, _little_endian(field.dtype)).reshape(-1, *field.shape)}
         if not names:
             return {}
         records = np.frombuffer(data, self._layout(names))
@@ -98,7 +97,9 @@ class RowFormat:
             )
 
     def _make_layout(self, names: tuple[str, ...]) -> Any:
-        fields = [
-            (name, np.dtype(self.outputs[name].dtype).newbyteorder("<"), self.outputs[name].shape) for name in names
-        ]
-        return np.dtype(fields)
+        return np.dtype([(name, _little_endian(self.outputs[name].dtype), self.outputs[name].shape) for name in names])
+
+
+@cache
+def _little_endian(dtype: str) -> Any:
+    return np.dtype(dtype).newbyteorder("<")
