@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,8 @@ import orjson
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "models" / "chorales-gru" / "1" / "model.onnx"
 
-
-def no_opening(session: int) -> Sequence[bytes]:
-    """A session that its first step opens."""
-    return ()
+# A command, and variables on top of ours.
+Launch = tuple[Sequence[object], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Door:
     name: str
     request: Callable[[int, np.ndarray, bool], bytes]
     reply: Callable[[bytes], np.ndarray]
-    opening: Callable[[int], Sequence[bytes]] = no_opening
+    opening: Callable[[int], Sequence[bytes]] = lambda session: ()
     greeted: bool = False
 
 
@@ -44,28 +42,12 @@ class Place:
     port: int
     cores: int
 
-    def program(self, name: str) -> Path:
-        """One of the environment's."""
-        return self.environment / "bin" / name
-
     def copy(self, ours: str, theirs: str) -> None:
-        """Puts the step, and our file under the name that the peer wants, beside each other."""
-        for source, target in (("cell.py", Path(theirs).with_name("cell.py")), (ours, theirs)):
-            self.write(str(target), (HERE / source).read_text())
-
-    def write(self, name: str, text: str) -> None:
-        """A file in the working folder."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A command, and variables on top of ours."""
-
-    command: Sequence[object]
-    variables: Mapping[str, object] = field(default_factory=dict)
+        """Puts our file, under the name that the peer wants, into the working folder, and the step beside it."""
+        target = self.folder / theirs
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text((HERE / ours).read_text())
+        target.with_name("cell.py").write_text((HERE / "cell.py").read_text())
 
 
 @dataclass(frozen=True)
@@ -73,15 +55,13 @@ class Peer:
     """A server.
 
     Attributes:
-        package: whose version is reported.
-        requirements: of its environment, pinned; none for Latch, which is served from the environment of the driver.
+        requirements: of its environment, pinned, its own package first; none for Latch, which is served from ours.
         launch: lays out files and says how to start.
         ready: the path that answers 200 when it is.
         settle: seconds to wait after that.
     """
 
     name: str
-    package: str
     requirements: Sequence[str]
     launch: Callable[[Place], Launch]
     ready: str

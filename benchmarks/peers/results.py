@@ -10,7 +10,7 @@ from typing import Any
 
 from peer import HERE
 
-RIGHT = 1e-6
+RIGHT, DISTURBED = 1e-6, 0.1
 Row = dict[str, Any]
 
 HEAD = """# Latch beside other servers
@@ -19,6 +19,7 @@ Written by `python benchmarks/peers/run.py`; [README.md](README.md) says how eac
 
 - **steps/s**: the server on one core, the load on the other; p50 and p99 in ms of the same rounds.
 - **all cores**: steps/s with the server allowed on both, one of which it shares with the load.
+- **~**: other programs used more than a tenth of a core in the best of five tries.
 - **Latch**: how many times the steps/s of the row Latch does through the same door, from its mean before and after the
   peers in the row's own run. Below 1 the peer is faster.
 - **outputs**: of all sessions, compared with a loop of ONNX Runtime: the first 20 steps, and the last of the load.
@@ -50,7 +51,7 @@ def _page(saved: Row) -> str:
     lines += [_line(row, saved["runs"][row["run"]]) for row in saved["rows"]]
     lines.append("")
     for name, run in saved["runs"].items():
-        command = " ".join(["python benchmarks/peers/run.py", *run["arguments"]])
+        command = " ".join(["python benchmarks/peers/run.py", *run["peers"]])
         lines.append(
             f"Run {name}: {run['date']} UTC, Latch at {run['commit']}, `{command}`; {run['machine']}; ONNX Runtime"
         )
@@ -65,12 +66,12 @@ def _page(saved: Row) -> str:
 
 def _line(row: Row, run: Row) -> str:
     one, everywhere = row["one"], row["all"]
+    rates = [f"{'~' * (kind['strangers'] > DISTURBED)}{kind['rate']:,.0f}" for kind in (one, everywhere)]
     ratio = "" if row["peer"] == "Latch" else f"{mean(run['latch'][row['door']]) / one['rate']:.1f}"
     off = max(one["off"], everywhere["off"])
     outputs = "bit-equal" if off == 0 else f"within {off:.0e}" if off < RIGHT else f"**WRONG** by {off:.2g}"
-    cells = [row["peer"], row["door"], f"{one['rate']:,.0f}", f"{one['p50']:.1f}", f"{one['p99']:.1f}"]
-    cells += [f"{everywhere['rate']:,.0f}", ratio, outputs, row["version"], row["run"]]
-    return f"| {' | '.join(cells)} |"
+    cells = [row["peer"], row["door"], rates[0], f"{one['p50']:.1f}", f"{one['p99']:.1f}", rates[1], ratio, outputs]
+    return f"| {' | '.join([*cells, row['version'], row['run']])} |"
 
 
 def _processor() -> str:

@@ -28,7 +28,7 @@ from server import TICK, Server, environment, running, version
 from setups import PEERS
 
 CHECKED, CYCLE, ROUNDS = 20, 16, 3
-DISTURBED, TRIES = 0.1, 4  # cores that strangers may use, and how often a round is taken until they use less
+DISTURBED, TRIES = 0.1, 5  # cores that strangers may use, and how often a round is taken until they use less
 CORES = sorted(os.sched_getaffinity(0))
 SERVER, LOAD = CORES[0], CORES[-1]
 
@@ -127,7 +127,7 @@ def measure_all(peer: Peer, options: argparse.Namespace, *, all_cores: bool = Tr
     folder, reference = environment(peer, options.cache, options.python), Reference(options.clients)
     rows = []
     for door in peer.doors:
-        row: dict[str, Any] = {"peer": peer.name, "door": door.name, "version": version(peer, folder)}
+        row: dict[str, Any] = {"peer": peer.name, "door": door.name, "version": version(peer)}
         for kind, cores in {"one": [SERVER], **({"all": CORES} if all_cores else {})}.items():
             with exclusive(options.lock), running(peer, folder, cores, say) as server:
                 os.sched_setaffinity(0, {LOAD})
@@ -175,7 +175,7 @@ def main() -> None:
         latch[row["door"]].append(row["one"]["rate"])
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True).strip()  # noqa: S607
     run = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "commit": commit, "latch": latch, "failures": failures}
-    run |= {"clients": options.clients, "seconds": options.seconds, "arguments": sys.argv[1:]}
+    run |= {"clients": options.clients, "seconds": options.seconds, "peers": options.peers}
     results.update(run, rows)
     say(f"done in {time.monotonic() - begin:.0f} s")
 

@@ -1,6 +1,7 @@
 """A peer's environment and its server, from `pip install` to the last process gone."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 from peer import MODEL, Peer, Place, free_port
@@ -23,7 +25,8 @@ def environment(peer: Peer, cache: Path, python: str) -> Path:
     """The peer's virtual environment, made where it is missing or for other versions; Latch's is the one we run in."""
     if not peer.requirements:
         return Path(sys.prefix)
-    folder, wanted = cache / peer.package, "\n".join(peer.requirements)
+    package, wanted = re.split(r"[^\w-]", peer.requirements[0])[0], "\n".join(peer.requirements)
+    folder = cache / package
     done = folder / "requirements.txt"
     if not done.exists() or done.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -36,10 +39,9 @@ def environment(peer: Peer, cache: Path, python: str) -> Path:
     return folder
 
 
-def version(peer: Peer, environment: Path) -> str:
-    """The installed version of the peer's package."""
-    code = f"from importlib.metadata import version; print(version({peer.package!r}))"
-    return subprocess.check_output([environment / "bin" / "python", "-c", code], text=True).strip()  # noqa: S603
+def version(peer: Peer) -> str:
+    """The package and its version."""
+    return peer.requirements[0].replace("==", " ") if peer.requirements else f"latch {metadata.version('latch')}"
 
 
 class Server:
@@ -58,8 +60,12 @@ class Server:
 
     def seconds(self) -> float:
         """Processor time so far."""
-        stats = [(process / "stat").read_text().rpartition(")")[2].split() for process in self.processes()]
-        return sum(int(fields[11]) + int(fields[12]) for fields in stats) / TICK
+        ticks = 0
+        for process in self.processes():
+            with suppress(OSError):
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / TICK
 
 
 @contextmanager
@@ -68,15 +74,15 @@ def running(peer: Peer, environment: Path, cores: Sequence[int], say: Callable[[
     mark = str(uuid.uuid4())
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         place = Place(environment, Path(folder), free_port(), len(cores))
-        launch = peer.launch(place)
+        command, variables = peer.launch(place)
         ours = {"PEERS_MARK": mark, "PEERS_MODEL": MODEL, "OMP_NUM_THREADS": 1}
         ours["PATH"] = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
         log = place.folder / "server.log"
         with log.open("wb") as output:
             server = subprocess.Popen(  # noqa: S603 - our own commands
-                ["taskset", "--cpu-list", ",".join(map(str, cores)), *map(str, launch.command)],  # noqa: S607
+                ["taskset", "--cpu-list", ",".join(map(str, cores)), *map(str, command)],  # noqa: S607
                 cwd=folder,
-                env=os.environ | {name: str(value) for name, value in {**ours, **launch.variables}.items()},
+                env=os.environ | {name: str(value) for name, value in {**ours, **variables}.items()},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
