@@ -238,7 +238,7 @@ class Batcher:
                 elif not self._ready:
                     self._wake.clear()
                     continue
-                # Inline runs never wait for anything: let the doors write, and read what came meanwhile, before the next.
+                # Inline runs never wait for anything: let the doors write, and read what came, before the next.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
         finally:
