@@ -188,13 +188,13 @@ class Batcher:
         self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
     ) -> bool:
         """Takes requests of many sessions as one, each slot once. False, and nothing done, where they must go one by
-        one: a session is busy, idled out or at another step, or they are too many for a run.
+        one: a session is busy, idled out or at another step, or they are too many or too long for a run.
         """
         count, steps = block.inputs.shape[:2]
         if (
             self._closed
             or count > self._max_batch_size
-            or steps > self._max_run_steps
+            or self._cap(steps, count) < steps
             or self._depth + count > self._max_queue
             or not self._queues.keys().isdisjoint(slots)
             or not self._slab.are_next(slots, block.first_steps)

@@ -165,7 +165,11 @@ class Socket:
 
     async def _start(self) -> None:
         if self.single is not None:
-            await self.greet(self.single)
+            try:
+                await self.greet(self.single)
+            except Exception as error:  # noqa: BLE001 - deleted meanwhile, say: the socket ends and tells it
+                self.end(error)
+                return
         await self._catch_up()
 
     def _on_message(self, message: bytes | str) -> None:
