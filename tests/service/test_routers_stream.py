@@ -5,8 +5,10 @@ import gc
 import json
 import socket as std_socket
 import struct
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -373,3 +375,33 @@ def test_hundreds_of_sockets_and_http_at_once(server: Server) -> None:
             return await asyncio.gather(*sockets, *[over_http(client, session) for session in sessions[100:]])
 
     assert all(outputs == alone for outputs in asyncio.run(all_at_once()))
+
+
+def test_a_session_deleted_before_its_hello_ends_the_socket(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hello waits for what the session has queued; when that ends with the session, the client is told 4404."""
+    server = start()
+    session = server.create()
+    entered, go = threading.Event(), threading.Event()
+    runner = server.app.state.manager.engines.get("toy")._runner
+    run = runner.run
+
+    def hold(*arguments: Any) -> Any:
+        entered.set()
+        go.wait(20)
+        return run(*arguments)
+
+    monkeypatch.setattr(runner, "is_short", lambda rows, steps: False)
+    monkeypatch.setattr(runner, "run", hold)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(server.http.post, f"/v1/sessions/{session}/steps", json={"inputs": [ROW]})
+        assert entered.wait(20)
+        with server.socket(session) as socket:
+            assert server.http.delete(f"/v1/sessions/{session}").status_code == 204
+            assert json.loads(socket.recv(timeout=10))["code"] == "session_not_found"
+            with pytest.raises(ConnectionClosed):
+                socket.recv(timeout=10)
+            assert socket.close_code == 4404
+        go.set()
+        assert waiting.result(20).status_code == 404
