@@ -63,9 +63,9 @@ class Ticket(msgspec.Struct):
     action: Callable[[], Outcome] | None = None
 
     @property
-    def size(self) -> int:
-        """Bytes of inputs that wait."""
-        return 0
+    def counts(self) -> tuple[int, int]:
+        """Requests and bytes of inputs in the queue; what needs no run takes no room from what does."""
+        return 0, 0
 
     def settle(self, outcome: Outcome) -> None:
         """Answers, unless that was done or the caller has gone."""
@@ -90,8 +90,8 @@ class _Chunk(Ticket, kw_only=True):
     compute_seconds: float = 0.0
 
     @property
-    def size(self) -> int:
-        return len(self.request.data)
+    def counts(self) -> tuple[int, int]:
+        return 1, len(self.request.data)
 
 
 class BlockReply(NamedTuple):
@@ -162,6 +162,7 @@ class Batcher:
         self._queues: dict[Slot, list[Ticket]] = {}  # of busy slots; empty where a block has the slot and nobody waits
         self._ready: deque[Slot | _Block] = deque()  # work that is in no run, oldest first
         self._depth = self._bytes = 0
+        self._outside: deque[asyncio.Future[None]] = deque()
         self._wake = asyncio.Event()
         self._closed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
@@ -176,11 +177,7 @@ class Batcher:
             SessionNotFound: the slot was released.
         """
         queue = self._queues.get(slot)
-        if (
-            self._depth >= self._max_queue
-            or self._bytes >= self._max_queue_bytes
-            or (queue is not None and len(queue) >= self._max_session_queue)
-        ):
+        if self._is_full or (queue is not None and len(queue) >= self._max_session_queue):
             raise self._overloaded(queue or [])
         return self._enqueue(_Chunk(slot, answer, time.perf_counter(), request=request))
 
@@ -215,6 +212,26 @@ class Batcher:
         """
         return self._enqueue(Ticket(slot, answer, time.perf_counter(), action))
 
+    async def room(self, slot: Slot) -> None:
+        """Waits until another try is worth while for who met `Overloaded`: the slot's turn, or room for the model."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if len(self._queues.get(slot, ())) >= self._max_session_queue:
+            self.at_turn(slot, lambda: StepReply((), b"", 0, 0), lambda _: _open(future))
+        elif self._is_full:
+            self._outside.append(future)
+        else:
+            return
+        await future
+
+    @property
+    def _is_full(self) -> bool:
+        return self._depth >= self._max_queue or self._bytes >= self._max_queue_bytes
+
+    def _admit(self) -> None:
+        """Tells those who wait outside that there is room, as many as there is room for."""
+        for _ in range(min(len(self._outside), max(0, self._max_queue - self._depth))):
+            _open(self._outside.popleft())
+
     def is_busy(self, slot: Slot) -> bool:
         """Whether requests of this slot wait or run."""
         return slot in self._queues
@@ -237,13 +254,16 @@ class Batcher:
                     await self._serve_chunks(work)
                 elif not self._ready:
                     self._wake.clear()
-                    continue
+                if self._outside and not self._is_full:
+                    self._admit()
                 # Inline runs never wait for anything: let the doors write, and read what came, before the next.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
         finally:
             self._closed = True
             self._worker.shutdown(wait=False)
+            for future in self._outside:
+                _open(future)
             for waiting in self._ready:
                 if isinstance(waiting, _Block):
                     waiting.refuse(Draining("the service is stopping"))
@@ -269,8 +289,7 @@ class Batcher:
                 for i, slot in enumerate(work.slots):
                     chunk = _Chunk(slot, work.answers(i), work.submitted, request=work.block.request(i))
                     self._queues[slot].insert(0, chunk)
-                    self._depth += 1
-                    self._bytes += chunk.size
+                    self._count(chunk, 1)
                     if slot.row < 0:
                         chunk.settle(SessionNotFound("the session was deleted while this step ran"))
         except asyncio.CancelledError:
@@ -304,14 +323,17 @@ class Batcher:
             self._ready.append(slot)
         else:
             queue.append(ticket)
-        self._depth += 1
-        self._bytes += ticket.size
+        self._count(ticket, 1)
         self._wake.set()
         return ticket
 
+    def _count(self, ticket: Ticket, sign: int) -> None:
+        requests, size = ticket.counts
+        self._depth += sign * requests
+        self._bytes += sign * size
+
     def _drop(self, queue: list[Ticket]) -> None:
-        self._depth -= 1
-        self._bytes -= queue.pop(0).size
+        self._count(queue.pop(0), -1)
 
     def _collect(self) -> list[_Chunk] | _Block:
         """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
@@ -553,6 +575,11 @@ class Batcher:
             self._wake.set()
         else:
             del self._queues[slot]
+
+
+def _open(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _deliver(answer: Callable[[Any], Any], outcome: Any) -> None:

@@ -198,6 +198,10 @@ class SessionManager:
         reply = await _answered(partial(session.engine.batcher.at_turn, session, partial(_standing, session)))
         return reply.step
 
+    async def room(self, session: Session) -> None:
+        """Waits until another try is worth while for who met `Overloaded` with this session."""
+        await session.engine.batcher.room(session)
+
     async def reset(self, session: Session) -> None:
         """Returns the session to its initial state and to step 0, after what it has waiting."""
 

@@ -229,10 +229,10 @@ class Socket:
         return True
 
     async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
-        """Hands a request on; where a queue is full, only when the session has had its turn."""
+        """Hands a request on; where a queue is full, only when there is room."""
         while not self.submit_now(session, request, answer):
             await self.manager.find(session.id)  # raises what became of it
-            await self.manager.turn(session)
+            await self.manager.room(session)
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
         """Answers with an error, in the order of the session's replies where there is a session that lives."""

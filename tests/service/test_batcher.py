@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -496,3 +497,59 @@ async def test_waiting_computing_and_the_rest_are_the_whole_time(
     assert bench.value("overhead_seconds_sum") == whole - reply.compute_seconds
     assert bench.value("overhead_seconds_count") == bench.value("queue_seconds_count") == 1
     assert bench.value("steps_total") == 5
+
+
+async def test_who_waits_outside_a_full_queue_takes_no_room_in_it(metrics: Metrics) -> None:
+    """Many more callers than the queue has room for: each waits for room, all get through, and none spins."""
+    bench = Bench(metrics, max_queue=4, max_batch_size=2)
+    slots = [bench.acquire() for _ in range(30)]
+    tries = 0
+
+    async def call(slot: Slot) -> None:
+        nonlocal tries
+        for _ in range(5):
+            while True:
+                tries += 1
+                try:
+                    waiting = bench.step(slot, 1)
+                except Overloaded:
+                    await bench.batcher.room(slot)
+                else:
+                    await waiting
+                    break
+
+    async with serving(bench):
+        await asyncio.gather(*[call(slot) for slot in slots])
+    assert [bench.state(slot) for slot in slots] == [11111] * 30
+    assert tries < 30 * 5 * 10
+
+
+async def test_stopping_lets_in_who_waits_outside(metrics: Metrics) -> None:
+    """They try again and are told that the service is stopping."""
+    bench = Bench(metrics, max_queue=1)
+    slots = [bench.acquire() for _ in range(2)]
+    bench.step(slots[0], 1)
+    with pytest.raises(Overloaded):
+        bench.step(slots[1], 1)
+    outside = asyncio.ensure_future(bench.batcher.room(slots[1]))
+    await asyncio.sleep(0)
+    task = asyncio.create_task(bench.batcher.serve())
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await outside
+    with pytest.raises(Draining):
+        bench.step(slots[1], 1)
+
+
+async def test_waiting_inputs_are_bounded_in_bytes(metrics: Metrics) -> None:
+    """A few long chunks fill the queue as many short ones do; the message says which limit it was."""
+    bench = Bench(metrics, max_queue_bytes=80)
+    slots = [bench.acquire() for _ in range(3)]
+    waiting = [bench.step(slots[0], *[1.0] * 6), bench.step(slots[1], *[1.0] * 6)]
+    with pytest.raises(Overloaded, match="96 bytes"):
+        bench.step(slots[2], 1)
+    async with serving(bench):
+        await asyncio.gather(*waiting)
+        await bench.step(slots[2], 1)
