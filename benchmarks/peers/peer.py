@@ -58,7 +58,7 @@ class Peer:
         requirements: of its environment, pinned, its own package first; none for Latch, which is served from ours.
         launch: lays out files and says how to start.
         ready: the path that answers 200 when it is.
-        settle: seconds to wait after that.
+        settle, warm: seconds to wait after that, and of load before any counts.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Peer:
     ready: str
     doors: Sequence[Door]
     settle: float = 0.0
+    warm: float = 3.0
 
 
 def free_port() -> int:

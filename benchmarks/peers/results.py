@@ -10,7 +10,8 @@ from typing import Any
 
 from peer import HERE
 
-RIGHT, DISTURBED = 1e-6, 0.1
+RIGHT = 1e-6
+DISTURBED = 0.1  # cores that programs other than the load and the server may use
 Row = dict[str, Any]
 
 HEAD = """# Latch beside other servers
@@ -19,7 +20,7 @@ Written by `python benchmarks/peers/run.py`; [README.md](README.md) says how eac
 
 - **steps/s**: the server on one core, the load on the other; p50 and p99 in ms of the same rounds.
 - **all cores**: steps/s with the server allowed on both, one of which it shares with the load.
-- **~**: other programs used more than a tenth of a core in the best of five tries.
+- **~**: other programs used more than a tenth of a core, however often it was tried.
 - **Latch**: how many times the steps/s of the row Latch does through the same door, from its mean before and after the
   peers in the row's own run. Below 1 the peer is faster.
 - **outputs**: of all sessions, compared with a loop of ONNX Runtime: the first 20 steps, and the last of the load.

@@ -229,7 +229,14 @@ PEERS = {
         (Door(JSON, _ray_json, loads), *_sockets("/stream")),
         settle=5,  # its proxy is configured anew soon after the replica is ready, and drops connections then
     ),
-    "torchserve": Peer("TorchServe", TORCHSERVE_NEEDS, _torchserve, "/ping", (Door(JSON, _torchserve_json, loads),)),
+    "torchserve": Peer(
+        "TorchServe",
+        TORCHSERVE_NEEDS,
+        _torchserve,
+        "/ping",
+        (Door(JSON, _torchserve_json, loads),),
+        warm=15,  # the JVM compiles meanwhile
+    ),
     "bentoml": Peer("BentoML", BENTOML_NEEDS, _bentoml, "/readyz", BENTOML),
     "litserve": Peer(
         "LitServe",
