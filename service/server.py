@@ -13,8 +13,11 @@ from typing import Any
 import uvicorn
 from rich.console import Console
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
+from websockets.frames import Frame
 
 from service.errors import SettingsInvalid
+from service.routers.sockets import ABORT_SECONDS
 
 # Open requests get this long when the service stops: less than most orchestrators wait before they kill.
 STOP_SECONDS = 10
@@ -48,6 +51,22 @@ class _WebSocket(WebSocketsSansIOProtocol):
         except UnicodeDecodeError:
             self.conn.send_close(1007)
             self.handle_parser_exception()
+
+    def handle_ping(self) -> None:
+        pongs = self.conn.data_to_send()
+        if self.writable.is_set():  # who does not read gets no more of them: they would pile up
+            self.transport.write(b"".join(pongs))
+
+    def handle_close(self, event: Frame) -> None:
+        super().handle_close(event)
+        # A peer that says goodbye and does not read what is on its way must not keep the connection.
+        self.loop.call_later(ABORT_SECONDS, self.transport.abort)
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        except InvalidState:  # the peer was about to close
+            self.transport.abort()
 
     def write(self, message: bytes, *, text: bool) -> None:
         """Sends a message, whether the peer reads or not; to one that has left, nothing."""

@@ -22,7 +22,7 @@ from service.sessions import Session, SessionManager
 from service.wire import StepRequest, native
 
 JSON, BINARY = "latch.json", "latch.binary"
-# After a close that the peer does not read, its connection is dropped.
+# A connection that is closed and whose peer does not read is dropped after this long.
 ABORT_SECONDS = 5.0
 # Replies that are written together are one message up to this size: client libraries take a megabyte by default.
 MESSAGE_BYTES = 2**19
