@@ -145,7 +145,7 @@ async def test_a_bad_row_of_a_block_harms_no_other_row(
 ) -> None:
     """The block is taken apart: each request meets its own fate, and what waited behind it goes on from there."""
     bench = Bench(metrics)
-    bench.runner.poison = poison
+    bench.runner.poison, bench.runner.blind = poison, fate is InvalidInput
     slots = [bench.acquire() for _ in range(3)]
     async with serving(bench):
         block = bench.block(slots, rows, outputs=outputs)

@@ -76,6 +76,7 @@ class Client:
         self.task = asyncio.create_task(door.serve(scope, self._events.get, self._send))
 
     async def _send(self, event: Any) -> None:
+        await self.wire.writable.wait()
         if event["type"] == "websocket.close":
             self.closed = event
 
