@@ -19,6 +19,7 @@ import numpy as np
 from service.errors import (
     Draining,
     InferenceFailed,
+    Internal,
     InvalidInput,
     LatchError,
     Overloaded,
@@ -95,7 +96,7 @@ class _Chunk(Ticket, kw_only=True):
 
 
 class BlockReply(NamedTuple):
-    """What became of the requests of a block, one entry a session: packed rows, or why there are none."""
+    """What became of the requests of a block, one entry a session: packed rows, where the session was live."""
 
     first_steps: list[int]
     replies: list[bytes]
@@ -176,6 +177,8 @@ class Batcher:
             Draining: the service is stopping.
             SessionNotFound: the slot was released.
         """
+        if self._closed:
+            raise Draining("the service is stopping")
         queue = self._queues.get(slot)
         if self._is_full or (queue is not None and len(queue) >= self._max_session_queue):
             raise self._overloaded(queue or [])
@@ -213,7 +216,13 @@ class Batcher:
         return self._enqueue(Ticket(slot, answer, time.perf_counter(), action))
 
     async def room(self, slot: Slot) -> None:
-        """Waits until another try is worth while for who met `Overloaded`: the slot's turn, or room for the model."""
+        """Waits until another try is worth while for who met `Overloaded`: the slot's turn, or room for the model.
+
+        Raises:
+            Draining, SessionNotFound: as `submit`.
+        """
+        if self._closed:
+            raise Draining("the service is stopping")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if len(self._queues.get(slot, ())) >= self._max_session_queue:
             self.at_turn(slot, lambda: StepReply((), b"", 0, 0), lambda _: _open(future))
@@ -372,6 +381,9 @@ class Batcher:
             return ticket.action()  # type: ignore[misc]  # a ticket has a request or an action
         except LatchError as error:
             return error
+        except Exception:
+            log.exception("what a session had waiting could not be done")
+            return Internal("the service failed on this call; its log says why")
 
     def _begin(self, chunk: _Chunk) -> bool:
         """Consults the step table. True when the chunk needs a run, False when it is answered."""

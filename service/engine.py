@@ -5,6 +5,7 @@ together and knows no session ids.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +21,8 @@ from service.runtime import OrtRunner
 from service.slab import StateSlab
 from service.wire.native import NativeCodec
 from service.wire.rows import RowFormat
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Engine:
     def start(self) -> None:
         """Starts the batcher's task on the running loop."""
         self._task = asyncio.create_task(self.batcher.serve(), name=f"batcher {self.key.name}/{self.key.version}")
+        self._task.add_done_callback(_report)
 
     def stop(self) -> None:
         """Ends the task; whoever still waits is told that the service is stopping."""
@@ -96,6 +100,11 @@ class Engine:
         if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("the %s has ended: this model answers no more", task.get_name(), exc_info=task.exception())
 
 
 class Engines:

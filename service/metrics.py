@@ -122,9 +122,9 @@ class Metrics:
         self.run_steps = histogram("run_steps", "Steps of each session in a run", _POWERS)
         self.queue_seconds = histogram("queue_seconds", "From submit to the first run", _SECONDS)
         self.compute_seconds = histogram("compute_seconds", "One run inside the runtime", _SECONDS)
-        self.answer_seconds = histogram("answer_seconds", "After a run: commit, encode and send its answers", _SECONDS)
+        self.answer_seconds = histogram("answer_seconds", "After a run: commit and hand out its answers", _SECONDS)
         self.overhead_seconds = histogram(
-            "overhead_seconds", "From submit to the answer sent, without the runtime", _SECONDS
+            "overhead_seconds", "From submit to the answer, without the runtime", _SECONDS
         )
 
     def model(self, name: str, version: str, resident: Callable[[], int]) -> ModelMetrics:

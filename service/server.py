@@ -1,6 +1,6 @@
 """The HTTP and WebSocket server around the app: uvicorn, and the little that it does not do.
 
-Rule: the only module that knows uvicorn.
+Rule: how uvicorn is set up, and what it lacks, is here and nowhere else.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
     """
 
     on_message: Callable[[bytes | str], None] | None = None
+    on_full: Callable[[], None] | None = None
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
@@ -49,8 +50,17 @@ class _WebSocket(WebSocketsSansIOProtocol):
         try:
             self.on_message(data.decode())
         except UnicodeDecodeError:
-            self.conn.send_close(1007)
-            self.handle_parser_exception()
+            try:
+                self.conn.send_close(1007)
+            except InvalidState:  # the peer has closed in the same breath
+                self.transport.abort()
+            else:
+                self.handle_parser_exception()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.on_full is not None:
+            self.on_full()
 
     def handle_ping(self) -> None:
         pongs = self.conn.data_to_send()

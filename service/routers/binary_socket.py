@@ -10,7 +10,7 @@ from service.errors import InvalidInput, LatchError, Malformed, SessionNotFound
 from service.routers.sockets import BINARY, MESSAGE_BYTES, Socket
 from service.sessions import Session
 from service.slab import Slot
-from service.wire import StepReply, frames
+from service.wire import Block, StepReply, frames
 from service.wire.frames import Frame, Kind
 
 _TURN = 256  # frames of a message after which others have their turn: a million fit into one
@@ -97,11 +97,12 @@ class BinarySocket(Socket):
         if len(set(sessions)) < len(sessions) or not engine.batcher.submit_block(
             sessions,
             block,
-            partial(self._answer_block, numbers, block.inputs.shape[1]),
+            partial(self._answer_block, numbers, block),
             lambda i: partial(self._answer, numbers[i], int(block.first_steps[i])),
         ):
             return False
         self._owed += len(sessions)
+        self._takes(first.session, len(sessions) * block.inputs.shape[1], first.outputs)
         return True
 
     async def _take_frame(self, frame: Frame, channel: _Channel | None) -> None:
@@ -130,7 +131,8 @@ class BinarySocket(Socket):
         elif not self.ends(outcome):
             self.say(frames.notice(Kind.ERROR, number, outcome.to_dict(), first_step))
 
-    def _answer_block(self, numbers: list[int], steps: int, outcome: BlockReply) -> None:
+    def _answer_block(self, numbers: list[int], block: Block, outcome: BlockReply) -> None:
+        steps = block.inputs.shape[1]
         if all(outcome.live):
             at_once = max(1, MESSAGE_BYTES // (frames.HEADER.size + len(outcome.replies[0])))
             for start in range(0, len(numbers), at_once):
@@ -138,12 +140,9 @@ class BinarySocket(Socket):
                 firsts, replies = outcome.first_steps[part], outcome.replies[part]
                 self.say(frames.stepped_block(numbers[part], steps, firsts, replies), len(firsts))
             return
-        outputs = self._channels[numbers[0]].outputs if numbers[0] in self._channels else ()
-        for number, first, data, live in zip(numbers, *outcome, strict=True):
-            reply = StepReply(outputs, data, first, first + steps - 1)
-            self._answer(
-                number, first, reply if live else SessionNotFound("the session was deleted while this step ran")
-            )
+        gone = SessionNotFound("the session was deleted while this step ran")
+        for number, asked, first, data, live in zip(numbers, block.first_steps.tolist(), *outcome, strict=True):
+            self._answer(number, asked, StepReply(block.outputs, data, first, first + steps - 1) if live else gone)
 
     def hello(self, facts: dict[str, Any], channel: int) -> bytes:
         """See `Socket`."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 from starlette.types import Receive, Scope, Send
 
 from service.batcher import Answer
-from service.errors import LatchError, Overloaded, SlowReader
+from service.errors import LatchError, Overloaded, SessionNotFound, SlowReader
 from service.metrics import Metrics
 from service.sessions import Session, SessionManager
 from service.wire import StepRequest, native
@@ -36,7 +36,7 @@ class Shared:
         manager: has the sessions.
         metrics: counts what is refused.
         max_waiting, max_waiting_many: replies that a socket of one session, or of many, may owe.
-        max_unsent_bytes: of replies that the client does not read; then no more is read from it.
+        max_unsent_bytes: of replies that a socket may owe; then no more is read from it until all are sent.
         max_steps: steps that one request may carry.
         slow_reader: seconds.
     """
@@ -69,6 +69,7 @@ class Wire(Protocol):
     """What a socket needs of the server beside ASGI; see `service/server.py`."""
 
     on_message: Callable[[bytes | str], None] | None
+    on_full: Callable[[], None] | None
     writable: asyncio.Event
 
     def write(self, message: bytes, *, text: bool) -> None:
@@ -117,7 +118,8 @@ class Socket:
         self.single: Session | None = None
         self._max_owed = shared.max_waiting_many
         self._said: list[bytes] = []
-        self._owed = self._answered = self._said_bytes = 0
+        self._owed = self._answered = 0
+        self._taken_bytes = 0  # of replies to what was taken since nothing was owed
         self._room = asyncio.Event()
         self._backlog: deque[bytes | str] = deque()
         self._behind: asyncio.Task[None] | None = None
@@ -131,7 +133,7 @@ class Socket:
             self._max_owed = self.shared.max_waiting
         self._wire.pause()
         self._behind = asyncio.create_task(self._start())
-        self._wire.on_message = self._on_message
+        self._wire.on_message, self._wire.on_full = self._on_message, self._watch
         left = asyncio.create_task(self._left())
         try:
             await asyncio.wait((left, self._ended), return_when=asyncio.FIRST_COMPLETED)
@@ -141,7 +143,7 @@ class Socket:
             if self._ended.done():
                 raise self._ended.result()
         finally:
-            self._wire.on_message = _ignore
+            self._wire.on_message, self._wire.on_full = _ignore, None
             for task in (left, self._behind, self._draining):
                 if task is not None:
                     task.cancel()
@@ -202,7 +204,7 @@ class Socket:
             await self._room.wait()
 
     def _owes_too_much(self) -> bool:
-        return self._owed >= self._max_owed or self._said_bytes >= self.shared.max_unsent_bytes
+        return self._owed >= self._max_owed or self._taken_bytes >= self.shared.max_unsent_bytes
 
     async def greet(self, session: Session, channel: int = 0) -> None:
         """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
@@ -226,12 +228,18 @@ class Socket:
         except Overloaded:
             return False
         self._owed += 1
+        self._takes(session, request.steps, request.outputs)
         return True
+
+    def _takes(self, session: Session, steps: int, outputs: tuple[str, ...]) -> None:
+        """Counts what the replies will weigh. Nothing is taken off before all is answered: reading stops for that."""
+        self._taken_bytes += steps * session.engine.rows.output_bytes(outputs)
 
     async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
         """Hands a request on; where a queue is full, only when there is room."""
         while not self.submit_now(session, request, answer):
-            await self.manager.find(session.id)  # raises what became of it
+            if await self.manager.find(session.id) is not session:  # which raises where the id is gone
+                raise SessionNotFound("the session was deleted, and made anew: open it again")
             await self.manager.room(session)
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
@@ -246,22 +254,26 @@ class Socket:
         """Sends a message soon, with all others of the same run; it answers so many requests."""
         self._answered += answers
         self._said.append(message)
-        self._said_bytes += len(message)
         if len(self._said) == 1:
             self.shared.flush_later(self)
 
     def flush(self) -> None:
         """Writes what was said, or sees to it that it is written when the client has read some."""
         if not self._wire.writable.is_set():
-            if self._draining is None and not self._ended.done():
-                self._draining = asyncio.create_task(self._drain())
+            self._watch()
             return
         said, self._said = self._said, []
         for message in said if self.text else _joined(said):
             self._wire.write(message, text=self.text)
         self._owed -= self._answered
-        self._answered = self._said_bytes = 0
+        self._answered = 0
+        if not self._owed:
+            self._taken_bytes = 0
         self._room.set()
+
+    def _watch(self) -> None:
+        if self._draining is None and not self._ended.done():
+            self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         unsent = self._wire.unsent()

@@ -66,6 +66,8 @@ class StepDoor:
         if packed:
             request = self._packed_request(session, scope["query_string"], body)
         else:
+            if scope["query_string"]:
+                raise InvalidInput("a JSON step has `step` and `outputs` in its body, not in the query", path="query")
             request = session.engine.codec.decode_step(body)
         reply = await self._manager.step(session, request)
         headers = [

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -32,6 +32,7 @@ class _Step(msgspec.Struct, Generic[Values], forbid_unknown_fields=True):
 
 class _NamedStep(_Step[Values], Generic[Values], forbid_unknown_fields=True):
     session: str | None = None
+    type: Literal["step"] = "step"
 
 
 class _Predict(msgspec.Struct, Generic[Values], forbid_unknown_fields=True):

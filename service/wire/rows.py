@@ -59,6 +59,10 @@ class RowFormat:
                 )
         return tuple(dict.fromkeys(wanted))
 
+    def output_bytes(self, names: tuple[str, ...]) -> int:
+        """Bytes of one row of these outputs."""
+        return int(self._layout(names).itemsize)
+
     def batch(self, parts: Sequence[bytes | memoryview], steps: int) -> Array:
         """[B, T, *shape] from the T packed input rows of each of B sessions."""
         data = parts[0] if len(parts) == 1 else b"".join(parts)

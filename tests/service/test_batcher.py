@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from service.errors import Draining, InferenceFailed, InvalidInput, Overloaded, SessionNotFound, StepConflict
+from service.errors import Draining, InferenceFailed, Internal, InvalidInput, Overloaded, SessionNotFound, StepConflict
 from service.metrics import Metrics
 from service.slab import Slot
 from service.wire import StepReply, StepRequest
@@ -554,3 +554,34 @@ async def test_waiting_inputs_are_bounded_in_bytes(metrics: Metrics) -> None:
     async with serving(bench):
         await asyncio.gather(*waiting)
         await bench.step(slots[2], 1)
+
+
+async def test_after_the_stop_a_queue_that_was_full_says_so_no_more(metrics: Metrics) -> None:
+    """What is refused then is refused because the service stops; nobody is sent outside to wait."""
+    bench = Bench(metrics, max_queue=1)
+    slots = [bench.acquire() for _ in range(2)]
+    bench.step(slots[0], 1)
+    task = asyncio.create_task(bench.batcher.serve())
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    with pytest.raises(Draining):
+        bench.step(slots[1], 1)
+    with pytest.raises(Draining):
+        await bench.batcher.room(slots[1])
+
+
+async def test_an_action_that_breaks_harms_nobody_else(metrics: Metrics, caplog: pytest.LogCaptureFixture) -> None:
+    """Its caller gets an error, the log the traceback, and the loop lives."""
+    bench = Bench(metrics)
+    slot = bench.acquire()
+
+    def broken() -> StepReply:
+        raise ZeroDivisionError("a fault nobody foresaw")
+
+    async with serving(bench):
+        with pytest.raises(Internal):
+            await bench.ask(lambda answer: bench.batcher.at_turn(slot, broken, answer))
+        assert last(await bench.step(slot, 5)) == 5
+    assert "nobody foresaw" in caplog.text

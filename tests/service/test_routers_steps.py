@@ -214,3 +214,12 @@ async def test_fastapi_answers_as_the_front_door(inner: Any) -> None:
     front, back = await answers(inner), await answers(inner.app)
     assert [status for status, *_ in front] == [200, 200, 200, 200, 409, 422, 400, 415, 404]
     assert front == back
+
+
+def test_a_query_beside_json_is_refused(server: Server) -> None:
+    """A step number in the wrong place is not overlooked: the client would believe that its retries are harmless."""
+    session = server.create()
+    for query in ("?step=1", "?bogus=1"):
+        reply = server.http.post(f"/v1/sessions/{session}/steps{query}", json={"inputs": [[1, 2, 3]]})
+        assert (reply.status_code, reply.json()["path"]) == (422, "query")
+    assert server.http.get(f"/v1/sessions/{session}").json()["step"] == 0

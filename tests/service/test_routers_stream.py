@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from websockets.asyncio.client import connect
+from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed
+from websockets.protocol import State
 from websockets.sync.client import connect as connect_to
+from websockets.uri import parse_uri
 
 from tests.service import peer
 from tests.service.conftest import Server
@@ -405,3 +408,39 @@ def test_a_session_deleted_before_its_hello_ends_the_socket(
             assert socket.close_code == 4404
         go.set()
         assert waiting.result(20).status_code == 404
+
+
+def test_one_large_reply_that_nobody_reads_closes_with_4408(start: Callable[..., Server]) -> None:
+    """The watch begins with what was written, not only with what comes after it."""
+    server = start(slow_reader_ms=100, max_steps=100_000)
+    session = server.create()
+    with std_socket.socket() as raw:
+        raw.setsockopt(std_socket.SOL_SOCKET, std_socket.SO_RCVBUF, 4096)
+        host, port = server.url.removeprefix("http://").split(":")
+        raw.connect((host, int(port)))
+        client = ClientProtocol(parse_uri(server.url.replace("http", "ws") + f"/v1/sessions/{session}/stream"))
+        client.send_request(client.connect())
+        raw.sendall(b"".join(client.data_to_send()))
+        while client.state is not State.OPEN:
+            client.receive_data(raw.recv(4096))
+        client.send_text(json.dumps({"inputs": [[0.123456789] * 3] * 80_000, "outputs": ["y", "z", "h"]}).encode())
+        raw.sendall(b"".join(client.data_to_send()))
+        while 'latch_errors_total{code="slow_reader"} 1.0' not in server.http.get("/metrics").text:
+            pass
+
+
+def test_a_channel_of_a_session_that_was_made_anew_is_gone(server: Server) -> None:
+    """Deleted and created again under its channel: its steps are refused, and OPEN finds the new one."""
+    session = server.create()
+    url = server.url.replace("http", "ws") + "/v1/stream"
+    with connect_to(url, subprotocols=["latch.binary"]) as socket:
+        client = Peer(socket)
+        client.open(0, session)
+        server.http.delete(f"/v1/sessions/{session}")
+        server.http.put(f"/v1/sessions/{session}", json={"model": "toy"})
+        client.send(peer.step(0, np.zeros((1, 3), np.float32)))
+        assert client.next().document["code"] == "session_not_found"
+        assert server.http.get("/health/live").status_code == 200
+        assert client.open(0, session)["step"] == 0
+        client.send(peer.step(0, np.zeros((1, 3), np.float32)))
+        assert client.next().first == 1
