@@ -138,6 +138,7 @@ def measure_all(peer: Peer, options: argparse.Namespace, *, all_cores: bool = Tr
         for kind, cores in {"one": [SERVER], **({"all": CORES} if all_cores else {})}.items():
             tries: list[dict[str, float]] = []
             while len(tries) < TRIES and (not tries or tries[-1]["strangers"] > results.DISTURBED):
+                wait_for_quiet(options.patience)
                 with exclusive(options.lock), running(peer, folder, cores, say) as server:
                     os.sched_setaffinity(0, {LOAD})
                     try:
@@ -148,6 +149,15 @@ def measure_all(peer: Peer, options: argparse.Namespace, *, all_cores: bool = Tr
             row[kind] = best(tries, lambda one: (one["strangers"], one["rate"]))
         rows.append(row)
     return rows
+
+
+def wait_for_quiet(seconds: float) -> None:
+    """Returns when nobody disturbs, or after so long."""
+    end, used = time.monotonic() + seconds, float("inf")
+    while used > 2 * results.DISTURBED and time.monotonic() < end:
+        used = _used()
+        time.sleep(2)
+        used = _used() - used
 
 
 @contextmanager
@@ -167,6 +177,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="each with a session of its own; Triton's slots are 64")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "latch-peers", help="environments")
     parser.add_argument("--python", default="python3.11", help="makes the environments; Triton needs one of 3.11")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--lock", type=Path, help="a file to hold a lock on while a server runs")
     options = parser.parse_args()
     if unknown := set(options.peers) - set(PEERS):

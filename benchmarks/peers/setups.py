@@ -40,20 +40,17 @@ def _latch_json(x: np.ndarray) -> bytes:
     return dumps({"inputs": [x]})
 
 
-def _latch_frame(x: np.ndarray) -> bytes:
-    return struct.pack("<BBHIQ", 1, 0, 0, 1, 0) + x.tobytes()
-
-
 def _latch_reply(reply: bytes) -> np.ndarray:
     return loads(reply, "outputs", "y")
 
 
+FRAME = struct.pack("<BBHIQ", 1, 0, 0, 1, 0)  # STEP, on channel 0, one step, unnumbered
 _JSON_SOCKET, _BINARY_SOCKET = partial(_latch_socket, "latch.json"), partial(_latch_socket, "latch.binary")
 LATCH = (
     Door(JSON, lambda i, x, _: _latch_steps(i, _latch_json(x)), _latch_reply, _latch_session),
     Door(BINARY, lambda i, x, _: _latch_steps(i, x.tobytes(), OCTETS), floats, _latch_session),
     Door(SOCKET_JSON, lambda i, x, _: message(_latch_json(x)), _latch_reply, _JSON_SOCKET, greeted=True),
-    Door(SOCKET_BINARY, lambda i, x, _: message(_latch_frame(x), 2), floats, _BINARY_SOCKET, greeted=True),
+    Door(SOCKET_BINARY, lambda i, x, _: message(FRAME + x.tobytes(), 2), floats, _BINARY_SOCKET, greeted=True),
 )
 
 
@@ -126,10 +123,6 @@ def _ray(place: Place) -> Launch:
     return ["python", "server.py", "--port", place.port, "--cpus", place.cores], variables
 
 
-def _ray_json(session: int, x: np.ndarray, first: bool) -> bytes:
-    return http("POST", f"/sessions/{session}/step", dumps(x))
-
-
 def _sockets(path: str) -> tuple[Door, Door]:
     """A WebSocket that has a session for as long as it is open, and nothing but numbers in its messages."""
     return (
@@ -182,21 +175,9 @@ def _bentoml(place: Place) -> Launch:
     return ["bentoml", "serve", "service:Gru", "--host", "127.0.0.1", "--port", place.port], variables
 
 
-def _bentoml_json(session: int, x: np.ndarray, first: bool) -> bytes:
-    return http("POST", "/step", dumps({"steps": [{"session": str(session), "x": x}]}))
-
-
 def _litserve(place: Place) -> Launch:
     place.copy("litserve_server.py", "server.py")
     return ["python", "server.py", "--port", place.port], {}
-
-
-def _litserve_json(session: int, x: np.ndarray, first: bool) -> bytes:
-    return http("POST", "/predict", dumps({"session": str(session), "x": x}))
-
-
-def _litserve_reply(reply: bytes) -> np.ndarray:
-    return loads(reply, "y")
 
 
 def _mlserver(place: Place) -> Launch:
@@ -214,7 +195,19 @@ def _mlserver_json(session: int, x: np.ndarray, first: bool) -> bytes:
 
 
 BENTOML_NEEDS = ("bentoml==1.4.39", "fastapi==0.165.0", "websockets==17.4", *COMMON)
-BENTOML = (Door(JSON, _bentoml_json, loads), *_sockets("/ws/stream"))
+BENTOML = (
+    Door(JSON, lambda i, x, _: http("POST", "/step", dumps({"steps": [{"session": str(i), "x": x}]})), loads),
+    *_sockets("/ws/stream"),
+)
+
+RAY = (Door(JSON, lambda i, x, _: http("POST", f"/sessions/{i}/step", dumps(x)), loads), *_sockets("/stream"))
+LITSERVE = (
+    Door(
+        JSON,
+        lambda i, x, _: http("POST", "/predict", dumps({"session": str(i), "x": x})),
+        lambda reply: loads(reply, "y"),
+    ),
+)
 
 V2_READY = "/v2/models/gru/ready"
 PEERS = {
@@ -226,7 +219,7 @@ PEERS = {
         ("ray[serve]==2.60.0", *COMMON),
         _ray,
         "/ready",
-        (Door(JSON, _ray_json, loads), *_sockets("/stream")),
+        RAY,
         settle=5,  # its proxy is configured anew soon after the replica is ready, and drops connections then
     ),
     "torchserve": Peer(
@@ -238,13 +231,7 @@ PEERS = {
         warm=15,  # the JVM compiles meanwhile
     ),
     "bentoml": Peer("BentoML", BENTOML_NEEDS, _bentoml, "/readyz", BENTOML),
-    "litserve": Peer(
-        "LitServe",
-        ("litserve==0.2.19", *COMMON),
-        _litserve,
-        "/health",
-        (Door(JSON, _litserve_json, _litserve_reply),),
-    ),
+    "litserve": Peer("LitServe", ("litserve==0.2.19", *COMMON), _litserve, "/health", LITSERVE),
     "mlserver": Peer(
         "MLServer", ("mlserver==1.7.1", *COMMON), _mlserver, V2_READY, (Door(JSON, _mlserver_json, _v2_reply),)
     ),
