@@ -544,18 +544,6 @@ async def test_stopping_lets_in_who_waits_outside(metrics: Metrics) -> None:
         bench.step(slots[1], 1)
 
 
-async def test_waiting_inputs_are_bounded_in_bytes(metrics: Metrics) -> None:
-    """A few long chunks fill the queue as many short ones do; the message says which limit it was."""
-    bench = Bench(metrics, max_queue_bytes=80)
-    slots = [bench.acquire() for _ in range(3)]
-    waiting = [bench.step(slots[0], *[1.0] * 6), bench.step(slots[1], *[1.0] * 6)]
-    with pytest.raises(Overloaded, match="96 bytes"):
-        bench.step(slots[2], 1)
-    async with serving(bench):
-        await asyncio.gather(*waiting)
-        await bench.step(slots[2], 1)
-
-
 async def test_after_the_stop_a_queue_that_was_full_says_so_no_more(metrics: Metrics) -> None:
     """What is refused then is refused because the service stops; nobody is sent outside to wait."""
     bench = Bench(metrics, max_queue=1)

@@ -209,21 +209,24 @@ async def test_a_message_of_many_frames_holds_nobody_up(house: House, frame: byt
     assert house.at("b") == turns
 
 
-async def test_large_replies_that_nobody_reads_stop_the_reading(house: House) -> None:
-    """However few they are: bounded in bytes as well as in number, on top of what the transport holds."""
+@pytest.mark.parametrize("together", [True, False])
+async def test_large_replies_are_owed_in_bytes(house: House, together: bool) -> None:
+    """However few they are: no more is taken than replies of so many bytes, or one block over, until all are read."""
     house.shared.max_unsent_bytes, house.shared.max_waiting_many = 100_000, 1000
-    client = await house.many("a", "b")
+    names = ["a", "b", "c"]
+    client = await house.many(*names)
     client.wire.reads = False
-    client.send(*[peer.step(i % 2, np.repeat(ROW, 1000, axis=0)) for i in range(60)])
-    [socket] = Watched.alive
-    await client.until(lambda: socket._said_bytes >= 100_000)
+    frames = [peer.step(channel, np.repeat(ROW, 1000, axis=0)) for channel in range(3)]
+    for _ in range(20):
+        client.send(*([b"".join(frames)] if together else frames))
     await house.quiet()
+    [socket] = Watched.alive
     assert client.wire.paused
-    assert socket._said_bytes <= 100_000 + 9 * 16_016  # and what two sessions had queued
-    assert len(client.wire.sent) > 30
+    assert 7 <= len(replies(client)) + socket._owed <= 9  # each is 16,000 bytes
     client.read()
     await client.until(lambda: len(replies(client)) == 60)
-    assert (house.at("a"), house.at("b")) == (30_000, 30_000)
+    assert [house.at(name) for name in names] == [20_000] * 3
+    assert socket.most <= 9
 
 
 async def test_a_full_queue_of_a_session_stops_the_reading(house: House) -> None:

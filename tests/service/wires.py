@@ -20,6 +20,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.on_message: Callable[[bytes | str], None] | None = None
+        self.on_full: Callable[[], None] | None = None
         self.writable = asyncio.Event()
         self.writable.set()
         self.sent: deque[bytes | str] = deque()
@@ -35,6 +36,8 @@ class Wire:
             if not self.reads:
                 self.left += len(message)
                 self.writable.clear()
+                if self.on_full is not None:
+                    self.on_full()
 
     def pause(self) -> None:
         """Leaves messages where they are."""
