@@ -36,7 +36,7 @@ class Room:
         options = engine_options(load_settings(max_sessions=capacity))
         self.loop = asyncio.new_event_loop()
         self.engines = load_engines([files], {}, options, metrics)
-        store = open_store("memory://", max_expired_ids=0)
+        store = open_store("memory://", keep_steps=0, max_expired_ids=0)
         self.manager = SessionManager(self.engines, store, idle=IdleLimits(1e6, 1.0, 1e6), metrics=metrics)
         self.model = files.manifest.name
         self.bodies = [dumps({"inputs": row.tolist()}) for row in rolls(16)]

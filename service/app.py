@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> FrontDoor:
         ManifestInvalid: the model repository is not a folder. A single broken model is only reported, in readiness.
     """
     metrics = Metrics(_registry())
-    store = open_store(settings.store_url, max_expired_ids=settings.max_expired_ids)
+    store = open_store(settings.store_url, keep_steps=settings.keep_steps, max_expired_ids=settings.max_expired_ids)
     found = scan(settings.models)
     engines = load_engines(found.found, found.broken, engine_options(settings), metrics)
     for engine in engines:

@@ -154,6 +154,42 @@ class Overloaded(LatchError):
     retryable = True
 
 
+class StepNotKept(LatchError):
+    """No snapshot of that step is kept; `kept_steps` says of which there is one."""
+
+    code = "step_not_kept"
+    http_status = 409
+
+
+class SnapshotInvalid(LatchError):
+    """The bytes are not a whole snapshot: damaged, cut short, or of a format this version does not know."""
+
+    code = "snapshot_invalid"
+    http_status = 422
+
+
+class SnapshotMismatch(LatchError):
+    """A snapshot of another model, or of another version of it; both hashes are in the message."""
+
+    code = "snapshot_mismatch"
+    http_status = 409
+
+
+class SessionCorrupt(LatchError):
+    """What the store has of the session cannot be read; it is left as it is."""
+
+    code = "session_corrupt"
+    ws_close = 1011
+
+
+class StoreUnavailable(LatchError):
+    """The session store cannot be asked. What was not answered may or may not be applied: send it again, numbered."""
+
+    code = "store_unavailable"
+    http_status = 503
+    retryable = True
+
+
 class SlowReader(LatchError):
     """The client has not read its replies for too long; it connects again and goes on from the hello's step."""
 
@@ -176,6 +212,12 @@ class SettingsInvalid(LatchError):
     """A setting has a value, or a name, that the service does not know. Raised at start only."""
 
     code = "settings_invalid"
+
+
+class StoreInvalid(LatchError):
+    """What the store's URL leads to is not, or no longer, a store of this version. Raised at start only."""
+
+    code = "store_invalid"
 
 
 class ManifestInvalid(LatchError):

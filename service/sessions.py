@@ -18,7 +18,7 @@ from service.engine import Engine, Engines
 from service.errors import InvalidInput, LatchError, PayloadTooLarge, SessionExists, SessionExpired
 from service.metrics import Metrics
 from service.slab import Slot
-from service.stores import SessionStore
+from service.stores import Saved, SessionStore
 from service.wire import StepReply, StepRequest
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class SessionManager:
         session = Session(id=session_id, engine=engine, created_at=self._wall(), metadata=metadata or _NOTHING)
         engine.slab.acquire(session, ttl)
         try:
-            await self._store.create(session)
+            await self._store.create(session, b"", Saved(0, b""))
         except BaseException:
             engine.batcher.release(session)
             raise
@@ -297,7 +297,7 @@ class SessionManager:
     async def _expire(self, session: Session) -> None:
         self._forget(session)
         self._metrics.expired.labels(*session.engine.key).inc()
-        await self._store.expire(session.id)
+        await self._store.expire({session.id: b""})
 
     def _forget(self, session: Session) -> None:
         """Takes the session out of this process at once, before anything is awaited."""

@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     models: Path = Field(Path("models"), description="The model repository: <name>/<version>/{model.onnx, ...}")
     store_url: str = Field("memory://", description="Where sessions are kept; memory:// ends with the process")
+    keep_steps: int = Field(
+        0, ge=0, le=1_000, description="Answered requests of a session that it can be rolled back over"
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="Where models run: auto, cpu, cuda or cuda:N"
     )

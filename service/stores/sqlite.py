@@ -1,0 +1,337 @@
+"""`sqlite:///path`: sessions in a file beside the service, which survive its crash and that of the machine.
+
+Rule: one connection, one thread, one transaction a group commit. The write-ahead log makes a torn write at the end of
+the file one that never was; `synchronous=FULL` has the disk confirm each commit (`?synchronous=normal` leaves that to
+the system: a crash of the process still loses nothing, a power cut may lose the last commits).
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import orjson
+
+from service.errors import SessionExists, SettingsInvalid, StoreInvalid, StoreUnavailable
+from service.stores import Save, Saved, SessionRecord, Stored, missing
+
+_APPLICATION = 0x4C617463  # "Latc", in the header of the file
+_VERSION = 1
+_BUSY_SECONDS = 5.0
+_CHECKPOINT_PAGES = 4000
+_SWEEP_ROWS = 2000
+
+# The small columns stand first: who looks for what expired reads no snapshots.
+_SCHEMA = """
+CREATE TABLE sessions (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, expires_at REAL NOT NULL, idle_ttl REAL NOT NULL,
+    model TEXT NOT NULL, version TEXT NOT NULL, created_at REAL NOT NULL, metadata TEXT NOT NULL,
+    token BLOB NOT NULL, step INTEGER NOT NULL, snapshot BLOB NOT NULL
+) STRICT;
+CREATE TABLE earlier (
+    number INTEGER PRIMARY KEY, session TEXT NOT NULL, step INTEGER NOT NULL, snapshot BLOB NOT NULL
+) STRICT;
+CREATE INDEX earlier_of ON earlier (session, number);
+CREATE TABLE expired (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT;
+"""
+_COLUMNS = "id, model, version, idle_ttl, created_at, metadata, token, step, expires_at"
+
+T = TypeVar("T")
+
+
+class SqliteStore:
+    """The store in one file; see `stores.SessionStore` for what its calls do.
+
+    Args:
+        url: sqlite:///relative/path or sqlite:////absolute/path, with `?synchronous=full` or `normal`.
+        keep_steps, max_expired_ids: as `open_store`.
+        wall: seconds since the epoch, asked once: from then on time is what has passed, so that a clock that is set
+            anew expires nobody.
+    """
+
+    is_durable = True
+
+    def __init__(
+        self, url: str, *, keep_steps: int, max_expired_ids: int, wall: Callable[[], float] = time.time
+    ) -> None:
+        parts = urlsplit(url)
+        options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        synchronous = options.pop("synchronous", "full")
+        if parts.netloc or len(parts.path) < 2 or options or synchronous not in ("full", "normal"):
+            raise SettingsInvalid(
+                f"store {url!r}: the address is sqlite:///relative/path or sqlite:////absolute/path, "
+                "with ?synchronous=full or normal"
+            )
+        self._path = Path(unquote(parts.path[1:]))
+        self._keep_steps = keep_steps
+        self._max_expired_ids = max_expired_ids
+        self._epoch = wall() - time.monotonic()
+        self._swept = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self._db = self._open(synchronous)
+
+    def _open(self, synchronous: str) -> sqlite3.Connection:
+        where = f"session store {self._path}"
+        if not self._path.parent.is_dir():
+            raise StoreUnavailable(f"{where}: {self._path.parent} is not a folder; make it, or set LATCH_STORE_URL")
+        try:
+            db = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"{where} cannot be opened: {error}; may this user write there?") from error
+        try:
+            self._prepare(db, synchronous, where)
+        except sqlite3.Error as error:
+            db.close()
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
+                raise StoreInvalid(f"{where} is not an SQLite file; it was left as it is") from error
+            raise StoreUnavailable(
+                f"{where} cannot be used: {error}; it needs a folder that this user may write to, with room on it"
+            ) from error
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    @staticmethod
+    def _prepare(db: sqlite3.Connection, synchronous: str, where: str) -> None:
+        (application,), (version,) = (db.execute(f"PRAGMA {name}").fetchone() for name in _MARKS)
+        if (application, version) == (0, 0) and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            db.execute("PRAGMA journal_mode = WAL")
+            db.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {_APPLICATION};"
+                f"PRAGMA user_version = {_VERSION}; COMMIT;"
+            )
+        elif application != _APPLICATION:
+            raise StoreInvalid(f"{where} is a database of something else; it was left as it is: name another file")
+        elif version > _VERSION:
+            raise StoreInvalid(
+                f"{where} has format {version}, this version of Latch knows up to {_VERSION}: run the newer one, "
+                "or name another file; it was left as it is"
+            )
+        db.execute(f"PRAGMA synchronous = {synchronous}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        with _transaction(db):  # proves that it can be written to
+            pass
+
+    @property
+    def _now(self) -> float:
+        return self._epoch + time.monotonic()
+
+    async def create(self, record: SessionRecord, token: bytes, saved: Saved) -> None:
+        """Adds a session."""
+
+        def create(db: sqlite3.Connection) -> None:
+            now = self._now
+            with _transaction(db):
+                found = db.execute("SELECT token, expires_at FROM sessions WHERE id = ?", (record.id,)).fetchone()
+                if found and found[1] > now:
+                    if found[0] == token:
+                        return
+                    raise SessionExists(f"session {record.id!r} exists already")
+                self._forget(db, record.id)
+                db.execute(
+                    f"INSERT INTO sessions ({_COLUMNS}, snapshot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                    (
+                        record.id,
+                        record.model,
+                        record.version,
+                        record.idle_ttl,
+                        record.created_at,
+                        orjson.dumps(dict(record.metadata)).decode(),
+                        token,
+                        saved.step,
+                        now + record.idle_ttl,
+                        saved.snapshot,
+                    ),
+                )
+
+        await self._call(create)
+
+    async def load(self, session: str) -> Stored:
+        """The session with its snapshot."""
+
+        def load(db: sqlite3.Connection) -> Stored:
+            row = db.execute(f"SELECT {_COLUMNS}, snapshot FROM sessions WHERE id = ?", (session,)).fetchone()  # noqa: S608
+            if row is None:
+                expired = db.execute("SELECT 1 FROM expired WHERE id = ?", (session,)).fetchone()
+                raise missing(session, expired=expired is not None)
+            stored = self._stored(row[:-1], row[-1])
+            if stored.time_left <= 0:
+                raise missing(session, expired=True)
+            return stored
+
+        return await self._call(load)
+
+    async def earlier(self, session: str) -> Sequence[Saved]:
+        """Up to `keep_steps` saves before the last one, oldest first."""
+
+        def earlier(db: sqlite3.Connection) -> list[Saved]:
+            rows = db.execute("SELECT step, snapshot FROM earlier WHERE session = ? ORDER BY number", (session,))
+            return [Saved(*row) for row in rows]
+
+        return await self._call(earlier)
+
+    async def save(self, saves: Sequence[Save]) -> Sequence[bool]:
+        """Writes all in one transaction, and says for each whether it was saved."""
+
+        def save(db: sqlite3.Connection) -> Sequence[bool]:
+            now = self._now
+            with _transaction(db):
+                if self._keep_steps or any(each.earlier is not None for each in saves):
+                    self._keep_earlier(db, saves)
+                done = db.executemany(
+                    "UPDATE sessions SET token = ?, step = ?, snapshot = ?, expires_at = ? + idle_ttl "
+                    "WHERE id = ? AND token = ?",
+                    [(each.token, *each.saved, now, each.id, each.expected) for each in saves],
+                ).rowcount
+                if done == len(saves):
+                    return [True] * done
+                tokens = "SELECT token FROM sessions WHERE id = ?"
+                return [db.execute(tokens, (each.id,)).fetchone() == (each.token,) for each in saves]
+
+        return await self._call(save)
+
+    def _keep_earlier(self, db: sqlite3.Connection, saves: Sequence[Save]) -> None:
+        """What these saves, those of them that will be done, make of the earlier ones."""
+        owned = "(SELECT id FROM sessions WHERE id = ? AND token = ?)"
+        kept = [(each.id, each.expected) for each in saves if each.earlier is None]
+        if kept and self._keep_steps:
+            db.executemany(
+                "INSERT INTO earlier (session, step, snapshot) "
+                "SELECT id, step, snapshot FROM sessions WHERE id = ? AND token = ?",
+                kept,
+            )
+            db.executemany(
+                f"DELETE FROM earlier WHERE session = {owned} AND number <= "  # noqa: S608
+                f"(SELECT number FROM earlier WHERE session = ? ORDER BY number DESC LIMIT 1 OFFSET {self._keep_steps})",
+                [(*each, each[0]) for each in kept],
+            )
+        db.executemany(
+            f"DELETE FROM earlier WHERE session = {owned} AND number >= "  # noqa: S608
+            "(SELECT number FROM earlier WHERE session = ? ORDER BY number LIMIT 1 OFFSET ?)",
+            [(each.id, each.expected, each.id, each.earlier) for each in saves if each.earlier is not None],
+        )
+
+    async def delete(self, session: str) -> None:
+        """Forgets a session."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            with _transaction(db):
+                self._forget(db, session)
+
+        await self._call(delete)
+
+    async def expire(self, tokens: Mapping[str, bytes]) -> int:
+        """Ends sessions that idled out, unless somebody saved them since."""
+
+        def expire(db: sqlite3.Connection) -> int:
+            with _transaction(db):
+                owned = "SELECT 1 FROM sessions WHERE id = ? AND token = ?"
+                ended = [session for session, token in tokens.items() if db.execute(owned, (session, token)).fetchone()]
+                self._end(db, ended)
+                return len(ended)
+
+        return await self._call(expire)
+
+    async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored]:
+        """Live sessions in order of id."""
+
+        def page(db: sqlite3.Connection) -> list[Stored]:
+            rows = db.execute(
+                f"SELECT {_COLUMNS} FROM sessions WHERE id > ? AND expires_at > ? AND (? IS NULL OR model = ?) "  # noqa: S608
+                "ORDER BY id LIMIT ?",
+                (after, self._now, model, model, limit),
+            )
+            return [self._stored(row, b"") for row in rows]
+
+        return await self._call(page)
+
+    async def sweep(self) -> None:
+        """Looks through the next part of the file for what expired, and forgets the oldest of that."""
+
+        def sweep(db: sqlite3.Connection) -> None:
+            rows = db.execute(
+                "SELECT number, id, expires_at FROM sessions WHERE number > ? ORDER BY number LIMIT ?",
+                (self._swept, _SWEEP_ROWS),
+            ).fetchall()
+            self._swept = rows[-1][0] if len(rows) == _SWEEP_ROWS else 0
+            now = self._now
+            if ended := [session for _, session, expires_at in rows if expires_at <= now]:
+                with _transaction(db):
+                    self._end(db, ended)
+
+        await self._call(sweep)
+
+    async def ping(self) -> None:
+        """Takes the right to write, and gives it back."""
+
+        def ping(db: sqlite3.Connection) -> None:
+            with _transaction(db):
+                pass
+
+        await self._call(ping)
+
+    async def close(self) -> None:
+        """Closes the file, once what was asked is done."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
+        self._thread.shutdown()
+
+    async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def call() -> T:
+            try:
+                return work(self._db)
+            except sqlite3.Error as error:
+                raise StoreUnavailable(
+                    f"the session store {self._path} failed: {error}; send the call again, or see what the disk says"
+                ) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _stored(self, row: tuple[Any, ...], snapshot: bytes) -> Stored:
+        session, model, version, idle_ttl, created_at, metadata, token, step, expires_at = row
+        return Stored(
+            id=session,
+            model=model,
+            version=version,
+            idle_ttl=idle_ttl,
+            created_at=created_at,
+            metadata=orjson.loads(metadata),
+            token=token,
+            saved=Saved(step, snapshot),
+            time_left=expires_at - self._now,
+        )
+
+    @staticmethod
+    def _forget(db: sqlite3.Connection, session: str) -> None:
+        for table, column in (("sessions", "id"), ("earlier", "session"), ("expired", "id")):
+            db.execute(f"DELETE FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
+
+    def _end(self, db: sqlite3.Connection, sessions: Sequence[str]) -> None:
+        for session in sessions:
+            self._forget(db, session)
+            db.execute("INSERT INTO expired (id) VALUES (?)", (session,))
+        db.execute(
+            "DELETE FROM expired WHERE number <= (SELECT number FROM expired ORDER BY number DESC LIMIT 1 OFFSET ?)",
+            (self._max_expired_ids,),
+        )
+
+
+_MARKS = ("application_id", "user_version")
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Writes all of it or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # a full disk has ended it already
+            db.execute("ROLLBACK")
+        raise
