@@ -208,8 +208,8 @@ class SqliteStore:
             )
             db.executemany(
                 f"DELETE FROM earlier WHERE session = {owned} AND number <= "  # noqa: S608
-                f"(SELECT number FROM earlier WHERE session = ? ORDER BY number DESC LIMIT 1 OFFSET {self._keep_steps})",
-                [(*each, each[0]) for each in kept],
+                "(SELECT number FROM earlier WHERE session = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                [(*each, each[0], self._keep_steps) for each in kept],
             )
         db.executemany(
             f"DELETE FROM earlier WHERE session = {owned} AND number >= "  # noqa: S608

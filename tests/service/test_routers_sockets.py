@@ -136,7 +136,7 @@ async def house(repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPa
     limits = IdleLimits(60.0, 1.0, 100.0)
     for engine in engines:
         engine.start()
-    yield House(SessionManager(engines, MemoryStore(max_expired_ids=10), idle=limits, metrics=metrics), metrics)
+    yield House(SessionManager(engines, MemoryStore(keep_steps=0, max_expired_ids=10), idle=limits, metrics=metrics), metrics)
     for engine in engines:
         await engine.close()
 

@@ -56,7 +56,7 @@ async def manager(repository: Path, metrics: Metrics, clock: Clock) -> AsyncIter
         engine.start()
     yield SessionManager(
         engines,
-        MemoryStore(max_expired_ids=10),
+        MemoryStore(keep_steps=0, max_expired_ids=10),
         idle=IdleLimits(60.0, 10.0, 100.0),
         metrics=metrics,
         wall=clock,
