@@ -28,7 +28,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     models: Path = Field(Path("models"), description="The model repository: <name>/<version>/{model.onnx, ...}")
-    store_url: str = Field("memory://", description="Where sessions are kept; memory:// ends with the process")
+    store_url: str = Field(
+        "memory://",
+        description="Where sessions are kept: memory:// (ends with the process), sqlite:///path, redis://host, "
+        "rediss://host, redis+cluster://host,host",
+    )
     keep_steps: int = Field(
         0, ge=0, le=1_000, description="Answered requests of a session that it can be rolled back over"
     )

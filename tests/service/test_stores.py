@@ -1,6 +1,6 @@
 """The contract of a store, the same tests for every back end."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,16 +8,37 @@ import pytest
 
 from service.errors import SessionExists, SessionExpired, SessionNotFound, SettingsInvalid
 from service.stores import Save, Saved, SessionStore, open_store
+from tests.service.servers import RedisServer, cluster, cluster_url, running
 
 pytestmark = pytest.mark.anyio
 
 KEEP = 3
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(scope="module")
+def redis_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
+    """One server."""
+    with running(tmp_path_factory.mktemp("redis")) as server:
+        yield [server]
+
+
+@pytest.fixture(scope="module")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
+    """A cluster of three."""
+    with cluster(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SessionStore]:
     """An empty store of each kind, that keeps 3 earlier saves and 3 expired ids."""
     urls = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path}/sessions.db"}
+    if request.param in ("redis", "cluster"):
+        is_cluster = request.param == "cluster"
+        servers = request.getfixturevalue("redis_cluster" if is_cluster else "redis_servers")
+        for server in servers:
+            server("FLUSHALL")
+        urls[request.param] = cluster_url(servers) if is_cluster else servers[0].url
     opened = open_store(urls[request.param], keep_steps=KEEP, max_expired_ids=3)
     yield opened
     await opened.close()

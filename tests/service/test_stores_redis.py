@@ -1,0 +1,313 @@
+"""Redis on its bad days, and on a cluster; what every store does is in `test_stores.py`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.errors import SessionExpired, SessionNotFound, SettingsInvalid, StoreInvalid, StoreUnavailable
+from service.stores import Save, SessionStore, open_store, redis_scripts
+from tests.service.servers import RedisServer, cluster, cluster_url, free_port, is_whole, running, until
+from tests.service.test_stores import Record, made, saved, token
+
+pytestmark = pytest.mark.anyio
+
+SHORT = "?timeout_ms=400"
+PATIENT = "?timeout_ms=20000"
+
+
+def opened(url: str, keep_steps: int = 0) -> SessionStore:
+    """A store to close."""
+    return open_store(url, keep_steps=keep_steps, max_expired_ids=0)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
+    """A cluster of three."""
+    with cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, which writes every command to the disk before it answers."""
+    options = {"appendonly": "yes", "appendfsync": "always", "repl_diskless_sync_delay": "0"}
+    with running(tmp_path / "redis", **options) as one:
+        yield one
+
+
+@pytest.fixture
+async def store(server: RedisServer) -> AsyncIterator[SessionStore]:
+    """An empty store in it."""
+    store = opened(server.url + PATIENT)
+    yield store
+    await store.close()
+
+
+def follows(server: RedisServer) -> bool:
+    """Whether a replica of the server has all, and has said so."""
+    info = server("INFO", "replication")
+    return bool(info.get("slave0", {}).get("offset") == info["master_repl_offset"])
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://", "no host"),
+        ("redis://:secret@host:port", "address is"),
+        ("redis://host/db", "address is"),
+        ("redis://host?timeout_ms=0", "not in 1 to 600000"),
+        ("redis://host?timeout_ms=soon", "soon"),
+        ("redis://host?replicas=10", "not in 0 to 9"),
+        ("redis://host?socket_timeout=3", "unknown option 'socket_timeout'"),
+        ("redis://host?ca=file", "unknown option 'ca'"),
+        ("redis://one,two", "one server one name"),
+        ("redis+cluster://host/1", "no databases"),
+    ],
+)
+def test_a_wrong_address_is_refused(url: str, message: str) -> None:
+    """The error says what is wrong and how an address looks, and has no password."""
+    with pytest.raises(SettingsInvalid, match=message) as refused:
+        opened(url)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+def test_an_unreachable_store_is_named(scheme: str) -> None:
+    """With its address and what to do, but not with its password."""
+    port = free_port()
+    with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{port} cannot be reached.*LATCH_STORE_URL") as refused:
+        opened(f"{scheme}://someone:secret@127.0.0.1:{port}{SHORT}")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("login", ["", ":wrong@", "nobody:wrong@"])
+def test_a_wrong_password_is_told(tmp_path: Path, login: str) -> None:
+    """Whether none is given, or the wrong one, or of an unknown user."""
+    with running(tmp_path, requirepass="right") as server:
+        with pytest.raises(StoreUnavailable, match=r"refuses the user or the password.*user:password@host") as refused:
+            opened(server.url.replace("//", f"//{login}"))
+        assert "wrong" not in str(refused.value).replace("WRONGPASS", "")
+
+
+async def test_the_right_password_is_used(tmp_path: Path) -> None:
+    """It may have any character, percent-encoded."""
+    with running(tmp_path, requirepass="p@ss/w:rd") as server:
+        store = opened(server.url.replace("//", "//:p%40ss%2Fw%3Ard@"))
+        await store.ping()
+        await store.close()
+
+
+@pytest.mark.parametrize(("format_", "message"), [("2", "has format 2.*knows up to 1"), ("mine", "not Latch's")])
+def test_what_is_newer_or_of_somebody_else_is_left_as_it_is(server: RedisServer, format_: str, message: str) -> None:
+    """A store of a newer version, or a key of our name with something else in it, is refused and not changed."""
+    server("SET", redis_scripts.FORMAT_KEY, format_)
+    with pytest.raises(StoreInvalid, match=message):
+        opened(server.url)
+    assert server("GET", redis_scripts.FORMAT_KEY) == format_
+    assert server("DBSIZE") == 1
+
+
+def test_one_server_and_a_cluster_are_told_apart(server: RedisServer, servers: list[RedisServer]) -> None:
+    """Whoever names the one as the other is told which it is."""
+    with pytest.raises(StoreUnavailable, match="is no cluster: name it redis://"):
+        opened(server.url.replace("redis", "redis+cluster") + SHORT)
+    for node in servers:
+        with pytest.raises(StoreUnavailable, match=r"belongs to a cluster: name it redis\+cluster://"):
+            opened(node.url + SHORT)
+
+
+async def test_a_killed_server_loses_nothing_that_was_saved(server: RedisServer, store: SessionStore) -> None:
+    """With every command on its disk it comes back as it was, and the store finds it again by itself."""
+    await made(store, "a", "b")
+    assert await store.save([Save("a", token(1), token(2), saved(1))]) == [True]
+    server.kill()
+    restarted = asyncio.create_task(asyncio.to_thread(server.start))
+    assert await store.save([Save("b", token(1), token(2), saved(2))]) == [True]
+    await restarted
+    assert [(await store.load(each)).saved.step for each in "ab"] == [1, 2]
+    assert await store.save([Save("a", token(1), token(9), saved(9))]) == [False]
+
+
+async def test_while_the_server_is_down_calls_fail_in_time(server: RedisServer) -> None:
+    """With an error that may be retried, and it does not stay."""
+    store = opened(server.url + SHORT)
+    await made(store, "a")
+    server.kill()
+    save = Save("a", token(1), token(2), saved(1))
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"cannot be reached") as refused:
+            await store.save([save])
+        assert refused.value.retryable
+    with pytest.raises(StoreUnavailable):
+        await store.ping()
+    server.start()
+    assert await store.save([save]) == [True]
+    await store.close()
+
+
+async def test_a_server_that_says_nothing_is_given_up(server: RedisServer) -> None:
+    """It has the connection and does not answer; afterwards the same save counts, whether it was done then or not."""
+    store = opened(server.url + SHORT)
+    await made(store, "a")
+    save = Save("a", token(1), token(2), saved(1))
+    server.pause()
+    with pytest.raises(StoreUnavailable, match="did not answer in time"):
+        await store.save([save])
+    server.resume()
+    assert await store.save([save]) == [True]
+    assert (await store.load("a")).saved == saved(1)
+    await store.close()
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again(server: RedisServer, store: SessionStore) -> None:
+    """Each call works after SCRIPT FLUSH, and is done once."""
+    await made(store, "a", "b")
+    server("SCRIPT", "FLUSH")
+    assert await store.save([Save("a", token(1), token(2), saved(1))]) == [True]
+    server("SCRIPT", "FLUSH")
+    assert await store.expire({"a": token(2), "b": token(1)}) == 2
+    server("SCRIPT", "FLUSH")
+    assert not await store.page(None, "", 9)
+
+
+async def test_a_server_without_memory_refuses_what_is_new(server: RedisServer, store: SessionStore) -> None:
+    """A save fails as a whole and the ping says so; what is there can be read, deleted and ended."""
+    await made(store, "a", "b", "c")
+    server("CONFIG", "SET", "maxmemory", "1")
+    save = Save("a", token(1), token(2), saved(1))
+    for call in (store.save([save]), store.ping(), store.create(Record("d"), token(1), saved(0))):
+        with pytest.raises(StoreUnavailable, match="out of memory: raise its maxmemory"):
+            await call
+    with pytest.raises(StoreUnavailable, match="out of memory"):
+        opened(server.url)
+    assert (await store.load("a")).saved == saved(0)
+    await store.delete("b")
+    assert await store.expire({"c": token(1)}) == 1
+    await store.sweep()
+    assert [each.id for each in await store.page(None, "", 9)] == ["a"]
+    server("CONFIG", "SET", "maxmemory", "0")
+    assert await store.save([save]) == [True]
+
+
+async def test_a_read_only_replica_is_refused(server: RedisServer, tmp_path: Path) -> None:
+    """At the start and later, when the primary becomes one; it goes on when it is primary again."""
+    store = opened(server.url + SHORT)
+    await made(store, "a")
+    with running(tmp_path / "other") as other:
+        server("REPLICAOF", "127.0.0.1", str(other.port))
+        with pytest.raises(StoreUnavailable, match="read-only replica: name the primary"):
+            await store.save([Save("a", token(1), token(2), saved(1))])
+        with pytest.raises(StoreUnavailable, match="read-only replica"):
+            opened(server.url + SHORT)
+        server("REPLICAOF", "NO", "ONE")
+    await made(store, "b")
+    await store.close()
+
+
+async def test_replicas_confirm_before_a_save_counts(server: RedisServer, tmp_path: Path) -> None:
+    """With ?replicas=1 an answer means that a replica has it too; without a replica there is none."""
+    with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
+        opened(server.url + SHORT + "&replicas=1")
+    with running(tmp_path / "replica", replicaof=f"127.0.0.1 {server.port}") as replica:
+        until(lambda: follows(server))
+        store = opened(server.url + "?timeout_ms=2000&replicas=1")
+        await made(store, "a")
+        save = Save("a", token(1), token(2), saved(1))
+        replica.pause()
+        for _ in range(2):  # a save that is done already is no more confirmed than before
+            with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
+                await store.save([save])
+        replica.resume()
+        assert await store.save([save]) == [True]
+        server.kill()
+        replica("REPLICAOF", "NO", "ONE")
+        heir = opened(replica.url)
+        assert (await heir.load("a")).token == token(2)
+        await heir.close()
+        await store.close()
+
+
+async def test_sessions_spread_over_a_cluster(servers: list[RedisServer]) -> None:
+    """Every node has a fair part of them, and one call saves them all."""
+    store = opened(cluster_url(servers), keep_steps=2)
+    names = [f"s{i:03}" for i in range(300)]
+    await made(store, *names)
+    assert all(await store.save([Save(each, token(1), token(2), saved(i)) for i, each in enumerate(names)]))
+    assert [each.saved.step for each in await store.page(None, "", 999)] == list(range(300))
+    assert await store.earlier("s007") == [saved(0)]
+    parts = [len(server("KEYS", "latch:*}:*")) for server in servers]
+    assert sum(parts) == 300
+    assert min(parts) > 50
+    await store.close()
+
+
+async def test_a_node_of_a_cluster_that_is_down_stops_its_sessions_only(tmp_path: Path) -> None:
+    """The others go on if the cluster is told to; when it is back, all do, with nothing lost."""
+    options = {"cluster_require_full_coverage": "no", "cluster_node_timeout": "1000"}
+    with cluster(tmp_path, appendonly="yes", appendfsync="always", **options) as nodes:
+        store = opened(cluster_url(nodes) + SHORT)
+        names = [f"s{i}" for i in range(30)]
+        await made(store, *names)
+        nodes[1].kill()
+        saves = [Save(each, token(1), token(2), saved(1)) for each in names]
+        fates = await asyncio.gather(*(store.save([save]) for save in saves), return_exceptions=True)
+        assert {type(fate) for fate in fates} == {list, StoreUnavailable}
+        nodes[1].start()
+        until(lambda: all(is_whole(node, 3) for node in nodes))
+        assert all(await store.save(saves))
+        await store.close()
+
+
+async def test_time_is_that_of_the_server(server: RedisServer, store: SessionStore) -> None:
+    """A session expires by it, its id is known for a while, and a save by its owner brings it back."""
+    await store.create(Record("a", idle_ttl=0.05), token(1), saved(0))
+    await store.create(Record("b", idle_ttl=60.0), token(1), saved(0))
+    assert 59 < (await store.load("b")).time_left <= 60
+    expires_at = int(server("HGET", redis_scripts.session_key("a"), "expires_at"))
+    until(lambda: server("TIME")[0] * 1000 > expires_at)
+    with pytest.raises(SessionExpired):
+        await store.load("a")
+    assert [each.id for each in await store.page(None, "", 9)] == ["b"]
+    remembered = server("PTTL", redis_scripts.session_key("a"))
+    assert redis_scripts.REMEMBERED - 60_000 < remembered <= redis_scripts.REMEMBERED
+    assert await store.save([Save("a", token(1), token(2), saved(1))]) == [True]
+
+
+async def test_ids_of_forgotten_sessions_leave_the_index(server: RedisServer, store: SessionStore) -> None:
+    """The sweep drops the ids whose sessions the server has forgotten, and those of ended ones, and no others."""
+    await made(store, "forgotten", "ended", "live")
+    server("DEL", redis_scripts.session_key("forgotten"))
+    await store.expire({"ended": token(1)})
+    with pytest.raises(SessionNotFound):
+        await store.load("forgotten")
+    await store.sweep()
+    indices = [server("ZRANGE", redis_scripts.ids_key(shard), "0", "-1") for shard in range(redis_scripts.SHARDS)]
+    assert [each for each in indices if each] == [["live"]]
+
+
+async def test_of_two_that_save_at_once_one_wins(server: RedisServer, servers: list[RedisServer]) -> None:
+    """Two services on the same sessions, many calls in flight: of each pair of saves exactly one is kept."""
+    for url in (server.url, cluster_url(servers)):
+        stores = [opened(url), opened(url)]
+        names = [f"race{i}" for i in range(40)]
+        await made(stores[0], *names)
+        expected = token(1)
+        for step in range(1, 5):
+            tokens = [token(10 * step + who) for who in (0, 1)]
+            calls = [
+                stores[who].save([Save(each, expected, tokens[who], saved(step)) for each in names[start : start + 8]])
+                for start in range(0, 40, 8)
+                for who in (0, 1)
+            ]
+            fates = await asyncio.gather(*calls)
+            mine, theirs = ([fate for part in fates[who::2] for fate in part] for who in (0, 1))
+            assert [one != other for one, other in zip(mine, theirs, strict=True)] == [True] * 40
+            kept = [(await stores[1].load(each)).token for each in names]
+            assert kept == [tokens[0] if won else tokens[1] for won in mine]
+            expected = token(10 * step + 2)  # both agree again
+            agreed = [Save(each, now, expected, saved(step)) for each, now in zip(names, kept, strict=True)]
+            assert all(await stores[0].save(agreed))
+        for store in stores:
+            await store.close()
