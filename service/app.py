@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 
 from service.engine import EngineOptions, load_engines
 from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound
+from service.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import scan
-from service.routers import ERRORS, error_response, models, ops, sessions, stream
+from service.routers import ERRORS, error_response, models, ops, sessions, states, stream
 from service.routers.front import FrontDoor
 from service.routers.sockets import Shared
 from service.routers.steps import StepDoor
@@ -51,8 +52,9 @@ def create_app(settings: Settings) -> FrontDoor:
     """
     metrics = Metrics(_registry())
     store = open_store(settings.store_url, keep_steps=settings.keep_steps, max_expired_ids=settings.max_expired_ids)
+    ledger = Ledger(store, metrics) if store.is_durable or settings.keep_steps else None
     found = scan(settings.models)
-    engines = load_engines(found.found, found.broken, engine_options(settings), metrics)
+    engines = load_engines(found.found, found.broken, engine_options(settings), metrics, ledger=ledger)
     for engine in engines:
         log.info("model %s/%s on %s", *engine.key, engine.device)
     for key, error in engines.broken.items():
@@ -60,6 +62,7 @@ def create_app(settings: Settings) -> FrontDoor:
     manager = SessionManager(
         engines,
         store,
+        ledger=ledger,
         idle=IdleLimits(settings.idle_ttl_ms / 1000, settings.min_idle_ttl_ms / 1000, settings.max_idle_ttl_ms / 1000),
         metrics=metrics,
         sweep_interval=settings.sweep_interval_ms / 1000,
@@ -73,6 +76,9 @@ def create_app(settings: Settings) -> FrontDoor:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(store.close)
+            if ledger is not None:
+                stack.push_async_callback(ledger.close)
+                ledger.start()
             for engine in engines:
                 engine.start()
                 stack.push_async_callback(engine.close)
@@ -94,7 +100,7 @@ def create_app(settings: Settings) -> FrontDoor:
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.stop = stop
     app.state.steps = StepDoor(manager, metrics, max_body_bytes=settings.max_body_bytes, max_steps=settings.max_steps)
-    for router in (models.router, sessions.router, sessions.steps, ops.router):
+    for router in (models.router, sessions.router, sessions.steps, states.router, states.snapshots, ops.router):
         app.include_router(router)
     for kind in (LatchError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)

@@ -1,34 +1,37 @@
 """`Batcher`: advances all sessions of one model together: collect, run, commit, answer.
 
 Rule: one task, no timers, no waiting window. When a run ends, the next takes whatever is ready. A request is applied
-whole or not at all: a chunk that takes several runs works on copied state and commits once, at its end.
+whole or not at all: a chunk that takes several runs works on copied state and commits once, at its end. Where sessions
+are stored, a session's commit waits for its save, and the runs of all others go on.
 It knows slots, not session ids, and never who asked: an answer is a call of what came with the request.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
+from service.commits import Committer
 from service.errors import (
     Draining,
     InferenceFailed,
-    Internal,
     InvalidInput,
     LatchError,
-    Overloaded,
     SessionNotFound,
     StepConflict,
 )
+from service.ledger import Ledger, StoredSlot
 from service.manifest import Array
 from service.metrics import ModelMetrics
+from service.queues import Answer, Group, Outcome, Queues, Ticket, deliver
 from service.slab import Commits, Slot, StateSlab
+from service.snapshot import SnapshotCodec
 from service.steps import Decision, decide
 from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import RowFormat
@@ -36,9 +39,6 @@ from service.wire.rows import RowFormat
 log = logging.getLogger(__name__)
 
 _WORKER_STEPS = 8
-
-Outcome = StepReply | LatchError
-Answer = Callable[[Outcome], Any]
 
 
 class Runner(Protocol):
@@ -53,32 +53,6 @@ class Runner(Protocol):
         """Whether the run belongs on the event loop's own thread."""
 
 
-class Ticket(msgspec.Struct):
-    """A place in the queue of a session, until `answer` was called. Without a request it needs no run: at its turn,
-    when everything before it is applied or has failed, `action` gives the outcome.
-    """
-
-    slot: Slot
-    answer: Answer | None
-    submitted: float
-    action: Callable[[], Outcome] | None = None
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Requests and bytes of inputs in the queue; what needs no run takes no room from what does."""
-        return 0, 0
-
-    def settle(self, outcome: Outcome) -> None:
-        """Answers, unless that was done or the caller has gone."""
-        if self.answer is not None:
-            answer, self.answer = self.answer, None
-            _deliver(answer, outcome)
-
-    def cancel(self) -> None:
-        """The caller has gone: drops the request if no run has finished it, and harms nobody else."""
-        self.answer = None
-
-
 class _Chunk(Ticket, kw_only=True):
     """A request to step, and how far it got."""
 
@@ -86,39 +60,53 @@ class _Chunk(Ticket, kw_only=True):
     first_step: int = 0
     done: int = 0
     state: list[Array] | None = None
-    parts: list[bytes] = []
+    parts: list[bytes] = msgspec.field(default_factory=list)
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    is_fresh: bool = False
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        return 1, len(self.request.data)
+    def restart(self) -> None:
+        """Forgets how far it got: its session was brought up to date, and has moved."""
+        self.done, self.state, self.parts, self.is_fresh = 0, None, [], True
+
+
+def _chunk(slot: Slot, answer: Answer, submitted: float, request: StepRequest) -> _Chunk:
+    return _Chunk(slot, answer, submitted, requests=1, size=len(request.data), request=request)
 
 
 class BlockReply(NamedTuple):
-    """What became of the requests of a block, one entry a session: packed rows, where the session was live."""
+    """What became of the requests of a block, one entry a session: packed rows, where the request was applied with the
+    block. The others are answered by themselves.
+    """
 
     first_steps: list[int]
     replies: list[bytes]
-    live: list[bool]
+    applied: list[bool]
 
 
-class _Block(msgspec.Struct):
+class _Block(Group):
     """Requests of many idle sessions that came together and run together, and go through as arrays.
 
-    `answer` is called when it ran; where it cannot run as a whole, `answers` gives the answer of each request instead.
+    `answer` is called when it ran; what of it cannot go with the rest is answered by `answers(index)` instead.
     """
 
-    slots: list[Slot]
-    block: Block
-    answer: Callable[[BlockReply], Any]
-    answers: Callable[[int], Answer]
-    submitted: float
+    def __init__(
+        self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
+    ) -> None:
+        self.slots = slots
+        self.block = block
+        self.answer = answer
+        self.answers = answers
+        self.submitted = time.perf_counter()
+
+    def chunk(self, index: int) -> _Chunk:
+        """One of the requests, alone."""
+        return _chunk(self.slots[index], self.answers(index), self.submitted, self.block.request(index))
 
     def refuse(self, error: LatchError) -> None:
         """Answers every request."""
         for i in range(len(self.slots)):
-            _deliver(self.answers(i), error)
+            deliver(self.answers(i), error)
 
 
 class Batcher:
@@ -128,6 +116,8 @@ class Batcher:
         runner: advances a batch.
         slab: holds the states.
         rows: how inputs and outputs are packed.
+        snapshots: how a session is packed for the store.
+        ledger: what sessions are stored with; None where they live in the slab alone.
         max_batch_size: sessions in a run.
         max_run_steps: steps of one session in a run, so that nobody waits long behind a chunk.
         max_queue, max_queue_bytes: requests waiting for this model, and what their inputs may weigh.
@@ -141,6 +131,8 @@ class Batcher:
         runner: Runner,
         slab: StateSlab,
         rows: RowFormat,
+        snapshots: SnapshotCodec,
+        ledger: Ledger | None,
         *,
         max_batch_size: int,
         max_run_steps: int,
@@ -155,19 +147,16 @@ class Batcher:
         self._rows = rows
         self._max_batch_size = max_batch_size
         self._max_run_steps = max_run_steps
-        self._max_queue = max_queue
-        self._max_queue_bytes = max_queue_bytes
-        self._max_session_queue = max_session_queue
         self._keep_reply_bytes = keep_reply_bytes
         self._metrics = metrics
-        self._queues: dict[Slot, list[Ticket]] = {}  # of busy slots; empty where a block has the slot and nobody waits
-        self._ready: deque[Slot | _Block] = deque()  # work that is in no run, oldest first
-        self._depth = self._bytes = 0
-        self._outside: deque[asyncio.Future[None]] = deque()
-        self._wake = asyncio.Event()
-        self._closed = False
+        self._queues: Queues[_Block] = Queues(
+            max_queue=max_queue, max_queue_bytes=max_queue_bytes, max_session_queue=max_session_queue
+        )
+        self._ledger = ledger
+        self._committer = Committer(slab, self._queues, snapshots, ledger)
+        self._is_shared = ledger is not None and ledger.store.is_shared
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
-        metrics.queue_depth.set_function(lambda: self._depth)
+        metrics.queue_depth.set_function(lambda: self._queues.depth)
 
     def submit(self, slot: Slot, request: StepRequest, answer: Answer) -> Ticket:
         """Puts a request behind what its session has waiting; `answer` is called once, from this thread.
@@ -177,12 +166,8 @@ class Batcher:
             Draining: the service is stopping.
             SessionNotFound: the slot was released.
         """
-        if self._closed:
-            raise Draining("the service is stopping")
-        queue = self._queues.get(slot)
-        if self._is_full or (queue is not None and len(queue) >= self._max_session_queue):
-            raise self._overloaded(queue or [])
-        return self._enqueue(_Chunk(slot, answer, time.perf_counter(), request=request))
+        self._queues.check(slot)
+        return self._queues.put(_chunk(slot, answer, time.perf_counter(), request))
 
     def submit_block(
         self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
@@ -191,21 +176,12 @@ class Batcher:
         one: a session is busy, idled out or at another step, or they are too many or too long for a run.
         """
         count, steps = block.inputs.shape[:2]
-        if (
-            self._closed
-            or count > self._max_batch_size
-            or self._cap(steps, count) < steps
-            or self._depth + count > self._max_queue
-            or not self._queues.keys().isdisjoint(slots)
-            or not self._slab.are_next(slots, block.first_steps)
-        ):
-            return False
-        for slot in slots:
-            self._queues[slot] = []
-        self._depth += count
-        self._ready.append(_Block(slots, block, answer, answers, time.perf_counter()))
-        self._wake.set()
-        return True
+        return (
+            count <= self._max_batch_size
+            and self._cap(steps, count) >= steps
+            and self._slab.are_next(slots, block.first_steps)
+            and self._queues.put_group(_Block(slots, block, answer, answers))
+        )
 
     def at_turn(self, slot: Slot, action: Callable[[], Outcome], answer: Answer) -> Ticket:
         """Calls `action` once everything that the session has waiting is applied or has failed, and answers with that.
@@ -213,7 +189,20 @@ class Batcher:
         Raises:
             Draining, SessionNotFound: as `submit`.
         """
-        return self._enqueue(Ticket(slot, answer, time.perf_counter(), action))
+        return self._queues.put(Ticket(slot, answer, time.perf_counter(), action))
+
+    @asynccontextmanager
+    async def hold(self, slot: Slot) -> AsyncIterator[Committer]:
+        """Waits for the slot's turn and has everybody behind it wait; the slot is up to date, and may be moved.
+
+        Raises:
+            Draining, SessionNotFound: as `submit`.
+            LatchError: the store does not know, or has the session no more.
+        """
+        async with self._queues.hold(slot):
+            if self._is_shared and isinstance(slot, StoredSlot):
+                await self._committer.refresh(slot)
+            yield self._committer
 
     async def room(self, slot: Slot) -> None:
         """Waits until another try is worth while for who met `Overloaded`: the slot's turn, or room for the model.
@@ -221,64 +210,34 @@ class Batcher:
         Raises:
             Draining, SessionNotFound: as `submit`.
         """
-        if self._closed:
-            raise Draining("the service is stopping")
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if len(self._queues.get(slot, ())) >= self._max_session_queue:
-            self.at_turn(slot, lambda: StepReply((), b"", 0, 0), lambda _: _open(future))
-        elif self._is_full:
-            self._outside.append(future)
-        else:
-            return
-        await future
-
-    @property
-    def _is_full(self) -> bool:
-        return self._depth >= self._max_queue or self._bytes >= self._max_queue_bytes
-
-    def _admit(self) -> None:
-        """Tells those who wait outside that there is room, as many as there is room for."""
-        for _ in range(min(len(self._outside), max(0, self._max_queue - self._depth))):
-            _open(self._outside.popleft())
+        await self._queues.room(slot)
 
     def is_busy(self, slot: Slot) -> bool:
-        """Whether requests of this slot wait or run."""
+        """Whether requests of this slot wait, run, or are being saved."""
         return slot in self._queues
 
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
-        self._slab.release(slot)
-        for ticket in list(self._queues.get(slot, ())):
-            ticket.settle(SessionNotFound("the session was deleted while this request was waiting"))
+        self._committer.release(slot, SessionNotFound("the session was deleted while this request was waiting"))
 
     async def serve(self) -> None:
         """The loop; runs until cancelled."""
+        queues = self._queues
         try:
             while True:
-                await self._wake.wait()
+                await queues.work.wait()
                 work = self._collect()
                 if isinstance(work, _Block):
                     await self._serve_block(work)
                 elif work:
                     await self._serve_chunks(work)
-                elif not self._ready:
-                    self._wake.clear()
-                if self._outside and not self._is_full:
-                    self._admit()
+                queues.admit()
                 # Inline runs never wait for anything: let the doors write, and read what came, before the next.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
         finally:
-            self._closed = True
             self._worker.shutdown(wait=False)
-            for future in self._outside:
-                _open(future)
-            for waiting in self._ready:
-                if isinstance(waiting, _Block):
-                    waiting.refuse(Draining("the service is stopping"))
-            for queue in self._queues.values():
-                for ticket in list(queue):
-                    ticket.settle(Draining("the service is stopping"))
+            queues.close(Draining("the service is stopping"))
 
     async def _serve_chunks(self, batch: list[_Chunk]) -> None:
         try:
@@ -288,19 +247,17 @@ class Batcher:
             for chunk in batch:
                 chunk.settle(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            for chunk in batch:
-                self._requeue(chunk.slot)
+            self._resume([chunk.slot for chunk in batch])
 
     async def _serve_block(self, work: _Block) -> None:
-        self._depth -= len(work.slots)
+        self._queues.began(work)
         try:
             if not await self._advance_block(work):
                 for i, slot in enumerate(work.slots):
-                    chunk = _Chunk(slot, work.answers(i), work.submitted, request=work.block.request(i))
-                    self._queues[slot].insert(0, chunk)
-                    self._count(chunk, 1)
+                    chunk = work.chunk(i)
+                    self._queues.put_first(chunk)
                     if slot.row < 0:
-                        chunk.settle(SessionNotFound("the session was deleted while this step ran"))
+                        chunk.settle(_deleted())
         except asyncio.CancelledError:
             work.refuse(Draining("the service is stopping"))
             raise
@@ -308,89 +265,46 @@ class Batcher:
             log.exception("a block of %d failed outside the runtime", len(work.slots))
             work.refuse(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            for slot in work.slots:
-                self._requeue(slot)
+            self._resume(work.slots)
 
-    def _overloaded(self, queue: list[Ticket]) -> Overloaded:
-        checks = (
-            (len(queue), self._max_session_queue, "requests wait for this session"),
-            (self._depth, self._max_queue, "requests wait for this model"),
-            (self._bytes, self._max_queue_bytes, "bytes of inputs wait for this model"),
-        )
-        waiting, limit, what = next(check for check in checks if check[0] >= check[1])
-        return Overloaded(f"{waiting} {what}: send again later", limit=limit, retry_after_ms=100)
-
-    def _enqueue(self, ticket: Ticket) -> Ticket:
-        if self._closed:
-            raise Draining("the service is stopping")
-        slot = ticket.slot
-        if slot.row < 0:
-            raise SessionNotFound("the session was deleted")
-        queue = self._queues.get(slot)
-        if queue is None:
-            self._queues[slot] = [ticket]
-            self._ready.append(slot)
-        else:
-            queue.append(ticket)
-        self._count(ticket, 1)
-        self._wake.set()
-        return ticket
-
-    def _count(self, ticket: Ticket, sign: int) -> None:
-        requests, size = ticket.counts
-        self._depth += sign * requests
-        self._bytes += sign * size
-
-    def _drop(self, queue: list[Ticket]) -> None:
-        self._count(queue.pop(0), -1)
+    def _resume(self, slots: list[Slot]) -> None:
+        if self._ledger is not None:
+            slots = [slot for slot in slots if slot not in self._committer]
+        self._queues.resume(slots)
 
     def _collect(self) -> list[_Chunk] | _Block:
         """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
-        batch: list[_Chunk] = []
-        ready = self._ready
-        for _ in range(min(len(ready), self._max_batch_size)):
-            slot = ready.popleft()
-            if isinstance(slot, _Block):
-                if not batch:
-                    return slot
-                ready.appendleft(slot)
-                break
-            chunk = self._head(slot)
-            if chunk is None:
-                self._requeue(slot)
-            else:
-                batch.append(chunk)
-        return batch
+        taken = self._queues.take(self._max_batch_size)
+        if isinstance(taken, _Block):
+            return taken
+        return [chunk for slot in taken if (chunk := self._next(slot)) is not None]
 
-    def _head(self, slot: Slot) -> _Chunk | None:
-        """The first request of the queue that needs a run; answers those before it that do not."""
-        queue = self._queues[slot]
-        while queue:
-            ticket = queue[0]
-            if ticket.answer is not None:
-                if not isinstance(ticket, _Chunk):
-                    ticket.settle(self._act(ticket))
-                elif ticket.done or self._begin(ticket):
-                    return ticket
-            self._drop(queue)
+    def _next(self, slot: Slot) -> _Chunk | None:
+        """The first request of a slot that needs a run; answers those before it that do not."""
+        while (ticket := self._queues.head(slot)) is not None:
+            if not isinstance(ticket, _Chunk):
+                if not ticket.act():
+                    return None
+            elif ticket.done or self._begins(ticket):
+                return ticket
+            elif slot in self._committer:
+                return None
+        self._queues.resume([slot])
         return None
 
-    @staticmethod
-    def _act(ticket: Ticket) -> Outcome:
-        try:
-            return ticket.action()  # type: ignore[misc]  # a ticket has a request or an action
-        except LatchError as error:
-            return error
-        except Exception:
-            log.exception("what a session had waiting could not be done")
-            return Internal("the service failed on this call; its log says why")
-
-    def _begin(self, chunk: _Chunk) -> bool:
-        """Consults the step table. True when the chunk needs a run, False when it is answered."""
-        request, step = chunk.request, self._slab.step(chunk.slot)
+    def _begins(self, chunk: _Chunk) -> bool:
+        """Consults the step table. True when the chunk needs a run; else it is answered, or waits for the store: where
+        other replicas move the session too, it takes more than this copy to refuse or repeat.
+        """
+        request, slot = chunk.request, chunk.slot
+        step = self._slab.step(slot)
         if request.first_step is not None and request.first_step != step + 1:
-            self._slab.touch(chunk.slot)  # a retry is use, too
-            kept = self._slab.kept(chunk.slot)
+            if self._is_shared and not chunk.is_fresh and isinstance(slot, StoredSlot):
+                chunk.is_fresh = True
+                self._committer.refresh_later(slot)
+                return False
+            self._slab.touch(slot)  # a retry is use, too
+            kept = self._slab.kept(slot)
             try:
                 decision = decide(step, kept, request.first_step, request.digest)
             except StepConflict as error:
@@ -445,19 +359,27 @@ class Batcher:
                 finished.append(b)
             else:
                 chunk.state = [rows[b].copy() for rows in state]
-        chunks = batch
-        if len(finished) < len(batch):
-            chunks, state = [batch[b] for b in finished], [rows[finished] for rows in state]
-        self._commit(chunks, state)
-        now = time.perf_counter()
         self._metrics.observe_run(
             rows=len(batch),
             steps=steps,
             compute=ended - start,
-            answer=now - ended,
             queue=[chunk.queue_seconds for chunk in batch if chunk.done <= steps],
-            overhead=[now - chunk.submitted - chunk.compute_seconds for chunk in chunks],
         )
+        self._commit(batch, state, finished, ended)
+
+    def _commit(self, batch: list[_Chunk], state: list[Array], finished: list[int], ended: float) -> None:
+        """Commits the finished chunks of a run; what is stored and what is not, each on its way."""
+        kinds = [finished]
+        if self._ledger is not None:
+            kinds = [[], []]
+            for b in finished:
+                kinds[isinstance(batch[b].slot, StoredSlot)].append(b)
+        for rows in filter(None, kinds):
+            chunks = batch
+            if len(rows) < len(batch):
+                chunks = [batch[b] for b in rows]
+            own = state if chunks is batch else [values[rows] for values in state]
+            self._committer.commit(_Chunks(chunks, own, ended, self._keep_reply_bytes, self._metrics))
 
     def _cap(self, steps: int, rows: int) -> int:
         """Of the steps that a run could take, those that keep it short: whoever comes meanwhile waits for its end.
@@ -491,30 +413,23 @@ class Batcher:
         ended = time.perf_counter()
         if not all(np.isfinite(values).all() for values in (*outputs.values(), *state)):
             return False
+        self._metrics.observe_run(
+            rows=count, steps=steps, compute=ended - start, queue=[start - work.submitted] * count
+        )
         data = self._rows.pack(outputs, block.outputs)
         size = len(data) // count
         replies = [data[b * size : (b + 1) * size] for b in range(count)]
-        before = self._slab.steps(slots)
-        live = self._slab.commit(
-            Commits(
-                slots,
-                [step + steps for step in before],
-                [step + 1 for step in before],
-                block.digests(),
-                [*replies] if size <= self._keep_reply_bytes else [None] * count,
-            ),
-            state,
-        )
-        self._metrics.steps.inc(steps * sum(live))
-        _deliver(work.answer, BlockReply([step + 1 for step in before], replies, live))
-        now = time.perf_counter()
-        self._metrics.observe_run(
-            rows=count,
-            steps=steps,
-            compute=ended - start,
-            answer=now - ended,
-            queue=[start - work.submitted] * count,
-            overhead=[now - work.submitted - (ended - start)] * count,
+        self._committer.commit(
+            _BlockRun(
+                work,
+                state,
+                replies,
+                self._slab.steps(slots),
+                (ended - start, ended),
+                self._queues,
+                self._keep_reply_bytes,
+                self._metrics,
+            )
         )
         return True
 
@@ -555,50 +470,118 @@ class Batcher:
         sound = np.logical_and.reduce([_finite_rows(rows) for rows in state])
         return [sound[b] and all(finite[name][b] for name in chunk.request.outputs) for b, chunk in enumerate(batch)]
 
-    def _commit(self, chunks: list[_Chunk], state: list[Array]) -> None:
-        """Moves the slots of finished chunks, then answers."""
-        replies: list[StepReply] = []
-        commits = Commits([], [], [], [], [])
+
+class _Chunks:
+    """Chunks that a run finished (an `Arrival`)."""
+
+    def __init__(
+        self, chunks: list[_Chunk], state: list[Array], ended: float, keep_reply_bytes: int, metrics: ModelMetrics
+    ) -> None:
+        self.state = state
+        self.commits = Commits([], [], [], [], [])
+        self._chunks = chunks
+        self._ended = ended
+        self._metrics = metrics
+        self._replies: list[bytes] = []
         for chunk in chunks:
             request, first = chunk.request, chunk.first_step
             data = chunk.parts[0] if len(chunk.parts) == 1 else b"".join(chunk.parts)
-            step = first + request.steps - 1
-            replies.append(
-                StepReply(request.outputs, data, first, step, False, chunk.queue_seconds, chunk.compute_seconds)
+            self._replies.append(data)
+            self.commits.slots.append(chunk.slot)
+            self.commits.steps.append(first + request.steps - 1)
+            self.commits.first_steps.append(first)
+            self.commits.digests.append(request.digest)
+            self.commits.replies.append(data if len(data) <= keep_reply_bytes else None)
+
+    def settle(self, rows: Sequence[int], live: Sequence[bool], store_seconds: float) -> None:
+        """See `Arrival`."""
+        moved, chunks = 0, [self._chunks[b] for b in rows]
+        for b, is_live in zip(rows, live, strict=True):
+            chunk = self._chunks[b]
+            moved += chunk.request.steps * is_live
+            chunk.settle(
+                StepReply(
+                    chunk.request.outputs,
+                    self._replies[b],
+                    chunk.first_step,
+                    self.commits.steps[b],
+                    False,
+                    chunk.queue_seconds,
+                    chunk.compute_seconds,
+                    store_seconds,
+                )
+                if is_live
+                else _deleted()
             )
-            commits.slots.append(chunk.slot)
-            commits.steps.append(step)
-            commits.first_steps.append(first)
-            commits.digests.append(request.digest)
-            commits.replies.append(data if len(data) <= self._keep_reply_bytes else None)
-        moved = 0
-        for chunk, reply, live in zip(chunks, replies, self._slab.commit(commits, state), strict=True):
-            moved += chunk.request.steps * live
-            chunk.settle(reply if live else SessionNotFound("the session was deleted while this step ran"))
+        now = time.perf_counter()
         self._metrics.steps.inc(moved)
+        overhead = [now - chunk.submitted - chunk.compute_seconds for chunk in chunks]
+        self._metrics.observe_answers(now - self._ended, overhead)
 
-    def _requeue(self, slot: Slot) -> None:
-        """Drops what is answered and, where more waits, puts the slot at the back of the line."""
-        queue = self._queues[slot]
-        while queue and queue[0].answer is None:
-            self._drop(queue)
-        if queue:
-            self._ready.append(slot)
-            self._wake.set()
-        else:
-            del self._queues[slot]
+    def refuse(self, error: LatchError) -> None:
+        """See `Arrival`."""
+        for chunk in self._chunks:
+            chunk.settle(error)
 
-
-def _open(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def again(self, row: int) -> None:
+        """See `Arrival`."""
+        self._chunks[row].restart()
 
 
-def _deliver(answer: Callable[[Any], Any], outcome: Any) -> None:
-    try:
-        answer(outcome)
-    except Exception:  # a door that fails must not take the batch with it
-        log.exception("an answer could not be delivered")
+class _BlockRun:
+    """A block that was run (an `Arrival`)."""
+
+    def __init__(
+        self,
+        work: _Block,
+        state: list[Array],
+        replies: list[bytes],
+        before: list[int],
+        times: tuple[float, float],
+        queues: Queues[_Block],
+        keep_reply_bytes: int,
+        metrics: ModelMetrics,
+    ) -> None:
+        steps = work.block.inputs.shape[1]
+        self.state = state
+        self.commits = Commits(
+            work.slots,
+            [step + steps for step in before],
+            [step + 1 for step in before],
+            work.block.digests(),
+            [*replies] if len(replies[0]) <= keep_reply_bytes else [None] * len(replies),
+        )
+        self._work = work
+        self._replies = replies
+        self._compute, self._ended = times
+        self._queues = queues
+        self._metrics = metrics
+
+    def settle(self, rows: Sequence[int], live: Sequence[bool], _store_seconds: float) -> None:
+        """See `Arrival`."""
+        work, applied = self._work, [False] * len(self._replies)
+        for b, is_live in zip(rows, live, strict=True):
+            applied[b] = is_live
+            if not is_live:
+                deliver(work.answers(b), _deleted())
+        deliver(work.answer, BlockReply(self.commits.first_steps, self._replies, applied))
+        now = time.perf_counter()
+        self._metrics.steps.inc(work.block.inputs.shape[1] * sum(applied))
+        self._metrics.observe_answers(now - self._ended, [now - work.submitted - self._compute] * len(rows))
+
+    def refuse(self, error: LatchError) -> None:
+        """See `Arrival`."""
+        self._work.refuse(error)
+
+    def again(self, row: int) -> None:
+        """See `Arrival`."""
+        chunk = self._work.chunk(row)
+        chunk.restart()
+        self._queues.put_first(chunk)
+
+
+def _deleted() -> SessionNotFound:
+    return SessionNotFound("the session was deleted while this step ran")
 
 
 def _finite_rows(rows: Array) -> Array:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from service.batcher import Batcher
 from service.errors import LatchError, ModelBroken, ModelNotFound, ModelUnloadable, SettingsInvalid
+from service.ledger import Ledger
 from service.manifest import Manifest
 from service.metrics import Metrics
 from service.proof import prove_bits, replay_golden
 from service.registry import ModelFiles, ModelKey
 from service.runtime import OrtRunner
 from service.slab import StateSlab
+from service.snapshot import SnapshotCodec
 from service.wire.native import NativeCodec
 from service.wire.rows import RowFormat
 
@@ -49,6 +51,7 @@ class Engine:
         options: limits.
         metrics: where to count.
         clock: monotonic seconds, which idle time is measured on.
+        ledger: what sessions are stored with; None where they live in this process alone.
 
     Raises:
         ModelUnloadable: the runtime cannot read the graph, or it does not fit the manifest.
@@ -56,7 +59,12 @@ class Engine:
     """
 
     def __init__(
-        self, files: ModelFiles, options: EngineOptions, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self,
+        files: ModelFiles,
+        options: EngineOptions,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
     ) -> None:
         self.manifest: Manifest = files.manifest
         self.key = ModelKey(files.manifest.name, files.manifest.version)
@@ -68,10 +76,13 @@ class Engine:
         self._runner.warm_up(options.max_batch_size)
         self.rows = RowFormat.of(files.manifest)
         self.codec = NativeCodec(self.rows, max_steps=options.max_steps)
+        self.snapshots = SnapshotCodec("/".join(self.key), files.manifest.files["model.onnx"], files.manifest.state)
         self.batcher = Batcher(
             self._runner,
             self.slab,
             self.rows,
+            self.snapshots,
+            ledger,
             max_batch_size=options.max_batch_size,
             max_run_steps=options.max_run_steps,
             max_queue=options.max_queue,
@@ -153,6 +164,7 @@ def load_engines(
     options: EngineOptions,
     metrics: Metrics,
     clock: Callable[[], float] = time.monotonic,
+    ledger: Ledger | None = None,
 ) -> Engines:
     """Makes an engine of every version that can be one; the others join `broken`.
 
@@ -162,7 +174,7 @@ def load_engines(
     live, broken = [], dict(broken)
     for files in found:
         try:
-            live.append(Engine(files, options, metrics, clock))
+            live.append(Engine(files, options, metrics, clock, ledger))
         except SettingsInvalid:
             raise
         except LatchError as error:

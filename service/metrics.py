@@ -49,19 +49,21 @@ class RunHistogram(Collector):
     step. This one is written and read from the event loop's thread only.
     """
 
-    def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
-        self._name, self._text = name, text
+    def __init__(
+        self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str], registry: CollectorRegistry
+    ) -> None:
+        self._name, self._text, self._labels = name, text, labels
         self._bounds = np.array(bounds)
         self._children: dict[tuple[str, ...], _Counts] = {}
         registry.register(self)
 
     def labels(self, *values: str) -> _Counts:
-        """The counts of one model and version."""
+        """The counts of one set of label values."""
         return self._children.setdefault(values, _Counts(self._bounds))
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """What Prometheus reads."""
-        family = HistogramMetricFamily(self._name, self._text, labels=_MODEL)
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for values, child in self._children.items():
             bounds = [*map(floatToGoString, self._bounds), "+Inf"]
             counts, total = child.read()
@@ -70,7 +72,7 @@ class RunHistogram(Collector):
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         """Its name, so that the registry refuses a second one."""
-        yield HistogramMetricFamily(self._name, self._text, labels=_MODEL)
+        yield HistogramMetricFamily(self._name, self._text, labels=self._labels)
 
 
 class ModelMetrics:
@@ -88,17 +90,18 @@ class ModelMetrics:
         self._answer = metrics.answer_seconds.labels(*key)
         self._overhead = metrics.overhead_seconds.labels(*key)
 
-    def observe_run(
-        self, *, rows: int, steps: int, compute: float, answer: float, queue: Sequence[float], overhead: Sequence[float]
-    ) -> None:
-        """One run: sessions and steps in it, seconds inside the runtime and after it; and for the requests that began
-        with it how long they waited, for those that ended with it what was not the runtime.
+    def observe_run(self, *, rows: int, steps: int, compute: float, queue: Sequence[float]) -> None:
+        """One run: sessions and steps in it, seconds inside the runtime, and for the requests that began with it how
+        long they waited.
         """
         self._batch_size.observe((rows,))
         self._run_steps.observe((steps,))
         self._compute.observe((compute,))
-        self._answer.observe((answer,))
         self._queue.observe(queue)
+
+    def observe_answers(self, answer: float, overhead: Sequence[float]) -> None:
+        """Answers of one run: seconds since its end, and for each since its request without what the runtime took."""
+        self._answer.observe((answer,))
         self._overhead.observe(overhead)
 
 
@@ -115,17 +118,25 @@ class Metrics:
         self.resident = Gauge("latch_sessions_resident", "Rows of the slab in use", _MODEL, registry=registry)
         self.expired = Counter("latch_sessions_expired", "Sessions that idled out", _MODEL, registry=registry)
 
-        def histogram(name: str, text: str, bounds: Sequence[float]) -> RunHistogram:
-            return RunHistogram(f"latch_{name}", text, bounds, registry)
+        def histogram(name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = _MODEL) -> RunHistogram:
+            return RunHistogram(f"latch_{name}", text, bounds, labels, registry)
 
         self.batch_size = histogram("batch_size", "Sessions in a run", _POWERS)
         self.run_steps = histogram("run_steps", "Steps of each session in a run", _POWERS)
         self.queue_seconds = histogram("queue_seconds", "From submit to the first run", _SECONDS)
         self.compute_seconds = histogram("compute_seconds", "One run inside the runtime", _SECONDS)
-        self.answer_seconds = histogram("answer_seconds", "After a run: commit and hand out its answers", _SECONDS)
+        self.answer_seconds = histogram("answer_seconds", "After a run: save, commit, hand out answers", _SECONDS)
         self.overhead_seconds = histogram(
             "overhead_seconds", "From submit to the answer, without the runtime", _SECONDS
         )
+
+        self.store_seconds = histogram("store_seconds", "One save of the session store", _SECONDS, ())
+        self.store_rows = histogram("store_rows", "Sessions in one save", _POWERS, ())
+
+    def observe_save(self, rows: int, seconds: float) -> None:
+        """One group commit: sessions in it, and how long it took."""
+        self.store_seconds.labels().observe((seconds,))
+        self.store_rows.labels().observe((rows,))
 
     def model(self, name: str, version: str, resident: Callable[[], int]) -> ModelMetrics:
         """Those of one model; `resident` counts its rows in use."""

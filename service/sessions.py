@@ -1,38 +1,55 @@
-"""`SessionManager`: what a door may do with sessions: create, step, predict, reset, delete, list, sweep.
+"""`SessionManager`: what a door may do with sessions: create, step, predict, move, fork, delete, list, sweep.
 
 Rule: doors differ in bytes, never in behaviour; all of them come through here. It knows no wire format.
+Where the store outlives the process, the sessions in here are copies: one that is missing is loaded, one too many is
+let go, and one that another process has moved is brought up to date before anything but a step is made of it.
 """
 
 import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 from uuid import uuid4
 
-from service.batcher import Answer, Outcome, Ticket
 from service.engine import Engine, Engines
-from service.errors import InvalidInput, LatchError, PayloadTooLarge, SessionExists, SessionExpired
+from service.errors import (
+    CapacityExceeded,
+    InvalidInput,
+    LatchError,
+    PayloadTooLarge,
+    SessionCorrupt,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+    SnapshotInvalid,
+    SnapshotMismatch,
+    StepNotKept,
+    StoreUnavailable,
+)
+from service.ledger import Ledger, StoredSlot
 from service.metrics import Metrics
+from service.queues import Answer, Outcome, Ticket
 from service.slab import Slot
-from service.stores import Saved, SessionStore
+from service.snapshot import Snapshot, origin, snapshot
+from service.stores import Saved, SessionStore, Stored
 from service.wire import StepReply, StepRequest
 
 log = logging.getLogger(__name__)
 
 _NOTHING: Mapping[str, Any] = {}  # one for all sessions without metadata
+_EXPIRED_AT_ONCE = 256
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:-]{0,127}")
 
 
-class Session(Slot, eq=False, gc=False, kw_only=True):
+class Session(StoredSlot, eq=False, gc=False, kw_only=True):
     """A live session: a slot in the slab of an engine, and who it is (a `SessionRecord` of the stores)."""
 
-    id: str
     engine: Engine
-    created_at: float
     metadata: Mapping[str, Any]
 
     @property
@@ -56,6 +73,11 @@ class Session(Slot, eq=False, gc=False, kw_only=True):
         return self.engine.slab.step(self)
 
     @property
+    def time_left(self) -> float:
+        """Seconds until it idles out, if nothing comes."""
+        return self.engine.slab.time_left(self)
+
+    @property
     def has_idled_out(self) -> bool:
         """Whether its time is over. A session with requests that wait or run is not idle, however long they take."""
         slab = self.engine.slab
@@ -76,7 +98,8 @@ class SessionManager:
 
     Args:
         engines: the live models.
-        store: who exists and who expired.
+        store: who exists and who expired; and where they stand, if there is a ledger.
+        ledger: what the engines save steps with.
         idle: limits of the idle time.
         metrics: where to count.
         sweep_interval: seconds between two sweeps.
@@ -88,6 +111,7 @@ class SessionManager:
         engines: Engines,
         store: SessionStore,
         *,
+        ledger: Ledger | None = None,
         idle: IdleLimits,
         metrics: Metrics,
         sweep_interval: float = 1.0,
@@ -95,11 +119,15 @@ class SessionManager:
     ) -> None:
         self.engines = engines
         self._store = store
+        self._ledger = ledger
         self._idle = idle
         self._metrics = metrics
         self._sweep_interval = sweep_interval
         self._wall = wall
         self._live: dict[str, Session] = {}
+        self._restoring: dict[str, asyncio.Task[Session]] = {}
+        if ledger is not None:
+            ledger.on_drop = self._dropped
 
     async def create(
         self,
@@ -109,48 +137,105 @@ class SessionManager:
         session_id: str | None = None,
         idle_ttl: float | None = None,
         metadata: dict[str, Any] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> tuple[Session, bool]:
-        """Makes a session at step 0, with the server's id or the client's own.
+        """Makes a session at step 0, with the server's id or the client's own. It begins in `state` (nested lists by
+        name), as far as that is given.
 
         Returns:
             The session, and whether it is new: asking again for the same id and model gives the one that is there.
 
         Raises:
             ModelNotFound, ModelBroken: no such model.
-            InvalidInput: an id or `idle_ttl` (seconds) out of bounds.
+            InvalidInput: an id, a state or `idle_ttl` (seconds) out of bounds.
             SessionExists: the id belongs to a session of another model or version.
             CapacityExceeded: the model has all the sessions it may have.
+            StoreUnavailable: the store cannot be asked.
         """
         engine = self.engines.get(model, version)
-        ttl = self._idle.default if idle_ttl is None else idle_ttl
-        if not self._idle.shortest <= ttl <= self._idle.longest:
-            raise InvalidInput(
-                f"idle_ttl_ms {ttl * 1000:.0f} is out of bounds: "
-                f"{self._idle.shortest * 1000:.0f} to {self._idle.longest * 1000:.0f}",
-                path="$.idle_ttl_ms",
-            )
-        if session_id is None:
-            session_id = uuid4().hex
-        elif not _ID.fullmatch(session_id):
-            raise InvalidInput(
-                f"session id {session_id!r}: an id has 1 to 128 of A-Z a-z 0-9 . _ ~ : - and starts with one of the "
-                "first three kinds",
-                path="$.id",
-            )
-        else:
-            existing = await self._existing(session_id)
-            if existing is not None:
-                return self._same(existing, engine.key.name, version), False
-        session = Session(id=session_id, engine=engine, created_at=self._wall(), metadata=metadata or _NOTHING)
-        engine.slab.acquire(session, ttl)
+        start = engine.snapshots.start(state or _NOTHING)
         try:
-            await self._store.create(session, b"", Saved(0, b""))
-        except BaseException:
-            engine.batcher.release(session)
-            raise
-        self._live[session_id] = session
-        self._metrics.sessions.labels(*engine.key).inc()
-        return session, True
+            return await self._make(engine, start, session_id, idle_ttl, metadata or _NOTHING), True
+        except SessionExists:
+            assert session_id is not None  # noqa: S101 - no id of the server's own is taken
+            return self._same(await self.find(session_id), model, version), False
+
+    async def fork(
+        self,
+        session_id: str,
+        *,
+        fork_id: str | None = None,
+        idle_ttl: float | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Session:
+        """Makes a session that stands where this one does after what it has waiting, and goes its own way from there.
+        It has the idle time and the metadata of this one, unless others are given.
+
+        Raises:
+            SessionExists: `fork_id` is taken.
+            As `find` and `create`.
+        """
+        session = await self.find(session_id)
+        async with session.engine.batcher.hold(session):
+            standing = snapshot(session.engine.slab, session)
+        ttl = session.idle_ttl if idle_ttl is None else idle_ttl
+        return await self._make(session.engine, standing, fork_id, ttl, metadata or session.metadata)
+
+    async def state(self, session_id: str) -> bytes:
+        """The snapshot of a session, after what it has waiting. Raises as `find`."""
+        session = await self.find(session_id)
+        engine = session.engine
+        async with engine.batcher.hold(session):
+            return engine.snapshots.pack(*snapshot(engine.slab, session).commits(session))[0]
+
+    async def restore(self, session_id: str, data: bytes) -> tuple[Session, bool]:
+        """Has a session stand where a snapshot does; makes it if there is none of that id.
+
+        Returns:
+            The session, and whether it is new.
+
+        Raises:
+            SnapshotInvalid: damaged, cut short, or no snapshot.
+            SnapshotMismatch: of another model or version than the session's.
+            As `find` and `create`.
+        """
+        (model, version), _ = origin(data)
+
+        async def there(session: Session) -> tuple[Snapshot, int]:
+            return session.engine.snapshots.unpack(data), 0
+
+        if await self._is_known(session_id):
+            return await self._move(session_id, there), False
+        engine = self.engines.get(model, version)
+        return await self._make(engine, engine.snapshots.unpack(data), session_id, None, _NOTHING), True
+
+    async def reset(self, session_id: str) -> Session:
+        """Returns a session to its model's initial state and to step 0, after what it has waiting. Raises as `find`."""
+
+        async def start(session: Session) -> tuple[Snapshot, int]:
+            return session.engine.snapshots.start(_NOTHING), 0
+
+        return await self._move(session_id, start)
+
+    async def rollback(self, session_id: str, step: int) -> Session:
+        """Returns a session to a step that it stood at after one of its last requests.
+
+        Raises:
+            StepNotKept: there is no snapshot of that step; tells which there are.
+            As `find`.
+        """
+
+        async def back(session: Session) -> tuple[Snapshot, int]:
+            earlier = await self._store.earlier(session_id)
+            if step == session.step:
+                return snapshot(session.engine.slab, session), len(earlier)
+            steps = [saved.step for saved in earlier]
+            if step not in steps:
+                raise self._not_kept(session, step, steps)
+            index = len(steps) - 1 - steps[::-1].index(step)
+            return session.engine.snapshots.unpack(earlier[index].snapshot), index
+
+        return await self._move(session_id, back)
 
     def resident(self, session_id: str) -> Session | None:
         """The live session of an id, where this process has it at hand and its time is not over."""
@@ -158,21 +243,27 @@ class SessionManager:
         return None if session is None or session.has_idled_out else session
 
     async def find(self, session_id: str) -> Session:
-        """The live session of an id.
+        """The live session of an id, loaded from the store where it must be.
 
         Raises:
             SessionExpired: it idled out.
             SessionNotFound: it was never made, or was deleted.
+            SessionCorrupt, StoreUnavailable, ModelNotFound: it cannot be loaded.
+            CapacityExceeded: there is no room for it.
         """
-        session = self._live.get(session_id)
-        if session is not None and session.has_idled_out:
-            await self._expire(session)
-            session = None
-        if session is None:
-            # The memory store has no state to restore from: this raises what became of the session.
-            record = await self._store.load(session_id)
-            raise RuntimeError(f"session {record.id!r} is in the store but not in memory")
-        return session
+        while True:
+            session = self._live.get(session_id)
+            if session is not None and session.has_idled_out:
+                await self._expire([session])
+                session = None
+            if session is None:
+                session = await self._restored(session_id)
+            if session.is_live:  # it could be let go while this call was on its way
+                return session
+
+    async def inspect(self, session_id: str) -> Session | Stored:
+        """What a session is, and where it stands. Raises SessionExpired, SessionNotFound, StoreUnavailable."""
+        return await self._store.load(session_id) if self._store.is_durable else await self.find(session_id)
 
     def submit(self, session: Session, request: StepRequest, answer: Answer) -> Ticket:
         """Hands a request to the session's engine, behind what it has waiting; `answer` is told what becomes of it.
@@ -195,34 +286,27 @@ class SessionManager:
 
     async def turn(self, session: Session) -> int:
         """Waits until everything that the session has queued is applied or has failed; returns its step then."""
-        reply = await _answered(partial(session.engine.batcher.at_turn, session, partial(_standing, session)))
-        return reply.step
+        async with session.engine.batcher.hold(session):
+            return session.step
 
     async def room(self, session: Session) -> None:
         """Waits until another try is worth while for who met `Overloaded` with this session."""
         await session.engine.batcher.room(session)
 
-    async def reset(self, session: Session) -> None:
-        """Returns the session to its initial state and to step 0, after what it has waiting."""
-
-        def reset() -> StepReply:
-            session.engine.slab.reset(session)
-            return _standing(session)
-
-        await _answered(partial(session.engine.batcher.at_turn, session, reset))
-
     async def delete(self, session_id: str) -> None:
-        """Ends a session; whoever waits for it is told. Raises as `find`."""
-        session = await self.find(session_id)
-        self._forget(session)
+        """Ends a session; whoever waits for it is told. Raises SessionExpired, SessionNotFound, StoreUnavailable."""
+        await self.inspect(session_id)
+        if (session := self._live.get(session_id)) is not None:
+            self._forget(session)
         await self._store.delete(session_id)
 
-    async def page(self, model: str | None, after: str, limit: int) -> tuple[list[Session], str | None]:
+    async def page(self, model: str | None, after: str, limit: int) -> tuple[list[Session | Stored], str | None]:
         """Live sessions in order of id, above `after`; and the id to go on after, if there are more."""
         records = await self._store.page(model, after, limit + 1)
-        found = [self._live.get(record.id) for record in records[:limit]]
-        live = [session for session in found if session is not None and not session.has_idled_out]
-        return live, records[limit - 1].id if len(records) > limit else None
+        found = [record if isinstance(record, Stored) else self.resident(record.id) for record in records[:limit]]
+        return [record for record in found if record is not None], records[limit - 1].id if len(
+            records
+        ) > limit else None
 
     async def predict(self, engine: Engine, requests: Sequence[StepRequest]) -> list[StepReply]:
         """Runs whole sequences from the initial state, without sessions, beside everybody else's steps.
@@ -239,7 +323,7 @@ class SessionManager:
         slots = [Slot() for _ in requests]
         try:
             for slot in slots:
-                engine.slab.acquire(slot)
+                self._acquire(engine, slot)
             waiting = [
                 _answered(partial(engine.batcher.submit, slot, request))
                 for slot, request in zip(slots, requests, strict=True)
@@ -249,20 +333,19 @@ class SessionManager:
             for slot in slots:
                 engine.batcher.release(slot)
 
-    def expires_at(self, session: Session) -> float:
+    def expires_at(self, session: Session | Stored) -> float:
         """Wall-clock seconds at which the session idles out if nothing comes."""
-        return self._wall() + session.engine.slab.time_left(session)
+        return self._wall() + session.time_left
 
     async def sweep(self) -> int:
         """Expires every session that has idled out; returns how many."""
         count = 0
         for engine in self.engines:
-            for slot in engine.slab.idle():
-                if isinstance(slot, Session) and slot.is_live and slot.has_idled_out:
-                    await self._expire(slot)
-                    count += 1
-                    if count % 256 == 0:  # the doors go first, however many end at once
-                        await asyncio.sleep(0)
+            idle = [slot for slot in engine.slab.idle() if isinstance(slot, Session)]
+            for start in range(0, len(idle), _EXPIRED_AT_ONCE):  # the doors go first, however many end at once
+                count += await self._expire(idle[start : start + _EXPIRED_AT_ONCE])
+                await asyncio.sleep(0)
+        await self._store.sweep()
         return count
 
     async def serve(self) -> None:
@@ -271,16 +354,121 @@ class SessionManager:
             await asyncio.sleep(self._sweep_interval)
             try:
                 await self.sweep()
+            except StoreUnavailable as error:
+                log.warning("%s; the next sweep tries again", error)
             except Exception:
                 log.exception("a sweep failed; the next one tries again")
 
-    async def _existing(self, session_id: str) -> Session | None:
-        if session_id not in self._live:
-            return None
+    async def _make(
+        self,
+        engine: Engine,
+        start: Snapshot,
+        session_id: str | None,
+        idle_ttl: float | None,
+        metadata: Mapping[str, Any],
+    ) -> Session:
+        """Makes a session that stands at `start`. Raises SessionExists where one of that id lives."""
+        ttl = self._idle.default if idle_ttl is None else idle_ttl
+        if not self._idle.shortest <= ttl <= self._idle.longest:
+            raise InvalidInput(
+                f"idle_ttl_ms {ttl * 1000:.0f} is out of bounds: "
+                f"{self._idle.shortest * 1000:.0f} to {self._idle.longest * 1000:.0f}",
+                path="$.idle_ttl_ms",
+            )
+        if session_id is None:
+            session_id = uuid4().hex
+        elif not _ID.fullmatch(session_id):
+            raise InvalidInput(
+                f"session id {session_id!r}: an id has 1 to 128 of A-Z a-z 0-9 . _ ~ : - and starts with one of the "
+                "first three kinds",
+                path="$.id",
+            )
+        if (known := self._live.get(session_id)) is not None and known.has_idled_out:
+            await self._expire([known])
+        session = Session(id=session_id, engine=engine, created_at=self._wall(), metadata=metadata)
+        saved = Saved(start.step, b"")
+        if self._ledger is not None:
+            session.token = self._ledger.token()
+            saved = Saved(start.step, *engine.snapshots.pack(*start.commits(session)))
+        self._acquire(engine, session, ttl)
         try:
-            return await self.find(session_id)
-        except SessionExpired:
-            return None
+            engine.slab.commit(*start.commits(session))
+            await self._store.create(session, session.token, saved)
+        except BaseException:
+            engine.batcher.release(session)
+            raise
+        if (stale := self._live.get(session_id)) is not None:  # of one that ended in another process
+            self._forget(stale)
+        self._live[session_id] = session
+        self._metrics.sessions.labels(*engine.key).inc()
+        return session
+
+    def _acquire(self, engine: Engine, slot: Slot, idle_ttl: float = inf) -> None:
+        """Gives the slot a row; where sessions can be loaded again, those used least recently make room."""
+        try:
+            engine.slab.acquire(slot, idle_ttl)
+        except CapacityExceeded:
+            if not self._store.is_durable:
+                raise
+            for other in engine.slab.oldest(len(engine.slab) // 16 + 1):
+                if isinstance(other, Session) and not engine.batcher.is_busy(other):
+                    self._forget(other)
+            engine.slab.acquire(slot, idle_ttl)
+
+    async def _is_known(self, session_id: str) -> bool:
+        try:
+            await self.inspect(session_id)
+        except (SessionNotFound, SessionExpired):
+            return False
+        return True
+
+    async def _move(self, session_id: str, where: Callable[[Session], Awaitable[tuple[Snapshot, int]]]) -> Session:
+        """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left."""
+        while True:
+            session = await self.find(session_id)
+            async with session.engine.batcher.hold(session) as committer:
+                if await committer.move(session, *await where(session)):
+                    return session
+
+    async def _restored(self, session_id: str) -> Session:
+        """The session, loaded once for all who ask for it now."""
+        if not self._store.is_durable:
+            await self._store.load(session_id)  # raises what became of it
+        task = self._restoring.get(session_id)
+        if task is None:
+            task = self._restoring[session_id] = asyncio.create_task(self._restore(session_id))
+            task.add_done_callback(lambda _: self._restoring.pop(session_id))
+        return await asyncio.shield(task)
+
+    async def _restore(self, session_id: str) -> Session:
+        stored = await self._store.load(session_id)
+        if (session := self._live.get(session_id)) is not None:
+            return session
+        engine = self.engines.get(stored.model, stored.version)
+        try:
+            standing = engine.snapshots.unpack(stored.saved.snapshot)
+        except (SnapshotInvalid, SnapshotMismatch) as error:
+            raise SessionCorrupt(f"session {session_id!r} cannot be read from the store: {error}") from error
+        session = Session(
+            id=session_id,
+            engine=engine,
+            created_at=stored.created_at,
+            metadata=stored.metadata or _NOTHING,
+            token=stored.token,
+        )
+        self._acquire(engine, session, stored.idle_ttl)
+        engine.slab.commit(*standing.commits(session))
+        engine.slab.expire_in(session, stored.time_left)
+        self._live[session_id] = session
+        self._metrics.sessions.labels(*engine.key).inc()
+        return session
+
+    def _not_kept(self, session: Session, step: int, steps: list[int]) -> StepNotKept:
+        kept = ", ".join(map(str, steps)) or "none before it: LATCH_KEEP_STEPS says how many are"
+        return StepNotKept(
+            f"session {session.id!r} is at step {session.step}; of step {step} nothing is kept, but of {kept}",
+            kept_steps=[*steps, session.step],
+        )
 
     @staticmethod
     def _same(existing: Session, model: str, version: str | None) -> Session:
@@ -294,22 +482,27 @@ class SessionManager:
             )
         return existing
 
-    async def _expire(self, session: Session) -> None:
-        self._forget(session)
-        self._metrics.expired.labels(*session.engine.key).inc()
-        await self._store.expire({session.id: b""})
+    async def _expire(self, sessions: Sequence[Session]) -> int:
+        """Ends sessions that have idled out here; one that another process has moved since lives on."""
+        tokens: dict[str, bytes] = {}
+        for session in sessions:
+            if session.is_live and session.has_idled_out:
+                self._forget(session)
+                tokens[session.id] = session.token
+        if not tokens:
+            return 0
+        count = await self._store.expire(tokens)
+        self._metrics.expired.labels(*sessions[0].engine.key).inc(count)
+        return count
 
     def _forget(self, session: Session) -> None:
         """Takes the session out of this process at once, before anything is awaited."""
-        del self._live[session.id]
+        self._dropped(session)
         session.engine.batcher.release(session)
+
+    def _dropped(self, slot: StoredSlot) -> None:
+        session = self._live.pop(slot.id)
         self._metrics.sessions.labels(*session.engine.key).dec()
-
-
-def _standing(session: Session) -> StepReply:
-    """Where the session is now."""
-    step = session.step
-    return StepReply((), b"", step + 1, step)
 
 
 async def _answered(ask: Callable[[Answer], Ticket]) -> StepReply:

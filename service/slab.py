@@ -144,6 +144,16 @@ class StateSlab:
         found = np.flatnonzero(self._deadline <= self._clock())
         return [slot for row in found.tolist() if (slot := self._owners[row]) is not None]
 
+    def expire_in(self, slot: Slot, seconds: float) -> None:
+        """Has the slot idle out after `seconds`, if nobody uses it before."""
+        self._deadline[slot.row] = self._clock() + seconds
+
+    def oldest(self, count: int) -> list[Slot]:
+        """Up to `count` slots, those first that were not used for longest."""
+        used = np.where(np.isfinite(self._deadline), self._deadline - self._idle_ttl, np.inf)[: self._fresh]
+        rows = np.argsort(used, kind="stable")[:count]
+        return [slot for row in rows.tolist() if (slot := self._owners[row]) is not None]
+
     def steps(self, slots: Sequence[Slot]) -> list[int]:
         """Steps committed so far, of live slots."""
         steps: list[int] = self._step[_rows(slots)].tolist()

@@ -21,19 +21,25 @@ _KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell
 
 
 class BoundedRoute(APIRoute):
-    """Reads the whole body before the handler runs, never more of it than `max_body_bytes`, and only as JSON."""
+    """Reads the whole body before the handler runs, never more of it than `max_body_bytes`, and only of its type."""
+
+    content_type = JSON
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         """Wraps FastAPI's own handler; it finds the body that was read."""
-        handler = super().get_route_handler()
+        handler, kinds = super().get_route_handler(), (self.content_type,)
 
         async def bounded(request: Request) -> Response:
-            _, request._body = await read_body(
-                request.scope, request.receive, request.app.state.max_body_bytes, (JSON,)
-            )
+            _, request._body = await read_body(request.scope, request.receive, request.app.state.max_body_bytes, kinds)
             return await handler(request)
 
         return bounded
+
+
+class PackedRoute(BoundedRoute):
+    """The same for a body of bytes."""
+
+    content_type = PACKED
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str, ...]) -> tuple[str, bytes]:
@@ -87,7 +93,7 @@ async def _manager(connection: HTTPConnection) -> SessionManager:  # async, or F
     return manager
 
 
-async def _json_body(request: Request) -> bytes:
+async def _body(request: Request) -> bytes:
     return await request.body()
 
 
@@ -109,9 +115,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 Manager = Annotated[SessionManager, Depends(_manager)]
-JsonBody = Annotated[bytes, Depends(_json_body)]
+Body = Annotated[bytes, Depends(_body)]
 
 
-def documented(schema: dict[str, Any]) -> dict[str, Any]:
+def documented(schema: dict[str, Any], kind: str = JSON) -> dict[str, Any]:
     """OpenAPI's request body for a route that decodes its bytes itself."""
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}

@@ -5,8 +5,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from service.batcher import BlockReply, Outcome
-from service.errors import InvalidInput, LatchError, Malformed, SessionNotFound
+from service.batcher import BlockReply
+from service.errors import InvalidInput, LatchError, Malformed
+from service.queues import Outcome
 from service.routers.sockets import BINARY, MESSAGE_BYTES, Socket
 from service.sessions import Session
 from service.slab import Slot
@@ -117,7 +118,7 @@ class BinarySocket(Socket):
         elif frame.kind == Kind.CLOSE:
             self._channels.pop(frame.channel, None)
         elif channel is not None:
-            session = channel.session
+            session = channel.session = await self.present(channel.session)
             request = frames.step_request(frame, channel.outputs, self.shared.max_steps)
             await self.submit(session, request, partial(self._answer, frame.channel, frame.first_step))
 
@@ -133,16 +134,16 @@ class BinarySocket(Socket):
 
     def _answer_block(self, numbers: list[int], block: Block, outcome: BlockReply) -> None:
         steps = block.inputs.shape[1]
-        if all(outcome.live):
+        if all(outcome.applied):
             at_once = max(1, MESSAGE_BYTES // (frames.HEADER.size + len(outcome.replies[0])))
             for start in range(0, len(numbers), at_once):
                 part = slice(start, start + at_once)
                 firsts, replies = outcome.first_steps[part], outcome.replies[part]
                 self.say(frames.stepped_block(numbers[part], steps, firsts, replies), len(firsts))
             return
-        gone = SessionNotFound("the session was deleted while this step ran")
-        for number, asked, first, data, live in zip(numbers, block.first_steps.tolist(), *outcome, strict=True):
-            self._answer(number, asked, StepReply(block.outputs, data, first, first + steps - 1) if live else gone)
+        for number, first, data, is_applied in zip(numbers, *outcome, strict=True):
+            if is_applied:
+                self.say(frames.stepped(number, StepReply(block.outputs, data, first, first + steps - 1)))
 
     def hello(self, facts: dict[str, Any], channel: int) -> bytes:
         """See `Socket`."""

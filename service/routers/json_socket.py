@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
-from service.batcher import Outcome
 from service.errors import LatchError, Malformed
+from service.queues import Outcome
 from service.routers.sockets import JSON, Socket
 from service.sessions import Session
 from service.wire import StepReply, native
@@ -41,6 +41,8 @@ class JsonSocket(Socket):
                 if envelope.type == "open":
                     await self.greet(session)
                     return
+            else:
+                session = self.single = await self.present(session)
             request = session.engine.codec.decode_step(_text(message), named=self.single is None)
             await self.submit(session, request, partial(self._answer, session, name))
         except LatchError as error:

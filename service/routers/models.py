@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from service.engine import Engine
-from service.routers import JSON, BoundedRoute, JsonBody, Manager, documented
+from service.routers import JSON, Body, BoundedRoute, Manager, documented
 from service.sessions import SessionManager
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
@@ -105,7 +105,7 @@ class Predictions(BaseModel):
         }
     ),
 )
-async def predict(model: str, body: JsonBody, manager: Manager) -> Response:
+async def predict(model: str, body: Body, manager: Manager) -> Response:
     """Runs whole sequences from the initial state and keeps nothing: `{"sequences": [{"outputs": {...}}, ...]}`."""
     engine = manager.engines.get(model)
     replies = await manager.predict(engine, engine.codec.decode_predict(body))

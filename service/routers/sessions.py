@@ -1,4 +1,4 @@
-"""`/v1/sessions`: create, list, inspect, step, reset and delete over HTTP."""
+"""`/v1/sessions`: create, list, inspect, step and delete over HTTP. Where a session stands is moved in `states.py`."""
 
 from datetime import datetime
 from typing import Annotated, Any
@@ -8,11 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.routers import JSON, PACKED, BoundedRoute, Manager
 from service.sessions import Session, SessionManager
+from service.stores import Stored
 from service.wire import native
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=BoundedRoute)
 # Reads its body itself: the front door calls the same `StepDoor` without the way through here.
 steps = APIRouter()
+
+
+Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=256)]]
 
 
 class CreateSession(BaseModel):
@@ -23,9 +27,8 @@ class CreateSession(BaseModel):
     model: str
     version: str | None = Field(None, description="The default version when absent")
     idle_ttl_ms: int | None = Field(None, ge=1, le=10**12, description="The service's default when absent")
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=256)]] = Field(
-        {}, max_length=16, description="Your own names and values, returned with the session"
-    )
+    metadata: Metadata = Field({}, max_length=16, description="Your own names and values, returned with the session")
+    state: dict[str, Any] | None = Field(None, description="Initial state by name, nested lists; else the model's own")
 
 
 class SessionInfo(BaseModel):
@@ -84,7 +87,7 @@ async def create_session(body: CreateSession, response: Response, manager: Manag
     """A new session with an id of the server's."""
     session, _ = await _create(manager, body, None)
     response.headers["Location"] = f"/v1/sessions/{session.id}"
-    return _info(manager, session)
+    return session_info(manager, session)
 
 
 @router.put("/{session_id}", responses={201: {"model": SessionInfo, "description": "The session is new"}})
@@ -92,7 +95,7 @@ async def put_session(session_id: str, body: CreateSession, response: Response, 
     """A session with an id of the client's own; asking again for the same one changes nothing."""
     session, created = await _create(manager, body, session_id)
     response.status_code = 201 if created else 200
-    return _info(manager, session)
+    return session_info(manager, session)
 
 
 @router.get("")
@@ -104,13 +107,13 @@ async def list_sessions(
 ) -> SessionPage:
     """Live sessions, of one model or of all."""
     sessions, after = await manager.page(model, cursor, limit)
-    return SessionPage(sessions=[_info(manager, session) for session in sessions], cursor=after)
+    return SessionPage(sessions=[session_info(manager, session) for session in sessions], cursor=after)
 
 
 @router.get("/{session_id}")
 async def get_session(session_id: str, manager: Manager) -> SessionInfo:
     """One session. Looking at it does not count as use."""
-    return _info(manager, await manager.find(session_id))
+    return session_info(manager, await manager.inspect(session_id))
 
 
 @router.delete("/{session_id}", status_code=204)
@@ -139,14 +142,6 @@ async def step(session_id: str, request: Request) -> Response:
     return Response(answer.body, headers={name.decode(): value.decode() for name, value in answer.headers})
 
 
-@router.post("/{session_id}/reset")
-async def reset(session_id: str, manager: Manager) -> SessionInfo:
-    """Returns a session to its initial state and to step 0, after the requests that it has waiting."""
-    session = await manager.find(session_id)
-    await manager.reset(session)
-    return _info(manager, session)
-
-
 async def _create(manager: SessionManager, body: CreateSession, session_id: str | None) -> tuple[Session, bool]:
     return await manager.create(
         body.model,
@@ -154,10 +149,12 @@ async def _create(manager: SessionManager, body: CreateSession, session_id: str 
         session_id=session_id,
         idle_ttl=None if body.idle_ttl_ms is None else body.idle_ttl_ms / 1000,
         metadata=body.metadata,
+        state=body.state,
     )
 
 
-def _info(manager: SessionManager, session: Session) -> SessionInfo:
+def session_info(manager: SessionManager, session: Session | Stored) -> SessionInfo:
+    """What a session is, and where it stands."""
     return SessionInfo(
         id=session.id,
         model=session.model,

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from service.batcher import Answer
 from service.errors import LatchError, Overloaded, SessionNotFound, SlowReader
 from service.metrics import Metrics
+from service.queues import Answer
 from service.sessions import Session, SessionManager
 from service.wire import StepRequest, native
 
@@ -238,9 +238,15 @@ class Socket:
     async def submit(self, session: Session, request: StepRequest, answer: Answer) -> None:
         """Hands a request on; where a queue is full, only when there is room."""
         while not self.submit_now(session, request, answer):
-            if await self.manager.find(session.id) is not session:  # which raises where the id is gone
-                raise SessionNotFound("the session was deleted, and made anew: open it again")
+            session = await self.present(session)
             await self.manager.room(session)
+
+    async def present(self, session: Session) -> Session:
+        """The session, loaded again where this process has let it go. Raises as `SessionManager.find`."""
+        found = await self.manager.find(session.id)
+        if found is not session and found.created_at != session.created_at:
+            raise SessionNotFound("the session was deleted, and made anew: open it again")
+        return found
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
         """Answers with an error, in the order of the session's replies where there is a session that lives."""

@@ -73,8 +73,8 @@ class StepDoor:
         headers = [
             (
                 b"server-timing",
-                b"queue;dur=%.3f, compute;dur=%.3f, store;dur=0"
-                % (reply.queue_seconds * 1e3, reply.compute_seconds * 1e3),
+                b"queue;dur=%.3f, compute;dur=%.3f, store;dur=%.3f"
+                % (reply.queue_seconds * 1e3, reply.compute_seconds * 1e3, reply.store_seconds * 1e3),
             ),
         ]
         if packed:

@@ -57,6 +57,11 @@ class Stored(msgspec.Struct, frozen=True):
     saved: Saved
     time_left: float
 
+    @property
+    def step(self) -> int:
+        """Steps committed so far."""
+        return self.saved.step
+
 
 class Save(NamedTuple):
     """A session to save.
@@ -84,7 +89,10 @@ class SessionStore(Protocol):
     """
 
     is_durable: bool
-    """Whether sessions outlive the process, and other processes may change them."""
+    """Whether sessions outlive the process."""
+
+    is_shared: bool
+    """Whether other processes may change them."""
 
     async def create(self, record: SessionRecord, token: bytes, saved: Saved) -> None:
         """Adds a session, and forgets what an expired one of its id has left.

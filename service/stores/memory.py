@@ -22,9 +22,9 @@ class MemoryStore:
     states. Of a session that is not saved it keeps nothing else; time is up to who serves it.
     """
 
-    is_durable = False
+    is_durable = is_shared = False
 
-    def __init__(self, *, keep_steps: int, max_expired_ids: int) -> None:
+    def __init__(self, *, keep_steps: int = 0, max_expired_ids: int) -> None:
         self._records: SortedKeyList[SessionRecord, str] = SortedKeyList(key=_id)
         self._saved: dict[str, tuple[bytes, Saved]] = {}
         self._earlier: dict[str, deque[Saved]] = {}

@@ -55,6 +55,7 @@ class SqliteStore:
     """
 
     is_durable = True
+    is_shared = False
 
     def __init__(
         self, url: str, *, keep_steps: int, max_expired_ids: int, wall: Callable[[], float] = time.time

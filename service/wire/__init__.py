@@ -44,6 +44,7 @@ class StepReply(msgspec.Struct, frozen=True):
         replayed: True when a duplicate was answered and nothing ran.
         queue_seconds: from submit to the first run.
         compute_seconds: inside the runtime.
+        store_seconds: from the end of the run until it was saved; 0 where nothing is stored.
     """
 
     outputs: tuple[str, ...]
@@ -53,6 +54,7 @@ class StepReply(msgspec.Struct, frozen=True):
     replayed: bool = False
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    store_seconds: float = 0.0
 
 
 class Block(msgspec.Struct, frozen=True):

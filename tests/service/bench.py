@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from service.batcher import Answer, Batcher, BlockReply, Outcome, Ticket
-from service.errors import InferenceFailed, LatchError, SessionNotFound
+from service.batcher import Batcher, BlockReply
+from service.errors import InferenceFailed, LatchError
+from service.ledger import Ledger
 from service.manifest import StatePair
 from service.metrics import Metrics
+from service.queues import Answer, Outcome, Ticket
 from service.slab import Slot, StateSlab
+from service.snapshot import SnapshotCodec
 from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import Field, RowFormat
 
@@ -104,9 +107,9 @@ class Together:
         return self._fates
 
     def _answer(self, reply: BlockReply) -> None:
-        for i, (first, data, live) in enumerate(zip(*reply, strict=True)):
-            outcome = StepReply(self._outputs, data, first, first + self._steps - 1)
-            self._answer_one(i, outcome if live else SessionNotFound("deleted"))
+        for i, (first, data, is_applied) in enumerate(zip(*reply, strict=True)):
+            if is_applied:
+                self._answer_one(i, StepReply(self._outputs, data, first, first + self._steps - 1))
 
     def _answer_one(self, i: int, outcome: Outcome) -> None:
         self.answers[i] += 1
@@ -121,10 +124,13 @@ class Together:
 ROWS = RowFormat(Field("float64", (1,)), {name: Field("float64", (1,)) for name in ("y", "inverse", "nothing")})
 
 
+SNAPSHOTS = SnapshotCodec("m/1", "0" * 64, [PAIR])
+
+
 class Bench:
     """A batcher with its runner and slab, on a clock that the test moves."""
 
-    def __init__(self, metrics: Metrics, *, capacity: int = 1000, **limits: Any) -> None:
+    def __init__(self, metrics: Metrics, *, capacity: int = 1000, ledger: Ledger | None = None, **limits: Any) -> None:
         self.runner = Folding()
         self.now = 1000.0
         self.slab = StateSlab([PAIR], capacity, lambda: self.now)
@@ -139,7 +145,13 @@ class Bench:
             "keep_reply_bytes": 1000,
         }
         self.batcher = Batcher(
-            self.runner, self.slab, ROWS, metrics=metrics.model("m", "1", self.slab.__len__), **(defaults | limits)
+            self.runner,
+            self.slab,
+            ROWS,
+            SNAPSHOTS,
+            ledger,
+            metrics=metrics.model("m", "1", self.slab.__len__),
+            **(defaults | limits),
         )
 
     def acquire(self, idle_ttl: float = np.inf) -> Slot:

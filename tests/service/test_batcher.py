@@ -309,7 +309,7 @@ async def test_what_waits_is_bounded_in_bytes(metrics: Metrics) -> None:
             await bench.step(slots[2], *[1.0] * 3)
             bench.step(slots[3], *[1.0] * 20).cancel()
             await bench.turn(slots[3])
-    assert (bench.value("queue_depth"), bench.batcher._bytes) == (0, 0)
+    assert (bench.value("queue_depth"), bench.batcher._queues._bytes) == (0, 0)
 
 
 async def test_a_kept_reply_does_not_hold_the_batch(metrics: Metrics) -> None:

@@ -44,7 +44,7 @@ class World:
         limits = {"max_session_queue": 3, "max_run_steps": 4, "max_steps": MAX_STEPS, "keep_reply_bytes": KEEP_BYTES}
         self.engines = load_engines(found, {}, replace(OPTIONS, **limits), metrics)
         idle = IdleLimits(60.0, 1.0, 100.0)
-        self.manager = SessionManager(self.engines, MemoryStore(keep_steps=0, max_expired_ids=10), idle=idle, metrics=metrics)
+        self.manager = SessionManager(self.engines, MemoryStore(max_expired_ids=10), idle=idle, metrics=metrics)
         self.door = StreamDoor(Shared(self.manager, metrics, 8, 12, 10**6, MAX_STEPS, 60))
         self.names = map("s{}".format, count())
 
@@ -201,7 +201,7 @@ class Protocol(RuleBasedStateMachine):
         """Back to where it began, and nothing kept."""
         session = self.sessions[which]
         if session.live:
-            self.world.run(self.world.manager.reset(self.world.manager._live[session.name]))
+            self.world.run(self.world.manager.reset(session.name))
             session.totals, session.last = [0.5], None
 
     @precondition(lambda self: self.client.wire.reads and sum(each.live for each in self.sessions) > 2)

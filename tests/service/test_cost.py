@@ -185,7 +185,7 @@ async def doors(repository: Path, metrics: Metrics) -> AsyncIterator[Doors]:
         engine.batcher._runner = Still()
         engine.start()
     limits = IdleLimits(60.0, 1.0, 100.0)
-    yield Doors(SessionManager(engines, MemoryStore(keep_steps=0, max_expired_ids=10), idle=limits, metrics=metrics), metrics)
+    yield Doors(SessionManager(engines, MemoryStore(max_expired_ids=10), idle=limits, metrics=metrics), metrics)
     for engine in engines:
         await engine.close()
 

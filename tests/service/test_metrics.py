@@ -28,7 +28,7 @@ values = st.sampled_from(BOUNDS) | st.integers(0, 2**14).map(lambda n: n / 2**10
 def test_it_counts_as_the_librarys_own(runs: list[tuple[str, list[float]]], reads: bool) -> None:
     """Buckets with their bounds inclusive, sums and counts of each model: the text is the same, however often read."""
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    mine = RunHistogram("h", "Some text.", BOUNDS, ours)
+    mine = RunHistogram("h", "Some text.", BOUNDS, LABELS, ours)
     other = Histogram("h", "Some text.", LABELS, buckets=BOUNDS, registry=theirs)
     for model, run in runs:
         mine.labels(model, "1").observe(run)
@@ -55,7 +55,7 @@ def test_what_was_observed_is_folded_before_it_grows(monkeypatch: pytest.MonkeyP
     """Nobody reads for days: single values are sorted into buckets when there are many, and none is lost."""
     monkeypatch.setattr(module, "_FOLD", 100)
     registry = CollectorRegistry()
-    child = RunHistogram("h", "Some text.", BOUNDS, registry).labels("m", "1")
+    child = RunHistogram("h", "Some text.", BOUNDS, LABELS, registry).labels("m", "1")
     for i in range(1000):
         child.observe([float(i % 4)] * 7)
         assert len(child._fresh) <= 107
@@ -67,17 +67,17 @@ def test_what_was_observed_is_folded_before_it_grows(monkeypatch: pytest.MonkeyP
 def test_a_name_is_taken_once() -> None:
     """The registry refuses a second histogram of the same name, as it does for its own."""
     registry = CollectorRegistry()
-    RunHistogram("h", "Some text.", BOUNDS, registry)
+    RunHistogram("h", "Some text.", BOUNDS, LABELS, registry)
     with pytest.raises(ValueError, match="Duplicated"):
-        RunHistogram("h", "Some text.", BOUNDS, registry)
+        RunHistogram("h", "Some text.", BOUNDS, LABELS, registry)
 
 
 def test_a_run_is_counted_under_its_model_and_version(metrics: Metrics) -> None:
     """One call observes all that a run has to say, under these labels and no other."""
     for version, rows in (("1", 4), ("2", 5)):
-        metrics.model("m", version, lambda: 3).observe_run(
-            rows=rows, steps=2, compute=0.5, answer=0.25, queue=[0.125] * rows, overhead=[1.0, 2.0]
-        )
+        instruments = metrics.model("m", version, lambda: 3)
+        instruments.observe_run(rows=rows, steps=2, compute=0.5, queue=[0.125] * rows)
+        instruments.observe_answers(0.25, [1.0, 2.0])
     text = exposed(metrics.registry)
     for name, total, count in (
         ("batch_size", 5.0, 1.0),

@@ -85,7 +85,7 @@ class House:
         calm = 0
         while calm < 100:
             await asyncio.sleep(0)
-            calm = 0 if any(engine.batcher._depth for engine in self.manager.engines) else calm + 1
+            calm = 0 if any(engine.batcher._queues.depth for engine in self.manager.engines) else calm + 1
 
     def errors(self, code: str) -> float:
         """How many errors of a code were counted."""
@@ -136,7 +136,7 @@ async def house(repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPa
     limits = IdleLimits(60.0, 1.0, 100.0)
     for engine in engines:
         engine.start()
-    yield House(SessionManager(engines, MemoryStore(keep_steps=0, max_expired_ids=10), idle=limits, metrics=metrics), metrics)
+    yield House(SessionManager(engines, MemoryStore(max_expired_ids=10), idle=limits, metrics=metrics), metrics)
     for engine in engines:
         await engine.close()
 
@@ -434,7 +434,7 @@ async def test_sockets_that_come_and_go_leave_nothing_behind(house: House, monke
     for client in clients:
         await client.task
     await client.until(lambda: len(asyncio.all_tasks()) == before)
-    await client.until(lambda: not any(engine.batcher._depth for engine in house.manager.engines))
+    await client.until(lambda: not any(engine.batcher._queues.depth for engine in house.manager.engines))
     await client.until(lambda: not house.shared._unsent)
     del clients, client, idle, owed, block, deleted
     gc.collect()

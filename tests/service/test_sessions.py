@@ -56,7 +56,7 @@ async def manager(repository: Path, metrics: Metrics, clock: Clock) -> AsyncIter
         engine.start()
     yield SessionManager(
         engines,
-        MemoryStore(keep_steps=0, max_expired_ids=10),
+        MemoryStore(max_expired_ids=10),
         idle=IdleLimits(60.0, 10.0, 100.0),
         metrics=metrics,
         wall=clock,
@@ -196,7 +196,7 @@ async def test_a_reset_counts_as_use(manager: SessionManager, clock: Clock) -> N
     """The idle time starts again."""
     session, _ = await manager.create("toy", session_id="a", idle_ttl=10)
     clock.now += 9
-    await manager.reset(session)
+    await manager.reset(session.id)
     clock.now += 9
     assert await manager.find("a") is session
 
@@ -234,7 +234,7 @@ async def test_reset_returns_to_the_start(manager: SessionManager) -> None:
     """After a reset the session gives the bits of a new one, from step 1."""
     session, _ = await manager.create("toy")
     first = await manager.step(session, ones(3, first=1))
-    await manager.reset(session)
+    await manager.reset(session.id)
     assert session.step == 0
     again = await manager.step(session, ones(3, first=1))
     assert not again.replayed

@@ -1,0 +1,192 @@
+"""`Committer`: from what a run arrived at to the slab, by way of the store where sessions are stored.
+
+Rule: a slot moves after its save and never before, and a caller is told after both. Who saved from an old copy, because
+another replica was faster, loads the session again and goes by the step table once more.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from service.errors import LatchError, SessionCorrupt, SessionNotFound, SnapshotInvalid, SnapshotMismatch
+from service.ledger import Ledger, StoredSlot, Written
+from service.manifest import Array
+from service.queues import Queues
+from service.slab import Commits, Slot, StateSlab
+from service.snapshot import Snapshot, SnapshotCodec
+from service.stores import Saved
+
+
+class Arrival(Protocol):
+    """Requests that were run and are not applied yet, one a slot."""
+
+    @property
+    def commits(self) -> Commits:
+        """Where the slots shall stand."""
+
+    @property
+    def state(self) -> list[Array]:
+        """One [B, *shape] a state pair."""
+
+    def settle(self, rows: Sequence[int], live: Sequence[bool], store_seconds: float) -> None:
+        """Answers some: those that are live are applied, the sessions of the others are gone."""
+
+    def refuse(self, error: LatchError) -> None:
+        """Answers all: nobody knows whether they are applied."""
+
+    def again(self, row: int) -> None:
+        """One was overtaken: it comes first when its slot resumes."""
+
+
+class Committer:
+    """Commits for one model.
+
+    Args:
+        slab: has the slots.
+        queues: where slots stand in line.
+        snapshots: packs what is stored.
+        ledger: None where sessions live in the slab alone.
+    """
+
+    def __init__(self, slab: StateSlab, queues: Queues[Any], snapshots: SnapshotCodec, ledger: Ledger | None) -> None:
+        self._slab = slab
+        self._queues = queues
+        self._snapshots = snapshots
+        self._ledger = ledger
+        self._writing: set[Slot] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __contains__(self, slot: Slot) -> bool:
+        """Whether the slot is on its way through the store; it gets back in line from here."""
+        return slot in self._writing
+
+    def commit(self, arrival: Arrival) -> None:
+        """Applies and answers, now or when it is saved. What is not stored must not come with what is."""
+        commits, state = arrival.commits, arrival.state
+        slots = commits.slots
+        if self._ledger is None or not isinstance(slots[0], StoredSlot):
+            arrival.settle(range(len(slots)), self._slab.commit(commits, state), 0.0)
+            return
+        self._writing.update(slots)
+        token = self._ledger.token()
+        saved = [*map(Saved, commits.steps, self._snapshots.pack(commits, state))]
+        self._ledger.write(_stored(slots), token, saved, partial(self._written, arrival, token))
+
+    def _written(self, arrival: Arrival, token: bytes, written: Written) -> None:
+        slots, outcome = _stored(arrival.commits.slots), written.outcome
+        if isinstance(outcome, LatchError):
+            arrival.refuse(outcome)
+            for slot in slots:
+                self.drop(slot, outcome)
+                self._resume(slot)
+            return
+        overtaken = [b for b, saved in enumerate(outcome) if not saved and slots[b].is_live]
+        rows = [b for b in range(len(slots)) if b not in overtaken]
+        for b in rows:
+            slots[b].token = token
+        commits, state = arrival.commits, arrival.state
+        if overtaken:
+            commits, state = _some(commits, rows), [values[rows] for values in state]
+        arrival.settle(rows, self._slab.commit(commits, state), written.seconds)
+        for b in rows:
+            self._resume(slots[b])
+        for b in overtaken:
+            arrival.again(b)
+            self.refresh_later(slots[b])
+
+    async def move(self, slot: Slot, snapshot: Snapshot, earlier: int = 0) -> bool:
+        """Has a slot that is held stand elsewhere, and leaves it so many earlier saves.
+
+        Returns:
+            False where another replica was faster: the slot is up to date now, and has not moved.
+
+        Raises:
+            LatchError: it could not be saved, or the session is gone; the copy is dropped.
+        """
+        commits, state = snapshot.commits(slot)
+        if self._ledger is not None and isinstance(slot, StoredSlot):
+            token, future = self._ledger.token(), asyncio.get_running_loop().create_future()
+            saved = [Saved(snapshot.step, *self._snapshots.pack(commits, state))]
+            self._ledger.write([slot], token, saved, partial(_end, future), earlier)
+            try:
+                outcome = (await future).outcome
+            except asyncio.CancelledError:
+                self.drop(slot, SessionNotFound("the session is being loaded again: send this once more"))
+                raise
+            if isinstance(outcome, LatchError):
+                self.drop(slot, outcome)
+                raise outcome
+            if not outcome[0]:
+                await self.refresh(slot)
+                return False
+            slot.token = token
+        self._slab.commit(commits, state)
+        return True
+
+    async def refresh(self, slot: StoredSlot) -> None:
+        """Brings a slot that is out of line up to date with the store.
+
+        Raises:
+            LatchError: the store cannot be asked, or the session is gone; the copy is dropped.
+        """
+        assert self._ledger is not None  # noqa: S101 - who has stored slots has a ledger
+        try:
+            stored = await self._ledger.load(slot)
+            if stored.created_at != slot.created_at:
+                raise SessionNotFound("the session was deleted, and made anew: open it again")
+            if stored.token != slot.token:
+                self._slab.commit(*self._snapshots.unpack(stored.saved.snapshot).commits(slot))
+                slot.token = stored.token
+        except (SnapshotInvalid, SnapshotMismatch) as error:
+            corrupt = SessionCorrupt(f"session {slot.id!r} cannot be read from the store: {error}")
+            self.drop(slot, corrupt)
+            raise corrupt from error
+        except LatchError as error:
+            self.drop(slot, error)
+            raise
+
+    def refresh_later(self, slot: StoredSlot) -> None:
+        """Refreshes a slot that is out of line, and puts it back; whoever waits is told where that fails."""
+
+        async def refresh() -> None:
+            try:
+                await self.refresh(slot)
+            except LatchError:
+                pass  # everybody was told
+            finally:
+                self._resume(slot)
+
+        self._writing.add(slot)
+        task = asyncio.create_task(refresh())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def drop(self, slot: Slot, error: LatchError) -> None:
+        """Gives up the copy of a session that the store has, or has no more."""
+        if slot.is_live and self._ledger is not None and isinstance(slot, StoredSlot):
+            self._ledger.on_drop(slot)
+        self.release(slot, error)
+
+    def release(self, slot: Slot, error: LatchError) -> None:
+        """Gives the row back; everybody who still waits for it is told."""
+        self._slab.release(slot)
+        for ticket in self._queues.waiting(slot):
+            ticket.settle(error)
+
+    def _resume(self, slot: Slot) -> None:
+        self._writing.discard(slot)
+        self._queues.resume([slot])
+
+
+def _stored(slots: Sequence[Slot]) -> list[StoredSlot]:
+    return slots  # type: ignore[return-value]  # `commit` looked at the first one, and they come sorted
+
+
+def _some(commits: Commits, rows: Sequence[int]) -> Commits:
+    return Commits._make([column[b] for b in rows] for column in commits)
+
+
+def _end(future: asyncio.Future[Written], written: Written) -> None:
+    if not future.done():
+        future.set_result(written)

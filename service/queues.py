@@ -1,0 +1,293 @@
+"""`Queues`: who waits for a model: the requests of each session in order, and the sessions with work in line.
+
+Rule: a session's queue moves on when its head is answered, whatever that took; everything is bounded. It knows slots
+and tickets, not what a run is.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+
+from service.errors import Draining, Internal, LatchError, Overloaded, SessionNotFound
+from service.slab import Slot
+from service.wire import StepReply
+
+log = logging.getLogger(__name__)
+
+Outcome = StepReply | LatchError
+Answer = Callable[[Outcome], Any]
+
+
+class Ticket(msgspec.Struct):
+    """A place in the queue of a session, until `answer` was called. Without a request it needs no run: at its turn,
+    when everything before it is applied or has failed, `action` gives the outcome.
+
+    `requests` and `size` (bytes of inputs) are what it counts for; what needs no run takes no room from what does.
+    """
+
+    slot: Slot
+    answer: Answer | None
+    submitted: float
+    action: Callable[[], Outcome] | None = None
+    requests: int = 0
+    size: int = 0
+
+    def settle(self, outcome: Outcome) -> None:
+        """Answers, unless that was done or the caller has gone."""
+        if self.answer is not None:
+            answer, self.answer = self.answer, None
+            deliver(answer, outcome)
+
+    def cancel(self) -> None:
+        """The caller has gone: drops the request if no run has finished it, and harms nobody else."""
+        self.answer = None
+
+    def act(self) -> bool:
+        """Its turn has come. False where the slot is not free for the next one yet."""
+        try:
+            outcome = self.action()  # type: ignore[misc]  # a ticket has a request or an action
+        except LatchError as error:
+            outcome = error
+        except Exception:
+            log.exception("what a session had waiting could not be done")
+            outcome = Internal("the service failed on this call; its log says why")
+        self.settle(outcome)
+        return True
+
+
+class Group:
+    """Slots that stand in line as one."""
+
+    slots: list[Slot]
+
+    def refuse(self, error: LatchError) -> None:
+        """Answers everybody."""
+        raise NotImplementedError
+
+
+G = TypeVar("G", bound=Group)
+
+
+class Queues(Generic[G]):
+    """The queues of one model.
+
+    A slot is in here while it is busy: in line, or out of it because it is in a run, written to the store, or held.
+
+    Args:
+        max_queue, max_queue_bytes: requests waiting, and what their inputs may weigh.
+        max_session_queue: requests waiting for one session.
+    """
+
+    def __init__(self, *, max_queue: int, max_queue_bytes: int, max_session_queue: int) -> None:
+        self._max_queue = max_queue
+        self._max_queue_bytes = max_queue_bytes
+        self._max_session_queue = max_session_queue
+        self._queues: dict[Slot, list[Ticket]] = {}  # of busy slots; empty where a group has it and nobody waits
+        self._line: deque[Slot | G] = deque()  # oldest first
+        self._depth = self._bytes = 0
+        self._outside: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+        self.work = asyncio.Event()
+        """Set while somebody may stand in line."""
+
+    @property
+    def depth(self) -> int:
+        """Requests waiting or running."""
+        return self._depth
+
+    def __contains__(self, slot: Slot) -> bool:
+        """Whether the slot is busy."""
+        return slot in self._queues
+
+    def check(self, slot: Slot) -> None:
+        """Raises what keeps one more request of a session from being taken: Draining, Overloaded."""
+        if self._closed:
+            raise Draining("the service is stopping")
+        queue = self._queues.get(slot)
+        if not (
+            self._depth >= self._max_queue
+            or self._bytes >= self._max_queue_bytes
+            or (queue is not None and len(queue) >= self._max_session_queue)
+        ):
+            return
+        limits = (
+            (len(queue or ()), self._max_session_queue, "requests wait for this session"),
+            (self._depth, self._max_queue, "requests wait for this model"),
+            (self._bytes, self._max_queue_bytes, "bytes of inputs wait for this model"),
+        )
+        waiting, limit, what = next(each for each in limits if each[0] >= each[1])
+        raise Overloaded(f"{waiting} {what}: send again later", limit=limit, retry_after_ms=100)
+
+    def put(self, ticket: Ticket) -> Ticket:
+        """Puts a ticket at the end of its session's queue. Raises Draining, SessionNotFound."""
+        if self._closed:
+            raise Draining("the service is stopping")
+        slot = ticket.slot
+        if slot.row < 0:
+            raise SessionNotFound("the session was deleted")
+        queue = self._queues.get(slot)
+        if queue is None:
+            self._queues[slot] = [ticket]
+            self._line.append(slot)
+        else:
+            queue.append(ticket)
+        self._depth += ticket.requests
+        self._bytes += ticket.size
+        self.work.set()
+        return ticket
+
+    def put_first(self, ticket: Ticket) -> None:
+        """Puts a ticket at the head of the queue of a slot that is out of line."""
+        self._queues[ticket.slot].insert(0, ticket)
+        self._depth += ticket.requests
+        self._bytes += ticket.size
+
+    def put_group(self, group: G) -> bool:
+        """Puts idle slots in line as one, or does nothing where one of them is busy or there is no room."""
+        slots = group.slots
+        if self._closed or self._depth + len(slots) > self._max_queue or not self._queues.keys().isdisjoint(slots):
+            return False
+        for slot in slots:
+            self._queues[slot] = []
+        self._depth += len(slots)
+        self._line.append(group)
+        self.work.set()
+        return True
+
+    def take(self, limit: int) -> list[Slot] | G:
+        """Takes out of line, oldest first, a group or up to `limit` slots before the next group."""
+        line = self._line
+        slots: list[Slot] = []
+        while line and len(slots) < limit:
+            entry = line[0]
+            if isinstance(entry, Slot):
+                slots.append(entry)
+            elif slots:
+                break
+            else:
+                return cast("G", line.popleft())
+            line.popleft()
+        if not line:
+            self.work.clear()
+        return slots
+
+    def began(self, group: G) -> None:
+        """A group's requests count as waiting no longer."""
+        self._depth -= len(group.slots)
+
+    def head(self, slot: Slot) -> Ticket | None:
+        """The first ticket that is not answered yet."""
+        queue = self._queues[slot]
+        while queue and queue[0].answer is None:
+            ticket = queue.pop(0)
+            self._depth -= ticket.requests
+            self._bytes -= ticket.size
+        return queue[0] if queue else None
+
+    def resume(self, slots: Iterable[Slot]) -> None:
+        """Puts slots that are out of line at its back, where more waits for them; the others are busy no longer."""
+        for slot in slots:
+            if self.head(slot) is None:
+                del self._queues[slot]
+            else:
+                self._line.append(slot)
+                self.work.set()
+
+    def waiting(self, slot: Slot) -> list[Ticket]:
+        """Whoever waits for a slot."""
+        return list(self._queues.get(slot, ()))
+
+    @asynccontextmanager
+    async def hold(self, slot: Slot) -> AsyncIterator[None]:
+        """Waits for the slot's turn, and keeps everybody behind it until the block ends.
+
+        Raises:
+            Draining, SessionNotFound: at once, or while it waits.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = _Hold(slot, partial(_fail, future), time.perf_counter(), future=future)
+        self.put(turn)
+        try:
+            await future
+            yield
+        finally:
+            if turn.is_held:
+                self.resume([slot])
+            else:
+                turn.cancel()
+
+    async def room(self, slot: Slot) -> None:
+        """Waits until another try is worth while for who met `Overloaded`: the slot's turn, or room for the model.
+
+        Raises:
+            Draining, SessionNotFound: as `put`.
+        """
+        if self._closed:
+            raise Draining("the service is stopping")
+        if len(self._queues.get(slot, ())) >= self._max_session_queue:
+            async with self.hold(slot):
+                return
+        if self._is_full:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._outside.append(future)
+            await future
+
+    def admit(self) -> None:
+        """Tells those who wait outside that there is room, as many as there is room for."""
+        if self._outside and not self._is_full:
+            for _ in range(min(len(self._outside), self._max_queue - self._depth)):
+                _open(self._outside.popleft())
+
+    def close(self, error: LatchError) -> None:
+        """Takes nothing more, and tells whoever waits."""
+        self._closed = True
+        for future in self._outside:
+            _open(future)
+        for queue in self._queues.values():
+            for ticket in list(queue):
+                ticket.settle(error)
+        for entry in self._line:
+            if isinstance(entry, Group):
+                entry.refuse(error)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._depth >= self._max_queue or self._bytes >= self._max_queue_bytes
+
+
+class _Hold(Ticket, kw_only=True):
+    """A ticket that keeps its slot out of line when its turn has come."""
+
+    future: asyncio.Future[None]
+    is_held: bool = False
+
+    def act(self) -> bool:
+        """Its turn has come, even where the caller is just leaving: the end of `hold` sees to that."""
+        self.answer, self.is_held = None, True
+        _open(self.future)
+        return False
+
+
+def deliver(answer: Callable[[Any], Any], outcome: Any) -> None:
+    """Answers; a door that fails must not take the batch with it."""
+    try:
+        answer(outcome)
+    except Exception:
+        log.exception("an answer could not be delivered")
+
+
+def _fail(future: asyncio.Future[None], outcome: Outcome) -> None:
+    if not future.done() and isinstance(outcome, LatchError):
+        future.set_exception(outcome)
+
+
+def _open(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
