@@ -118,8 +118,8 @@ class BinarySocket(Socket):
         elif frame.kind == Kind.CLOSE:
             self._channels.pop(frame.channel, None)
         elif channel is not None:
-            session = channel.session = await self.present(channel.session)
             request = frames.step_request(frame, channel.outputs, self.shared.max_steps)
+            session = channel.session = await self.present(channel.session)
             await self.submit(session, request, partial(self._answer, frame.channel, frame.first_step))
 
     def _row_bytes(self, number: int) -> int | None:

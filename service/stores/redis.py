@@ -52,7 +52,7 @@ class RedisStore:
         keep_steps: as `open_store`.
     """
 
-    is_durable = True
+    is_durable = is_shared = True
 
     def __init__(self, url: str, *, keep_steps: int) -> None:
         self._keep_steps = keep_steps
