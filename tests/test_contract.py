@@ -32,8 +32,10 @@ def exported(root: Path, cell: str, head: str, **settings: Any) -> Path:
 CASES = [
     *((cell, "gaussian", {"layers": 2, "standardise": True}) for cell in UNITS),
     *((cell, "categorical", {"vocabulary": 6, "learned_initial_state": True}) for cell in ("gru", "lstm")),
+    *((cell, head, {"standardise": True, "residual": (5, 4, 3, 2, 1, 0)})
+      for cell in ("gru", "mgu3") for head in ("gaussian", "regression")),
     *((cell, "bernoulli", {"reset": "after"}) for cell in ("gru", "gru1", "mgu2")),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cell", "head", "settings"), CASES, ids=lambda value: value if isinstance(value, str) else "")

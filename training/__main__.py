@@ -1,4 +1,4 @@
-"""The command line: `latch-train fit | evaluate | export | data | ship`.
+"""The command line: `latch-train fit | evaluate | export | data | ship`; the options of `fit` are in `options.py`.
 
 Its one rule: it reads options and prints results; everything it does is a call that a notebook could make too.
 """
@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from training import data, ship
-from training.cells import BLENDS, CANDIDATE_ACTIVATIONS, GATE_ACTIVATIONS, RESETS, UNITS
+from training import data, options, ship
 from training.checkpoint import Run
 from training.config import TrainConfig
 from training.data import polymusic
@@ -20,8 +19,9 @@ from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
 from training.export import export as export_run
 from training.graph import LOWERINGS
+from training.report import write_report
 from training.scores import Metric, score_all
-from training.trainer import LOGGERS, OPTIMISERS, configure
+from training.trainer import configure
 from training.trainer import fit as fit_run
 
 app = typer.Typer(
@@ -31,56 +31,67 @@ app = typer.Typer(
     help="Train recurrent units and hand them to the service as model folders.",
 )
 console = Console(markup=False, soft_wrap=True)  # paths and names may hold brackets, and stay whole
-DataName = Annotated[str, typer.Argument(help=f"One of {', '.join(data.LOADERS)}.")]
+# L2 penalty for the user's own data: a file is short and drifts, and what is learned of it by heart does not come back.
+OWN_WEIGHT_DECAY = 3e-3
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, as given to `fit --run`.")]
-Models = Annotated[Path, typer.Option(help="The model repository to write to.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; at these sizes one is fastest.")]
-
-
-def one_of(names: object) -> str:
-    """The end of a help text."""
-    return "one of " + ", ".join(str(name) for name in names)  # type: ignore[attr-defined]
 
 
 @app.command()
 def fit(
-    name: DataName,
-    cell: Annotated[str, typer.Option(help=f"The unit: {one_of(UNITS)}.")] = "gru",
-    hidden: Annotated[int, typer.Option(help="Hidden units of each layer.")] = 46,
-    layers: Annotated[int, typer.Option(help="Stacked layers.")] = 1,
-    dropout: Annotated[float, typer.Option(help="Dropout between layers.")] = 0.0,
-    learned_initial_state: Annotated[
-        bool, typer.Option("--learned-initial-state", help="Train the state before the first step.")
-    ] = False,
-    blend: Annotated[str | None, typer.Option(help=f"{one_of(BLENDS)}; the paper's is write.")] = None,
-    reset: Annotated[str | None, typer.Option(help=f"{one_of(RESETS)}; the paper's is before.")] = None,
-    gate_activation: Annotated[str | None, typer.Option(help=f"{one_of(GATE_ACTIVATIONS)}.")] = None,
-    candidate_activation: Annotated[str | None, typer.Option(help=f"{one_of(CANDIDATE_ACTIVATIONS)}.")] = None,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = TrainConfig.seed,
-    optimiser: Annotated[str, typer.Option(help=f"{one_of(OPTIMISERS)}.")] = TrainConfig.optimiser,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = TrainConfig.rate,
-    weight_decay: Annotated[float, typer.Option(help="L2 penalty in the gradient.")] = TrainConfig.weight_decay,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = TrainConfig.batch_size,
-    epochs: Annotated[int, typer.Option(help="At most this many epochs in all.")] = TrainConfig.max_epochs,
-    patience: Annotated[
-        int, typer.Option(help="Epochs without a better valid loss before stopping.")
-    ] = TrainConfig.patience,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
-    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-CELL.")] = None,
-    logs: Annotated[str, typer.Option(help=f"{one_of(LOGGERS)}.")] = "csv",
-    threads: Threads = 1,
+    name: options.Name = None,
+    csv: options.Csv = None,
+    targets: options.Targets = None,
+    inputs: options.Inputs = None,
+    horizon: options.Horizon = 1,
+    season: options.Season = None,
+    max_gap: options.MaxGap = 6,
+    time: options.Time = None,
+    split: options.Split = "70/15/15",
+    window: options.Window = 192,
+    licence: options.Licence = "the user's own; not stated",
+    cell: options.CellName = "gru",
+    hidden: options.Hidden = 46,
+    layers: options.Layers = 1,
+    dropout: options.Dropout = 0.0,
+    learned_initial_state: options.LearnedInitialState = False,
+    blend: options.Blend = None,
+    reset: options.Reset = None,
+    gate_activation: options.GateActivation = None,
+    candidate_activation: options.CandidateActivation = None,
+    seed: options.Seed = TrainConfig.seed,
+    optimiser: options.Optimiser = TrainConfig.optimiser,
+    rate: options.Rate = TrainConfig.rate,
+    weight_decay: options.WeightDecay = None,
+    batch_size: options.BatchSize = TrainConfig.batch_size,
+    epochs: options.Epochs = TrainConfig.max_epochs,
+    patience: options.Patience = TrainConfig.patience,
+    clip: options.Clip = TrainConfig.clip,
+    run: options.RunTo = None,
+    logs: options.Logs = "csv",
+    threads: options.Threads = 1,
+    export: options.Export = None,
+    export_name: options.ExportName = None,
+    models: options.Models = Path("models"),
 ) -> None:
     """Train until the valid split stops improving. The same command resumes an interrupted run.
 
-    With more `--epochs` or `--patience` it takes a finished run further; all else stays as the run began.
+    On a data set of `latch-train data`, or on a file of your own, which also becomes a model in `models/` that
+    `latch serve` then serves. With more `--epochs` or `--patience` it takes a finished run further; all else stays as
+    the run began.
 
     **Examples**
+
+    `latch-train fit --csv plant.csv --targets temperature,flow --horizon 6`
 
     `latch-train fit chorales --cell mgu2 --seed 2 --run runs/mine`
 
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """
-    data_set = data.load(name)
+    asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
+    asked |= {"time": time, "split": split, "window": window, "licence": licence}
+    data_set = options.data_set(name, {"csv": csv}, asked)
+    for note in data_set.notes:
+        console.print(f"{data_set.info.source}: {note}")
     model = configure(
         data_set,
         cell,
@@ -93,11 +104,13 @@ def fit(
         gate_activation=gate_activation,
         candidate_activation=candidate_activation,
     )
+    if weight_decay is None:
+        weight_decay = OWN_WEIGHT_DECAY if data_set.info.own else TrainConfig.weight_decay
     config = TrainConfig(seed, optimiser, rate, weight_decay, batch_size, epochs, patience, clip)
-    folder = run or Path("runs") / f"{name}-{cell}"
-    progress = sys.stdout.isatty()
+    folder = run or Path("runs") / f"{data_set.info.name}-{cell}"
+    before = Run.load(folder) if (folder / "run.json").is_file() else None
     try:
-        done = fit_run(data_set, model, config, folder, logs=logs, threads=threads, progress=progress)
+        done = fit_run(data_set, model, config, folder, logs=logs, threads=threads, progress=sys.stdout.isatty())
     except KeyboardInterrupt:
         console.print(
             f"interrupted; the same command goes on from the last whole epoch in {folder}, "
@@ -107,16 +120,27 @@ def fit(
     result = done.result or {}
     console.print(f"{folder}: best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']} s")
     show(data_set, [Metric(**metric) for metric in result["metrics"]])
+    if export is None:
+        export = bool(data_set.info.own)
+    if export or data_set.info.own:
+        console.print(f"wrote {', '.join(map(str, write_report(folder, done, data_set)))}")
+    if export:
+        model_name = export_name or options.slug(data_set.info.name)
+        if before == done and (models / model_name).is_dir():
+            console.print(f"the run had finished before: {models / model_name} is left as it is")
+        else:
+            console.print(f"wrote {export_run(folder, models, model_name)}; `latch serve --models {models}` serves it")
 
 
 def show(data_set: DataSet, metrics: list[Metric]) -> None:
-    """Scores by split, and under them what the test score is to be read beside."""
+    """Scores by split, and under each what the test score is to be read beside."""
     table = Table("", "metric", "valid", "test", "unit", title=data_set.info.description)
     for metric in (metric for metric in metrics if metric.split == "test"):
         valid = next(other.value for other in metrics if (other.name, other.split) == (metric.name, "valid"))
         table.add_row("this run", metric.name, f"{valid:.4f}", f"{metric.value:.4f}", metric.unit)
-    for reference in data_set.references:
-        table.add_row(reference.name, reference.metric, "", f"{reference.value:.4f}", "")
+        for reference in data_set.references:
+            if reference.metric == metric.name:
+                table.add_row(reference.name, reference.metric, "", f"{reference.value:.4f}", metric.unit)
     console.print(table)
 
 
@@ -128,7 +152,7 @@ def evaluate(folder: RunFolder) -> None:
     """
     run = Run.load(folder)
     model, epoch = run.best_model(folder)
-    data_set = data.load(run.data.name)
+    data_set = data.load_again(run.data)
     console.print(f"{folder}: best epoch {epoch}" + ("" if run.result else " so far; the run has not finished"))
     show(data_set, score_all(model, data_set))
 
@@ -140,13 +164,13 @@ def export(
     version: Annotated[
         str | None, typer.Option(help="The model's version, a whole number; default the next free one.")
     ] = None,
-    models: Models = Path("models"),
+    models: options.Models = Path("models"),
     force: Annotated[bool, typer.Option("--force", help="Replace a version that exists.")] = False,
     best_so_far: Annotated[
         bool, typer.Option("--best-so-far", help="Write the best weights of a run that has not finished.")
     ] = False,
     lowering: Annotated[
-        str, typer.Option(help=f"What a step becomes in ONNX: {one_of(LOWERINGS)}; only gru has an operator.")
+        str, typer.Option(help=f"What a step becomes in ONNX: {options.one_of(LOWERINGS)}; only gru has an operator.")
     ] = "primitives",
 ) -> None:
     """Write a run as models/NAME/VERSION: step graph, manifest, golden vectors. No parity, no artifact.
@@ -186,8 +210,8 @@ def data_command(
 def ship_command(
     names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out.")] = None,
     runs: Annotated[Path, typer.Option(help="Where the run folders go.")] = Path("runs/shipped"),
-    models: Models = Path("models"),
-    threads: Threads = 1,
+    models: options.Models = Path("models"),
+    threads: options.Threads = 1,
 ) -> None:
     """Train and export the shipped models again, replacing their version 1: the content of models/ from the data.
 

@@ -100,7 +100,7 @@ class Run:
             pairs = {side: tuple((name, unit) for name, unit in found["data"][side]) for side in ("inputs", "outputs")}
             return cls(
                 DataInfo(**(found["data"] | pairs)),
-                ModelConfig(**found["model"]),
+                ModelConfig(**(found["model"] | {"residual": tuple(found["model"].get("residual", ()))})),
                 TrainConfig(**found["train"]),
                 found["libraries"],
                 found["result"],

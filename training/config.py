@@ -3,8 +3,8 @@
 Its one rule: no behaviour beyond checking itself. It must not know torch.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from training.errors import ConfigError
 
@@ -21,6 +21,7 @@ class ModelConfig:
     """A stack of one unit and its head; None stands for the unit's own convention.
 
     `vocabulary` is the number of ids of an int64 input (embedded into `input_size` values); None for float input.
+    `residual` are the input columns, one an output, whose change the head gives: an output is that input plus it.
     """
 
     cell: str
@@ -32,6 +33,7 @@ class ModelConfig:
     dropout: float = 0.0
     standardise: bool = False
     learned_initial_state: bool = False
+    residual: tuple[int, ...] = ()
     vocabulary: int | None = None
     blend: str | None = None
     reset: str | None = None
@@ -42,6 +44,10 @@ class ModelConfig:
         _require(self.head in HEADS, f"unknown head {self.head!r}: choose one of {', '.join(HEADS)}")
         for name in ("input_size", "output_size", "hidden", "layers"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            not self.residual or (len(self.residual) == self.output_size and self.standardise),
+            f"residual must be an input column for each of {self.output_size} outputs, not {self.residual}",
+        )
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         _require(
             self.vocabulary is None or self.vocabulary >= 2, f"vocabulary must be at least 2, not {self.vocabulary}"
@@ -79,7 +85,8 @@ class DataInfo:
     """What a manifest says about a data set and what a model needs to fit it.
 
     Features are (name, unit) along the last axis. `feedback` is the manifest's rule by which an output becomes the
-    next input, None where outputs are not inputs. `sha256` is None for generated data.
+    next input, None where outputs are not inputs. `sha256` is None for generated data. `own` is empty for a set that
+    has a name, and else what loads the user's file again (`data/own.py`); it stays in the run folder.
     """
 
     name: str
@@ -95,3 +102,4 @@ class DataInfo:
     feedback: str | None = None
     standardise: bool = False
     vocabulary: int | None = None
+    own: dict[str, Any] = field(default_factory=dict)

@@ -120,7 +120,7 @@ def next_version(folder: Path) -> str:
 
 def scored_now(run: Run, folder: Path, model: RecurrentModel, epoch: int) -> Run:
     """An unfinished run with a result all the same: what `model`, its best of `epoch`, scores at this moment."""
-    metrics = [metric.as_dict() for metric in score_all(model, data.load(run.data.name))]
+    metrics = [metric.as_dict() for metric in score_all(model, data.load_again(run.data))]
     epochs = load_tensors(folder / "last.safetensors")[1]["epoch"]
     return replace(run, result={"epochs": epochs, "best_epoch": epoch, "unfinished": True, "metrics": metrics})
 

@@ -61,6 +61,7 @@ class RecurrentModel(nn.Module):
     x_std: Tensor
     y_mean: Tensor
     y_std: Tensor
+    change: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,6 +80,8 @@ class RecurrentModel(nn.Module):
         for side, size in (("x", config.input_size), ("y", config.output_size)):
             self.register_buffer(f"{side}_mean", torch.zeros(size))
             self.register_buffer(f"{side}_std", torch.ones(size))
+        if config.residual:
+            self.register_buffer("change", torch.ones(config.output_size))
 
     @property
     def layers(self) -> list[Cell]:
@@ -119,9 +122,23 @@ class RecurrentModel(nn.Module):
             return functional.embedding(x, self.embedding.weight)
         return (x - self.x_mean) / self.x_std if self.config.standardise else x
 
+    def decode(self, value: Tensor, encoded: Tensor) -> Tensor:
+        """The last layer's h [..., H] and what the first cell saw [..., I] -> head values [..., O or 2 O].
+
+        With `residual` the head gives changes in units of the usual change, so that a head of zeros says "as now".
+        """
+        raw: Tensor = self.head(value)
+        if not self.config.residual:
+            return raw
+        last = encoded[..., self.config.residual]
+        if self.config.head == "regression":
+            return last + raw * self.change
+        change, spread = raw.chunk(2, dim=-1)
+        return torch.cat((last + change * self.change, spread + self.change.log()), dim=-1)
+
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """A whole sequence: the input products of all steps at once, then the recurrence."""
-        value = self.encode(x)
+        value = encoded = self.encode(x)
         batch, steps = x.shape[:2]
         state = self.init_state(batch) if state is None else state
         after: list[Tensor] = []
@@ -136,11 +153,11 @@ class RecurrentModel(nn.Module):
             after.extend(current)
             if layer + 1 < len(self.cells):
                 value = self.dropout(value)
-        return self.head(value), tuple(after)
+        return self.decode(value, encoded), tuple(after)
 
     def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:
         """One step in evaluation: x [B, I] -> (head values [B, O or 2 O], gate activations, next state)."""
-        value = self.encode(x)
+        value = encoded = self.encode(x)
         gates: list[Tensor] = []
         after: list[Tensor] = []
         width = len(state) // len(self.cells)
@@ -150,7 +167,7 @@ class RecurrentModel(nn.Module):
             value = current[0]
             gates.extend(opened)
             after.extend(current)
-        return self.head(value), gates, tuple(after)
+        return self.decode(value, encoded), gates, tuple(after)
 
     def predict(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Head values -> what a client gets: probabilities, or values in the data's units (gaussian: mean and std)."""

@@ -45,8 +45,14 @@ def libraries() -> dict[str, str]:
 
 
 def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:
-    """The model that fits `data`: sizes, head and normalisation are the data's, the rest is asked for."""
+    """The model that fits `data`: sizes, head and normalisation are the data's, the rest is asked for.
+
+    A forecast of the user's own columns is the change from their last values: without that, whatever moves slowly or
+    leaves the range that it was trained in is forecast worse than by its last value.
+    """
     info = data.info
+    if info.task == "forecast" and info.own and set(info.outputs) <= set(info.inputs):
+        settings.setdefault("residual", tuple(map(info.inputs.index, info.outputs)))
     return ModelConfig(
         cell,
         len(info.inputs),
@@ -59,7 +65,7 @@ def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:
 
 
 def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
-    """Mean and deviation of the training split's inputs, and of its targets where they are values."""
+    """Mean and deviation of the training split's inputs, of its targets where they are values, and of their change."""
     items = data.splits["train"].items
     if data.info.standardise:
         inputs = torch.cat([torch.from_numpy(inputs) for inputs, _, _ in items]).float()
@@ -67,6 +73,11 @@ def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
     if data.info.head in ("gaussian", "regression"):
         targets = torch.cat([torch.from_numpy(target[predicted]) for _, target, predicted in items]).float()
         model.y_mean, model.y_std = targets.mean(0), targets.std(0).clamp_min(1e-6)
+    if model.config.residual:
+        columns = list(model.config.residual)
+        before = torch.cat([torch.from_numpy(inputs[predicted]) for inputs, _, predicted in items]).float()[:, columns]
+        model.x_mean[columns], model.x_std[columns] = model.y_mean, model.y_std  # one scale on both sides
+        model.change = ((targets - before) / model.y_std).std(0).clamp_min(1e-6)
 
 
 class Fitting(lightning.LightningModule):

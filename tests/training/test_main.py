@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -64,6 +65,50 @@ def test_fit_evaluate_export(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="exists: leave out --version"):
         call("export", run, "--models", str(tmp_path / "models"), "--version", "1")
     call("export", run, "--models", str(tmp_path / "models"), "--version", "1", "--force")
+
+
+@pytest.fixture
+def waves(tmp_path: Path) -> Path:
+    """A CSV of two slow waves and a gap."""
+    path = tmp_path / "Two Waves.csv"
+    rows = [f"{np.sin(row / 9):.4f},{np.cos(row / 7):.4f}" for row in range(300)]
+    rows[50] = ","
+    path.write_text("\n".join(["a [m],b", *rows]) + "\n")
+    return path
+
+
+def test_one_command_makes_a_model_of_a_csv(tmp_path: Path, waves: Path) -> None:
+    """Trained, scored beside the baselines, drawn and exported; again, it is found finished and nothing is added."""
+    models, run = tmp_path / "models", tmp_path / "run"
+    words = ["fit", "--csv", str(waves), "--targets", "a [m]", "--season", "57", "--window", "32", "--hidden", "6"]
+    words += ["--epochs", "2", "--run", str(run), "--models", str(models)]
+    told = call(*words)
+    assert "Two Waves.csv: a [m]: 1 cell missing (line 52): 1 filled with the last value" in told
+    assert all(name in told for name in ("this run", "last value", "seasonal naive (57 rows)"))
+    replay(models / "two-waves" / "1")
+    manifest = json.loads((models / "two-waves" / "1" / "manifest.json").read_text())
+    assert manifest["input"]["features"] == [{"name": "a", "unit": "m"}, {"name": "b"}]
+    assert manifest["data"]["source"] == "Two Waves.csv"
+    report = (run / "report.md").read_text()
+    assert "| mae a | m |" in report
+    assert "seasonal naive (57 rows), test" in report
+    assert (run / "forecast.png").read_bytes().startswith(b"\x89PNG")
+    assert "is left as it is" in call(*words)
+    assert [path.name for path in (models / "two-waves").iterdir()] == ["1"]
+    assert "last value" in call("evaluate", str(run))
+
+
+@pytest.mark.parametrize("words", [[], ["digits", "--csv", "x.csv"]])
+def test_one_data_set_is_asked_for(words: list[str]) -> None:
+    """Neither none nor two."""
+    with pytest.raises(TrainingError, match=r"name one data set \(.*or give one file: --csv"):
+        call("fit", *words)
+
+
+def test_a_split_that_is_none_is_refused(waves: Path) -> None:
+    """As typed."""
+    with pytest.raises(TrainingError, match="--split must be three percentages such as 70/15/15, not 'most'"):
+        call("fit", "--csv", str(waves), "--targets", "b", "--split", "most")
 
 
 def test_an_interrupted_run_can_be_scored_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,32 @@ def test_predictions_are_in_the_clients_units(head: str) -> None:
     assert all((value > 0).all() for value in spread)
 
 
+@pytest.mark.parametrize("head", ["gaussian", "regression"])
+def test_a_residual_head_of_zeros_says_as_now(head: str) -> None:
+    """Outputs are the named inputs, in the data's units; the spread is the usual change."""
+    model = make(head=head, residual=(3, 0, 2))
+    columns, change = [3, 0, 2], torch.tensor([0.5, 0.25, 2.0])
+    model.change = change
+    model.x_mean[columns], model.x_std[columns] = model.y_mean, model.y_std
+    x = torch.randn(2, 6, 4)
+    torch.testing.assert_close(model(x)[0], unrolled(model, x)[0])
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+    y, *spread = model.predict(model(x)[0])
+    torch.testing.assert_close(y, x[..., columns])
+    if spread:
+        torch.testing.assert_close(spread[0], ((change + 1e-3) * model.y_std).expand_as(y))
+
+
+def test_a_residual_needs_a_column_for_every_output() -> None:
+    """Two columns for three outputs, or inputs that are not standardised."""
+    with pytest.raises(ConfigError, match=r"residual must be an input column for each of 3 outputs, not \(0, 1\)"):
+        make(residual=(0, 1))
+    with pytest.raises(ConfigError, match="residual must be an input column"):
+        ModelConfig("gru", 4, 3, "gaussian", residual=(0, 1, 2))
+
+
 def test_losses_are_the_negative_log_likelihoods_by_hand() -> None:
     """Bernoulli, categorical and Gaussian losses in nats against NumPy; regression is the squared standard error."""
     rng = np.random.default_rng(0)

@@ -1,11 +1,12 @@
-"""The data sets by name.
+"""The data sets by name, and the user's own.
 
 Its one rule: adding a set is one module and one line here. It must not know units or training.
 """
 
 from collections.abc import Callable
 
-from training.data import adding, digits, polymusic, sensors
+from training.config import DataInfo
+from training.data import adding, digits, own, polymusic, sensors
 from training.data.sequences import DataSet
 from training.errors import DataError
 
@@ -22,3 +23,8 @@ def load(name: str) -> DataSet:
     if name not in LOADERS:
         raise DataError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}")
     return LOADERS[name](name)
+
+
+def load_again(info: DataInfo) -> DataSet:
+    """The data set that a run was made of, by name or from the user's own file."""
+    return own.again(info) if info.own else load(info.name)

@@ -48,11 +48,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class DataSet:
-    """The splits, what the manifest will say about them, and the references."""
+    """The splits, what the manifest will say about them, the references, and what a person should know of the file."""
 
     info: DataInfo
     splits: dict[str, Split]
     references: tuple[Reference, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def next_step(sequence: Array, skip: int = 0) -> Item:

@@ -1,0 +1,217 @@
+"""A forecast from a CSV: nothing looks ahead, gaps are told, baselines are scored on the same rows."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.data import forecast
+from training.data.forecast import Options
+from training.data.sequences import DataSet
+from training.errors import DataError
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+Csv = Callable[..., Path]
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Csv:
+    """Writes rows of (a, b) an hour apart; a is the row's number, b its half; `holes` are cells left empty."""
+
+    def write(
+        rows: int = 200,
+        holes: dict[str, range] | None = None,
+        absent: range = range(0),
+        apart: timedelta = timedelta(hours=1),
+    ) -> Path:
+        lines = ["date,a [m],b"]
+        for row in range(rows):
+            cells = {"a": f"{row}", "b": f"{row / 2}"}
+            for column, places in (holes or {}).items():
+                if row in places:
+                    cells[column] = ""
+            if row not in absent:
+                lines.append(f"{(START + row * apart):%Y-%m-%d %H:%M},{cells['a']},{cells['b']}")
+        path = tmp_path / "made.csv"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+def load(path: Path, **options: Any) -> DataSet:
+    """With `a` as the target and no season, unless said otherwise."""
+    return forecast.load(path, Options(**({"targets": ("a [m]",), "season": 0, "window": 16} | options)))
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_targets_are_so_many_rows_later_and_splits_follow_time(csv: Csv, horizon: int) -> None:
+    """Every target is its input's row plus the horizon; what trains ends before what is scored begins."""
+    data = load(csv(), horizon=horizon)
+    asked = {}
+    for name, split in data.splits.items():
+        asked[name] = {int(row) for inputs, _, predicted in split.items for row in inputs[predicted, 0]}
+        for inputs, targets, _ in split.items:
+            np.testing.assert_array_equal(targets[:, 0], inputs[:, 0] + horizon)
+    assert asked == {
+        "train": set(range(140 - horizon)),
+        "valid": set(range(140, 170 - horizon)),
+        "test": set(range(170, 200 - horizon)),
+    }
+    assert max(targets.max() for _, targets, _ in data.splits["train"].items) == 139
+
+
+def test_scored_sequences_know_their_past(csv: Csv) -> None:
+    """A window of rows before the split comes first, and is not asked about."""
+    inputs, _, predicted = load(csv()).splits["test"].items[0]
+    assert inputs[0, 0] == 170 - 16
+    assert predicted.argmax() == 16
+
+
+def test_features_are_the_headers(csv: Csv) -> None:
+    """Names and units for inputs and targets; the horizon is in the description, as rows and as time."""
+    info = load(csv(), horizon=6).info
+    assert info.inputs == (("a", "m"), ("b", ""))
+    assert info.outputs == (("a", "m"),)
+    assert "a 6 rows (6 hours) ahead" in info.description
+    assert (info.name, info.source, info.feedback) == ("made", "made.csv", None)
+
+
+def test_an_output_is_fed_back_only_where_it_is_the_whole_next_input(csv: Csv) -> None:
+    """One row ahead and the same columns on both sides."""
+    assert load(csv(), targets=("a [m]", "b")).info.feedback == "identity"
+    assert load(csv(), targets=("a [m]", "b"), horizon=2).info.feedback is None
+    assert load(csv(), inputs=("b", "a [m]")).info.feedback is None
+
+
+def test_short_gaps_repeat_the_last_value_and_are_never_asked_about(csv: Csv) -> None:
+    """Nothing is interpolated: a client could not know the far end either; the note says how many and where."""
+    data = load(csv(holes={"a": range(50, 53)}))
+    seen: dict[int, float] = {}
+    asked = set()
+    for inputs, targets, predicted in data.splits["train"].items:
+        seen |= {int(2 * b): float(a) for a, b in inputs}
+        asked |= {int(2 * b) + 1 for (_, b), known in zip(inputs, predicted, strict=True) if known}
+        assert not set(targets[predicted, 0]) & {50, 51, 52}
+    assert [seen[row] for row in range(48, 55)] == [48, 49, 49, 49, 49, 53, 54]
+    assert {49, 53} <= asked
+    assert not asked & {50, 51, 52}
+    assert data.notes == ("a [m]: 3 cells missing (lines 52 to 54): 3 filled with the last value, 0 too many in a row",)
+
+
+@pytest.mark.parametrize("gap", ["holes", "absent"])
+def test_long_gaps_end_a_sequence(csv: Csv, gap: str) -> None:
+    """Empty cells or rows that the times say are absent: no sequence reaches over them."""
+    places: dict[str, Any] = {"holes": {"holes": {"b": range(50, 70)}}, "absent": {"absent": range(50, 70)}}[gap]
+    data = load(csv(**places))
+    for inputs, _, _ in data.splits["train"].items:
+        assert set(np.diff(inputs[:, 0])) <= {1.0}
+        assert not set(inputs[:, 0]) & set(range(50, 70))
+    told = {
+        "holes": "b: 20 cells missing (lines 52 to 71): 0 filled with the last value, 20 too many in a row",
+        "absent": "absent rows: 20 (20 after line 51)",
+    }
+    assert told[gap] in data.notes
+    assert "long gaps cut the rows into 2 sequences; the state starts anew in each" in data.notes
+
+
+def test_absent_rows_keep_the_steps_even(csv: Csv) -> None:
+    """Two rows that are not in the file count as two steps, filled."""
+    data = load(csv(absent=range(50, 52)))
+    assert data.notes[0] == "absent rows: 2 (2 after line 51)"
+    inputs = next(inputs for inputs, _, _ in data.splits["train"].items if {49.0, 52.0} <= set(inputs[:, 0]))
+    first = inputs[:, 0].tolist().index(49)
+    assert inputs[first : first + 4, 0].tolist() == [49, 49, 49, 52]
+
+
+def test_a_missing_target_that_is_no_input_cuts_nothing(csv: Csv) -> None:
+    """It is not asked about; the inputs go on."""
+    data = load(csv(holes={"a": range(50, 70)}), inputs=("b",))
+    assert data.notes == ("a [m]: 20 cells missing (lines 52 to 71): not scored",)
+    assert not any(set(t[p, 0]) & set(range(50, 70)) for _, t, p in data.splits["train"].items)
+
+
+@pytest.mark.parametrize(("horizon", "last", "naive"), [(1, 1, 24), (24, 24, 24), (30, 30, 48)])
+def test_baselines_are_the_naive_forecasts(csv: Csv, horizon: int, last: int, naive: int) -> None:
+    """Of a straight line the last value errs by the horizon, the season by the whole seasons that it lies back."""
+    data = load(csv(400), season=24, horizon=horizon)
+    found = {(one.name, one.metric): one.value for one in data.references}
+    assert found["last value", "mae a"] == pytest.approx(last)
+    assert found["seasonal naive (24 rows)", "mae a"] == pytest.approx(naive)
+    train = np.concatenate([targets[predicted] for _, targets, predicted in data.splits["train"].items])
+    assert found["last value", "mae"] == pytest.approx(last / train.std(ddof=1), rel=1e-5)
+
+
+def test_rows_without_a_season_before_them_are_not_scored(csv: Csv) -> None:
+    """After a long gap the baseline has nothing to say, so the model is not asked either."""
+    data = load(csv(400, absent=range(345, 365)), season=24)
+    asked = {int(row) for inputs, _, predicted in data.splits["test"].items for row in inputs[predicted, 0]}
+    assert min(row for row in asked if row > 345) == 365 + 23
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows", "expected"),
+    [
+        (3600, 1000, 24), (900, 1000, 96), (1, 100_000, 3600), (1, 5000, 60), (86400, 100, 7), (604800, 600, 52),
+        (86400 * 31, 200, 12), (3600, 100, 0), (None, 1000, 0), (7, 10**7, 0),
+    ],
+)  # fmt: skip
+def test_seasons_are_found_by_the_spacing(seconds: float | None, rows: int, expected: int) -> None:
+    """A day if ten of them are there, else an hour or a minute; weeks of days, years of weeks and months."""
+    assert forecast.find_season(seconds, rows) == expected
+
+
+def test_uneven_times_are_told(csv: Csv, tmp_path: Path) -> None:
+    """Then a row is a step, and no season is guessed."""
+    path = csv()
+    lines = path.read_text().splitlines()
+    lines[1:] = [line.replace(":00,", f":{17 * row % 60:02},") for row, line in enumerate(lines[1:])]
+    path.write_text("\n".join(lines))
+    data = load(path, season=None)
+    assert data.notes == ("the times are not evenly spaced: every row counts as one step",)
+    assert {reference.name for reference in data.references} == {"last value"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"targets": ()}, "needs --targets"),
+        ({"targets": ("c",)}, r"made\.csv has no column 'c': its header is date, a \[m\], b"),
+        ({"horizon": 0}, "horizon must be at least 1, not 0"),
+        ({"season": -1}, "season must be a number of rows, or 0 for none, not -1"),
+        ({"split": (80, 10, 20)}, "three percentages of 100"),
+        ({"horizon": 60}, r"made\.csv: the valid split \(rows 141 to 170 of 200\) holds no row"),
+        ({"season": 180}, r"made\.csv: the valid split .* has 179 rows before it: take a smaller"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused(csv: Csv, options: dict[str, Any], words: str) -> None:
+    """By what was asked, and with a way out."""
+    with pytest.raises(DataError, match=words):
+        load(csv(), **options)
+
+
+def test_a_column_that_never_changes_is_refused(csv: Csv) -> None:
+    """Its deviation is no unit to measure in."""
+    path = csv()
+    path.write_text("a,b,c\n" + "".join(f"{row},{row / 2},5\n" for row in range(200)))
+    with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
+        load(path, targets=("a",))
+
+
+def test_inputs_that_are_never_there_together_are_refused(csv: Csv) -> None:
+    """The message names the column that is missing most."""
+    with pytest.raises(DataError, match="no row has all of its inputs; 'b' is missing most"):
+        load(csv(holes={"a": range(90), "b": range(5, 200)}), max_gap=0)
+
+
+@pytest.mark.data
+def test_etth1_has_its_known_baselines(latch_data: Path) -> None:
+    """17420 hourly rows without a gap, a season of a day; what lies a day back is the last value at 24 rows."""
+    data = forecast.load(latch_data / "etth" / "ETTh1.csv", Options(("OT",), horizon=24))
+    assert data.notes == ()
+    assert len(data.info.inputs) == 7
+    found = {(one.name, one.metric): one.value for one in data.references}
+    assert found["last value", "mae"] == found["seasonal naive (24 rows)", "mae"] == pytest.approx(0.204, abs=0.001)

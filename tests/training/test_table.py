@@ -1,0 +1,111 @@
+"""A CSV becomes a table of numbers, or an error that names file, line and column."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.data.table import name_and_unit, read
+from training.errors import DataError
+
+
+def written(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    """A file of that text."""
+    path = folder / "plant.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_columns_are_told_apart(tmp_path: Path) -> None:
+    """Dates become seconds in UTC, most numbers a column, missing cells NaN; text and empty columns are named."""
+    text = "when,flow [l/min],note,unused,load\n2026-01-01 00:00,1.5,ok,,3\n2026-01-01T01:00Z,NA,,,4e2\n"
+    table = read(written(tmp_path, text))
+    assert table.columns == ("flow [l/min]", "load")
+    np.testing.assert_array_equal(table.values, [[1.5, 3], [np.nan, 400]])
+    assert table.seconds is not None
+    assert table.seconds.tolist() == [1767225600, 1767229200]
+    assert table.lines.tolist() == [2, 3]
+    assert table.ignored == ("note (text)", "unused (empty)")
+    np.testing.assert_array_equal(table.take(("load",)), [[3], [400]])
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_byte_order_marks_are_found(tmp_path: Path, separator: str) -> None:
+    """Comma, semicolon and tab, with the mark that spreadsheets write, and quoted cells of several lines."""
+    text = 'a,b,c\r\n1,2,"two\r\nlines"\r\n\r\n3,4,x\r\n'.replace(",", separator)
+    table = read(written(tmp_path, text, "utf-8-sig"))
+    np.testing.assert_array_equal(table.values, [[1, 2], [3, 4]])
+    assert table.lines.tolist() == [3, 5]
+
+
+def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
+    """A column of numbers is a column of times only when it is named as such."""
+    path = written(tmp_path, "t,a\n10,1\n20,2\n")
+    assert read(path).columns == ("t", "a")
+    table = read(path, time="t")
+    assert table.columns == ("a",)
+    assert table.seconds is not None
+    assert table.seconds.tolist() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,b\n1,2\n3,x\n5,6\n", "line 3, column 'b': 'x' is not a number; correct it"),
+        ('a,b\n1,2\n3,"3,5"\n5,6\n', "line 3, column 'b': '3,5' is not a number"),
+        ("a,b\n1,2\n3,inf\n", "line 3, column 'b': 'inf' is too large"),
+        ("a,b\n1,2\n3\n", "line 3: 1 cells where the header has 2"),
+        ("a,b\n", "has no rows"),
+        ("", "has no rows"),
+        ("1,2\n3,4\n", "line 1: 1, 2 are no names"),
+        ("a,a\n3,4\n", "line 1: column 1 is called 'a'; name each, and once"),
+        ("a,\n3,4\n", "line 1: column 2 is called ''"),
+        ("a,b\nx,y\n", "has no column of numbers under its header a, b"),
+        ("d,a\n2026-01-02,1\n2026-01-01,2\n", "line 3, column 'd': 2026-01-01 is before the time of the row above"),
+        ("d,a\n2026-01-02,1\n2026-01-02,2\n", "line 3, column 'd': 2026-01-02 repeats the time"),
+        ("d,a\n2026-01-02,1\nlater,2\n", "line 3, column 'd': 'later' is not a time such as"),
+    ],
+)
+def test_what_is_wrong_is_told_by_line_and_column(tmp_path: Path, text: str, words: str) -> None:
+    """So that it can be found in an editor."""
+    with pytest.raises(DataError, match=rf"plant\.csv.*{words}"):
+        read(written(tmp_path, text))
+
+
+def test_a_row_without_values_is_a_row(tmp_path: Path) -> None:
+    """Its cells are missing; only a line without separators is no row."""
+    table = read(written(tmp_path, "a,b\n1,2\n,\n\n3,4\n"))
+    np.testing.assert_array_equal(table.values, [[1, 2], [np.nan, np.nan], [3, 4]])
+
+
+def test_a_wanted_column_must_be_there_and_hold_numbers(tmp_path: Path) -> None:
+    """An unknown name is answered with the header; a text column that was asked for is an error at its first cell."""
+    path = written(tmp_path, "a,b\nx,1\ny,2\n")
+    with pytest.raises(DataError, match="no column 'c': its header is a, b"):
+        read(path, wanted=("c",))
+    with pytest.raises(DataError, match="line 2, column 'a': 'x' is not a number"):
+        read(path, wanted=("a",))
+    with pytest.raises(DataError, match="no number column 'a': it has b"):
+        read(path).take(("a",))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """An absent one, and one in another encoding, with the line where that shows."""
+    with pytest.raises(DataError, match=r"absent\.csv cannot be read: No such file"):
+        read(tmp_path / "absent.csv")
+    with pytest.raises(DataError, match=r"plant\.csv, line 2: not UTF-8"):
+        read(written(tmp_path, "a,b\n1,é\n", "latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("flow [l/min]", ("flow", "l/min")),
+        ("heat (degC)", ("heat", "degC")),
+        ("plain", ("plain", "")),
+        ("(odd)", ("(odd)", "")),
+    ],
+)
+def test_units_are_read_from_headers(header: str, expected: tuple[str, str]) -> None:
+    """Brackets at the end hold the unit."""
+    assert name_and_unit(header) == expected

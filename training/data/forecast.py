@@ -1,0 +1,275 @@
+"""The user's own CSV as a forecast: the values of some columns so many rows ahead.
+
+Its one rule: nothing that a row is given, in training or in a score, comes from a later row. So missing cells are
+filled with the last value, as a client must do who has no other, and never by looking ahead. It must not know units
+or training.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.config import DataInfo
+from training.data.sequences import DataSet, Item, Reference, Split
+from training.data.table import Table, name_and_unit, read
+from training.data.windows import scoring_pieces, training_windows
+from training.errors import DataError
+
+Values = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+SPACINGS = {60: "minute", 3600: "hour", 86400: "day", 604800: "week"}
+# Seasons to look for, longest first: a day, an hour, a minute; for daily rows a week, weekly a year, monthly a year.
+PERIODS = (86400, 3600, 60)
+CALENDAR = ((86400, 7), (604800, 52), (30.4 * 86400, 12))
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a forecast is made of: `inputs` () are all number columns, `season` None is found by the timestamps.
+
+    `split` are the percentages of rows for train, valid and test, in this order of time. A gap of up to `max_gap` rows
+    is filled, a longer one ends the sequence. Training sequences are `window` rows long.
+    """
+
+    targets: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    horizon: int = 1
+    season: int | None = None
+    split: tuple[int, int, int] = (70, 15, 15)
+    max_gap: int = 6
+    window: int = 192
+    time: str | None = None
+    licence: str = "the user's own; not stated"
+
+    def __post_init__(self) -> None:
+        for name, least in (("horizon", 1), ("max_gap", 0), ("window", 8)):
+            if getattr(self, name) < least:
+                raise DataError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.season is not None and self.season < 0:
+            raise DataError(f"season must be a number of rows, or 0 for none, not {self.season}")
+        if not self.targets:
+            raise DataError("a forecast needs --targets: the columns to forecast, separated by commas")
+        if len(self.split) != len(SPLITS) or min(self.split) < 1 or sum(self.split) != 100:
+            raise DataError(f"split must be three percentages of 100 such as 70/15/15, not {self.split}")
+
+
+@dataclass
+class Grid:
+    """The rows in even steps of time: what was measured, what a client would have sent, and where it breaks off.
+
+    `known` [rows, columns] tells measured cells; `values` holds the last one where a cell is not known; `start`
+    [rows] is the first row of the sequence that a row belongs to, -1 where a row belongs to none.
+    """
+
+    values: Values
+    known: Flags
+    start: NDArray[np.int64]
+    notes: list[str] = field(default_factory=list)
+
+
+def load(path: Path, options: Options) -> DataSet:
+    """The forecast of `options.targets`, `options.horizon` rows after each row of `path`."""
+    table = read(path, time=options.time, wanted=(*options.targets, *options.inputs))
+    inputs = options.inputs or table.columns
+    columns = tuple(dict.fromkeys((*inputs, *options.targets)))
+    rows, spacing, notes = even_rows(table, options.max_gap)
+    grid = fill(table, columns, inputs, rows, options.max_gap)
+    ends = [len(rows) * percent // 100 for percent in np.cumsum(options.split)]
+    x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in options.targets]
+    for index in x + y:
+        if len(np.unique(grid.values[: ends[0], index][grid.start[: ends[0]] >= 0])) < 2:
+            raise DataError(
+                f"{path}, column {columns[index]!r} never changes in the first {options.split[0]}% of the rows, which "
+                f"train: leave it out with --inputs"
+            )
+    season = find_season(spacing, len(rows)) if options.season is None else options.season
+    back = {"last value": 0}  # of each baseline, how many rows before the step its forecast was measured
+    if season:
+        back[f"seasonal naive ({season} rows)"] = season * -(-options.horizon // season) - options.horizon
+    parts: dict[str, list[Item]] = {}
+    errors: dict[str, list[Values]] = {}
+    for name, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
+        parts[name], errors = cut(grid, x, y, (begin, end), options, back, scored=name != "train")
+        if not parts[name]:
+            raise DataError(
+                f"{path}: the {name} split (rows {begin + 1} to {end} of {len(rows)}) holds no row whose target "
+                f"{options.horizon} rows later is known and that has {max(back.values())} rows before it: take a "
+                f"smaller --horizon or --season, another --split, or fill the gaps"
+            )
+    features = {name: name_and_unit(name) for name in columns}
+    ahead = f"{options.horizon} row{'s' if options.horizon > 1 else ''}" + duration(spacing, options.horizon)
+    info = DataInfo(
+        name=path.stem,
+        description=f"{', '.join(features[name][0] for name in options.targets)} {ahead} ahead, with uncertainty",
+        task="forecast",
+        head="gaussian",
+        inputs=tuple(features[name] for name in inputs),
+        outputs=tuple(features[name] for name in options.targets),
+        source=path.name,
+        sha256=table.sha256,
+        split=f"by time: the first {options.split[0]}% train, the next {options.split[1]}% valid, the rest test",
+        licence=options.licence,
+        feedback="identity" if options.horizon == 1 and tuple(inputs) == options.targets else None,
+        standardise=True,
+    )
+    asked = np.concatenate([targets[predicted] for _, targets, predicted in parts["train"]])
+    references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
+    splits = {name: Split(items) for name, items in parts.items()}
+    ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
+    return DataSet(info, splits, references, (*ignored, *notes, *grid.notes))
+
+
+def cut(
+    grid: Grid,
+    x: list[int],
+    y: list[int],
+    part: tuple[int, int],
+    options: Options,
+    back: dict[str, int],
+    *,
+    scored: bool,
+) -> tuple[list[Item], dict[str, list[Values]]]:
+    """The items of the rows [begin, end) of a split, and what each baseline errs on their predicted steps [steps, O].
+
+    A scored sequence is joined in the middle, as a session that goes on: the rows before the split are its past and
+    are not scored, nor are rows that a baseline says nothing about.
+    """
+    items: list[Item] = []
+    errors: dict[str, list[Values]] = {name: [] for name in back}
+    reach = max(back.values())
+    for first, last in sequences(grid.start, *part):
+        begin = int(grid.start[first])
+        at = np.arange(max(begin, first - max(options.window, reach)) if scored else first, last - options.horizon)
+        targets = grid.values[at + options.horizon][:, y]
+        predicted: Flags = np.logical_and.reduce(grid.known[at + options.horizon][:, y], axis=1)
+        if scored:
+            predicted &= (at >= first) & (at - reach >= begin)
+        item = (grid.values[at][:, x].astype(np.float32), targets.astype(np.float32), predicted)
+        items += (scoring_pieces if scored else training_windows)(item, options.window)
+        for name, rows in back.items():
+            errors[name].append((grid.values[at - rows][:, y] - targets)[predicted])
+    return items, errors
+
+
+def even_rows(table: Table, max_gap: int) -> tuple[NDArray[np.int64], float | None, list[str]]:
+    """Which row of the table each row of the grid is (-1 for one that is absent), the spacing in seconds, and notes.
+
+    A row that the timestamps say is absent takes its place, so that a step is always as long; of an absence that is
+    too long to be filled only as much is kept as shows that it is.
+    """
+    count = len(table.values)
+    if table.seconds is None or count < 3:
+        return np.arange(count), None, ["no column of times: every row counts as one step"]
+    apart = np.diff(table.seconds)
+    spacing = float(np.median(apart))
+    ratio = apart / spacing
+    steps = np.maximum(1, np.rint(ratio)).astype(np.int64)
+    if (np.abs(ratio - steps) > 0.11).mean() > 0.01:  # a month is 28 to 31 days, and summer time comes and goes
+        return np.arange(count), None, ["the times are not evenly spaced: every row counts as one step"]
+    absent = np.flatnonzero(steps > 1)
+    at = np.concatenate([[0], np.cumsum(np.minimum(steps, max_gap + 2))])
+    rows = np.full(at[-1] + 1, -1)
+    rows[at] = np.arange(count)
+    where = [f"{steps[gap] - 1} after line {table.lines[gap]}" for gap in absent]
+    total = int((steps[absent] - 1).sum())
+    return rows, spacing, [f"absent rows: {total} ({_some(where)})"] if total else []
+
+
+def fill(
+    table: Table, columns: tuple[str, ...], inputs: tuple[str, ...], rows: NDArray[np.int64], max_gap: int
+) -> Grid:
+    """The grid of `columns`: short gaps filled with the last value, sequences that end at long ones of an input."""
+    raw = np.where((rows < 0)[:, None], np.nan, table.take(columns)[rows])
+    known = ~np.isnan(raw)
+    count = np.arange(len(raw))
+    usable = np.ones(len(raw), dtype=np.bool_)
+    values, notes = np.empty_like(raw), []
+    for index, name in enumerate(columns):
+        last = np.maximum.accumulate(np.where(known[:, index], count, -1))
+        values[:, index] = np.where(last >= 0, raw[last, index], np.nan)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], ~known[:, index], [False]])))
+        runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+        long = [(a, b) for a, b in runs if b - a > max_gap or a == 0]
+        if name in inputs:
+            for a, b in long:
+                usable[a:b] = False
+        missing = int((~known[rows >= 0, index]).sum())
+        if missing:
+            filled = missing - sum(int((rows[a:b] >= 0).sum()) for a, b in long)
+            present = [[row for row in range(a, b) if rows[row] >= 0] for a, b in runs]
+            where = [
+                f"line{'s' if len(gap) > 1 else ''} {table.lines[rows[gap[0]]]}"
+                + (f" to {table.lines[rows[gap[-1]]]}" if len(gap) > 1 else "")
+                for gap in present
+                if gap
+            ]
+            fate = "not scored"
+            if name in inputs:
+                fate = f"{filled} filled with the last value, {missing - filled} too many in a row"
+            cells = "cell" if missing == 1 else "cells"
+            notes.append(f"{name}: {missing} {cells} missing ({_some(where)}): {fate}")
+    if not usable.any():
+        worst = min(inputs, key=lambda name: int(known[:, columns.index(name)].sum()))
+        raise DataError(
+            f"{table.path}: no row has all of its inputs; {worst!r} is missing most: leave it out of --inputs"
+        )
+    begins = usable & ~np.concatenate([[False], usable[:-1]])
+    start = np.where(usable, np.maximum.accumulate(np.where(begins, count, -1)), -1)
+    if begins.sum() > 1:
+        notes.append(f"long gaps cut the rows into {int(begins.sum())} sequences; the state starts anew in each")
+    return Grid(np.nan_to_num(values), known, start, notes)
+
+
+def sequences(start: NDArray[np.int64], begin: int, end: int) -> list[tuple[int, int]]:
+    """[first, last) of every stretch of rows within [begin, end) that is part of one sequence."""
+    part = start[begin:end]
+    edges = np.flatnonzero(np.diff(part)) + 1
+    bounds = [0, *edges.tolist(), len(part)]
+    return [
+        (begin + a, begin + b) for a, b in pairwise(bounds) if b > a and part[a] >= 0
+    ]  # fmt: skip
+
+
+def baselines(
+    errors: dict[str, list[Values]], deviations: NDArray[np.floating], outputs: tuple[tuple[str, str], ...]
+) -> tuple[Reference, ...]:
+    """MAE and RMSE in training deviations, and each target's MAE in its own unit, as `scores` gives them."""
+    found = []
+    for name, parts in errors.items():
+        error = np.concatenate(parts)
+        standard = error / deviations
+        found.append(Reference(name, "mae", float(np.abs(standard).mean())))
+        found.append(Reference(name, "rmse", float(np.sqrt(np.square(standard).mean()))))
+        for (feature, _), value in zip(outputs, np.abs(error).mean(axis=0), strict=True):
+            found.append(Reference(name, f"mae {feature}", float(value)))
+    return tuple(found)
+
+
+def find_season(spacing: float | None, rows: int) -> int:
+    """Rows of the longest period (a day, a week, a year) that the spacing suggests and the rows hold ten times."""
+    if spacing is None:
+        return 0
+    found = [period / spacing for period in PERIODS if period % spacing == 0]
+    found += [length for apart, length in CALENDAR if abs(spacing / apart - 1) < 0.05]
+    return next((int(length) for length in found if 2 <= length <= rows / 10), 0)
+
+
+def duration(spacing: float | None, rows: int) -> str:
+    """` (6 hours)` for 6 rows that are an hour apart; nothing where the spacing is not known or odd."""
+    if spacing is None:
+        return ""
+    for unit in sorted(SPACINGS, reverse=True):
+        if rows * spacing % unit == 0:
+            count = int(rows * spacing // unit)
+            return f" ({count} {SPACINGS[unit]}{'s' if count > 1 else ''})"
+    return ""
+
+
+def _some(places: list[str], most: int = 3) -> str:
+    """The first places of a long list."""
+    return ", ".join(places[:most]) + (f" and {len(places) - most} more" if len(places) > most else "")
