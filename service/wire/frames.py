@@ -71,6 +71,17 @@ class Frame(msgspec.Struct, frozen=True):
     payload: bytes
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """A frame of the server."""
+
+    kind: int
+    flags: int
+    channel: int
+    count: int
+    first_step: int
+    payload: bytes
+
+
 class Open(msgspec.Struct, forbid_unknown_fields=True):
     """The payload of an OPEN."""
 
@@ -221,3 +232,33 @@ def notice(kind: Kind, channel: int, document: dict[str, Any], first_step: int =
     """A HELLO or an ERROR."""
     payload = encode(document)
     return HEADER.pack(kind, 0, channel, len(payload), first_step) + payload
+
+
+def step(channel: int, rows: bytes, steps: int, first_step: int) -> bytes:
+    """A STEP frame, as a client sends it: T packed rows."""
+    return HEADER.pack(Kind.STEP, 0, channel, steps, first_step) + rows
+
+
+def read_answers(message: bytes, row_bytes: Callable[[int], int]) -> Iterator[Answer]:
+    """The frames of a server's message, as a client reads it. Types that are not known pass for ones with JSON.
+
+    Args:
+        message: as it was received.
+        row_bytes: the bytes of an output row by channel.
+
+    Raises:
+        Malformed: cut short.
+    """
+    start = 0
+    while start < len(message):
+        if len(message) - start < HEADER.size:
+            raise Malformed(f"{len(message) - start} bytes at byte {start}: a header has {HEADER.size}")
+        kind, flags, channel, count, first_step = HEADER.unpack_from(message, start)
+        start += HEADER.size
+        size = count
+        if kind == Kind.STEPPED:
+            size = 0 if flags & ALREADY_APPLIED else count * row_bytes(channel)
+        if len(message) - start < size:
+            raise Malformed(f"a payload of {size} bytes at byte {start}: {len(message) - start} are left")
+        yield Answer(kind, flags, channel, count, first_step, message[start : start + size])
+        start += size

@@ -332,3 +332,44 @@ def test_the_page_is_the_codec() -> None:
     assert {int(number): name for number, name in flags.items()} == {
         frames.REPLAYED: "replayed", frames.ALREADY_APPLIED: "already applied",
     }  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([peer.STEPPED, peer.HELLO, peer.ERROR, 132, 255]),
+            st.integers(0, 3),
+            st.integers(0, 2**16 - 1),
+            st.integers(0, 4),
+            st.integers(0, 2**64 - 1),
+        ),
+        max_size=6,
+    ),
+    st.integers(1, 3),
+)
+def test_a_client_reads_what_another_reads(heads: list[tuple[int, int, int, int, int]], row_bytes: int) -> None:
+    """Frames of a server, of known types and of later ones, beside the parser that shares no code with ours; cut
+    anywhere, the frames before the cut are there and the rest is refused.
+    """
+    messages = []
+    for kind, flags, channel, count, first in heads:
+        size = count * row_bytes if kind == peer.STEPPED else count
+        size = 0 if kind == peer.STEPPED and flags & peer.ALREADY_APPLIED else size
+        messages.append(peer.frame(kind, channel, count, first, bytes(range(size)), flags))
+    message = b"".join(messages)
+    answers = [
+        (a.kind, a.flags, a.channel, a.count, a.first_step, a.payload)
+        for a in frames.read_answers(message, lambda _: row_bytes)
+    ]
+    assert answers == [tuple(reply) for reply in peer.replies(message, lambda _: row_bytes)]
+    if message:
+        read_again = frames.read_answers(message[:-1], lambda _: row_bytes)
+        assert [next(read_again).kind for _ in messages[:-1]] == [answer[0] for answer in answers[:-1]]
+        with pytest.raises(Malformed):
+            next(read_again)
+
+
+def test_a_step_of_ours_is_a_step_of_the_page() -> None:
+    """What the client packs is what the page says."""
+    rows = np.ones((2, 3), np.float32)
+    assert frames.step(7, rows.tobytes(), 2, 9) == peer.step(7, rows, 9)

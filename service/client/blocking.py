@@ -1,0 +1,262 @@
+"""`Client` and `Session`: for plain Python. Threads may share them; the calls of one session wait for each other.
+
+Rule: it performs what `protocol.py` asks for, and decides nothing.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any, Self, TypeVar
+
+import httpx
+from websockets.sync.client import ClientConnection, connect
+
+from service.client.protocol import (
+    Answer,
+    Call,
+    ClientLogic,
+    Dial,
+    Effect,
+    Exchange,
+    Reply,
+    Retry,
+    SessionLogic,
+    Sleep,
+    StreamLogic,
+    Work,
+)
+from service.client.transport import FAILURES, Target, failure
+from service.manifest import Array
+
+T = TypeVar("T")
+
+
+class Client:
+    """A client of the service at `url`. Close it, or use it in a `with` block.
+
+    Every call is tried again, after growing pauses, while the service is away, has no room or does not answer.
+
+    Args:
+        url: base address, http:// or https://.
+        patience: seconds that one call, or one request of a stream, may take with all its tries.
+        timeout: seconds that one try may take; longer than the longest request that you send.
+        headers: sent with every call and WebSocket.
+
+    Raises (every method):
+        LatchError: what the service refused, as the class of its code in `service.errors`.
+        PatienceExhausted: the service was away, or had no room, for too long.
+    """
+
+    def __init__(
+        self, url: str, *, patience: float = 60.0, timeout: float = 10.0, headers: Mapping[str, str] | None = None
+    ) -> None:
+        target = Target(url, headers or {})
+        self._http = httpx.Client(**target.http())
+        self._line = _Line(self._http, target)
+        self._logic = ClientLogic(Retry(patience, timeout))
+
+    def session(
+        self,
+        session_id: str | None = None,
+        *,
+        model: str | None = None,
+        version: str | None = None,
+        idle_ttl: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> "Session":
+        """Creates a session, or finds the one of this id and goes on from its step.
+
+        Args:
+            session_id: yours to choose; None makes one up.
+            model: what to create it with; None only finds.
+            version: of the model; the service's default when None.
+            idle_ttl: seconds that it may be idle; the service's default when None.
+            metadata: names and values of your own.
+            state: arrays or nested lists by name, where a new one does not begin in the model's initial state.
+        """
+        work = self._logic.session(session_id, model, version, idle_ttl, metadata, state)
+        return Session(self._line, self._line.run(work))
+
+    def restore(self, snapshot: bytes, session_id: str | None = None) -> "Session":
+        """A session from the bytes that `Session.snapshot` gave."""
+        return Session(self._line, self._line.run(self._logic.restore(snapshot, session_id)))
+
+    def predict(
+        self, model: str, sequences: Iterable[Any], outputs: Iterable[str] | None = None
+    ) -> list[dict[str, Array]]:
+        """Runs whole sequences of rows, [T, *shape] each, from the initial state; nothing is kept."""
+        return self._line.run(self._logic.predict(model, sequences, outputs))
+
+    def close(self) -> None:
+        """Lets go of the connections; sessions live on."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Session:
+    """A session of the service, as `Client.session` gives it.
+
+    Steps are numbered from what the service last acknowledged (`at`), so a call that was interrupted or whose patience
+    ended may be repeated: whatever of it was applied is not applied again.
+
+    Raises (every step):
+        StepConflict: another client has moved the session; `refresh()` goes on from where it is.
+        LostSteps: the session is at a lower step than was acknowledged.
+        InvalidInput: rows that the model does not take. Nothing has changed.
+    """
+
+    def __init__(self, line: "_Line", logic: SessionLogic) -> None:
+        self._line = line
+        self._logic = logic
+        self._lock = threading.Lock()
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self._logic.info.id
+
+    @property
+    def model(self) -> str:
+        """The name of its model."""
+        return self._logic.info.model
+
+    @property
+    def version(self) -> str:
+        """The version of its model."""
+        return self._logic.info.version
+
+    @property
+    def at(self) -> int:
+        """Steps that the service has acknowledged; the next one is this plus 1."""
+        return self._logic.at
+
+    def step(self, rows: Any, outputs: Iterable[str] | None = None) -> Reply:
+        """Advances by one row or by T of them, [T, *shape]: all are applied, or none.
+
+        Args:
+            rows: what the model takes.
+            outputs: names of what comes back for each row; None: the prediction.
+
+        Returns:
+            The outputs, [T, *shape] each. Without them where the connection broke and the reply was larger than the
+            service keeps (64 KiB unless it is set otherwise): `stream` cuts what it sends so that this cannot be.
+        """
+        return self._run(self._logic.step(rows, outputs))
+
+    def stream(
+        self, readings: Iterable[Any], *, window: int = 1, outputs: Iterable[str] | None = None
+    ) -> Iterator[Reply]:
+        """Sends what `readings` gives over one WebSocket: one reply for each item, in order, whatever breaks.
+
+        A reply is lost only with a service that is set to keep less than 64 KiB of it; then its outputs are None.
+
+        Args:
+            readings: rows, or arrays of rows [T, *shape].
+            window: items that are taken from `readings` before they travel in one request. 1 answers each before the
+                next is asked for, which is right for what is happening now. More is quicker by as much where the
+                readings are there already; their replies come together, and a row that is refused refuses them all.
+                One request is under way at a time: the service keeps one reply, so with more of them a broken
+                connection would lose those before the last.
+            outputs: names of what comes back for each row; None: the prediction.
+        """
+        stream = StreamLogic(self._logic, outputs, window)
+        line = self._line.another()
+        try:
+            items = iter(readings)
+            while batch := list(islice(items, window)):
+                for request in stream.requests(batch):
+                    yield from self._run(stream.exchange(request), line)
+        finally:
+            line.hang_up()
+
+    def refresh(self) -> None:
+        """Goes on from the step at which the service says that the session is."""
+        self._run(self._logic.refresh())
+
+    def reset(self) -> None:
+        """Back to the initial state and step 0."""
+        self._run(self._logic.reset())
+
+    def rollback(self, step: int) -> None:
+        """Back to a step that the service keeps. Raises StepNotKept, which says of which it does."""
+        self._run(self._logic.rollback(step))
+
+    def fork(
+        self,
+        session_id: str | None = None,
+        *,
+        idle_ttl: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> "Session":
+        """Another session that goes on from here; this one stays as it is."""
+        return Session(self._line, self._run(self._logic.fork(session_id, idle_ttl, metadata)))
+
+    def snapshot(self) -> bytes:
+        """The session as safetensors; `Client.restore` makes a session of it."""
+        return self._run(self._logic.snapshot())
+
+    def delete(self) -> None:
+        """Ends the session; one that is gone is no error."""
+        self._run(self._logic.delete())
+
+    def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
+        with self._lock:
+            return (line or self._line).run(work)
+
+
+class _Line:
+    """Performs effects, over HTTP and over a WebSocket of its own."""
+
+    def __init__(self, http: httpx.Client, target: Target) -> None:
+        self._http = http
+        self._target = target
+        self._dialled = ExitStack()
+        self._socket: ClientConnection | None = None
+
+    def another(self) -> "_Line":
+        """One with a WebSocket of its own."""
+        return _Line(self._http, self._target)
+
+    def run(self, work: Work[T]) -> T:
+        """Does what the work asks for until it has its result."""
+        try:
+            effect = next(work)
+            while True:
+                try:
+                    outcome = self._perform(effect)
+                except FAILURES as error:
+                    effect = work.throw(failure(error))
+                else:
+                    effect = work.send(outcome)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def hang_up(self) -> None:
+        """Closes the WebSocket, if there is one."""
+        self._socket = None
+        self._dialled.close()
+
+    def _perform(self, effect: Effect) -> Any:
+        match effect:
+            case Sleep(seconds):
+                time.sleep(seconds)
+            case Call():
+                reply = self._http.request(**self._target.call(effect))
+                return Answer(reply.status_code, reply.headers, reply.content)
+            case Dial(path, timeout):
+                self.hang_up()
+                self._socket = self._dialled.enter_context(connect(**self._target.socket(path, timeout)))
+            case Exchange(message, timeout) if self._socket is not None:
+                if message is not None:
+                    self._socket.send(message)
+                return self._socket.recv(timeout)
+        return None

@@ -1,0 +1,79 @@
+"""What only a client can find out, and the service's refusals as the classes of `service/errors.py`.
+
+Rule: whoever catches `LatchError` has caught everything that these clients raise on purpose.
+"""
+
+from typing import Any
+
+from service.errors import LatchError
+
+
+class PatienceExhausted(LatchError):
+    """The service could not be reached, or had no room, for all of `patience`; the last problem is the `__cause__`.
+
+    Attributes:
+        unacknowledged: numbers of the steps of which nobody knows whether they are applied. The same call again
+            applies them if they are not, and gives their reply in any case.
+    """
+
+    code = "patience_exhausted"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, message: str, unacknowledged: range) -> None:
+        super().__init__(message)
+        self.unacknowledged = unacknowledged
+
+
+class LostSteps(LatchError):
+    """The session is at a lower step than the service had acknowledged: a store lost data, or another client reset the
+    session or rolled it back. Nothing was sent. `refresh()` goes on from where the session is now.
+
+    Attributes:
+        acknowledged: steps that the service had confirmed.
+        found: steps that the session has now.
+    """
+
+    code = "lost_steps"
+    http_status = 409
+
+    def __init__(self, session: str, acknowledged: int, found: int) -> None:
+        super().__init__(
+            f"session {session!r} is at step {found}, and {acknowledged} steps were acknowledged: the store lost some, "
+            "or somebody reset the session or rolled it back; refresh() goes on from there",
+        )
+        self.acknowledged, self.found = acknowledged, found
+
+
+class OutputsNotKept(LatchError):
+    """The steps are applied, but their outputs are lost: the connection broke before they arrived, and the service does
+    not keep replies over `LATCH_KEEP_REPLY_BYTES`.
+    """
+
+    code = "outputs_not_kept"
+    http_status = 409
+
+
+class NotLatch(LatchError):
+    """What answers at the address is not Latch, or is something between it and us."""
+
+    code = "not_latch"
+    http_status = 502
+
+
+def refusal(document: dict[str, Any]) -> LatchError:
+    """The error that the service told, as the class of its `code`; one that this version does not know is a plain
+    `LatchError` whose `to_dict()` still has the code.
+    """
+    extras = {name: value for name, value in document.items() if name not in ("error", "code", "retryable", "type")}
+    message, code = str(document.get("error")), str(document.get("code"))
+    kind = _by_code(LatchError).get(code)
+    return LatchError(message, code=code, **extras) if kind is None else kind(message, **extras)
+
+
+def _by_code(root: type[LatchError]) -> dict[str, type[LatchError]]:
+    found: dict[str, type[LatchError]] = {}
+    for kind in root.__subclasses__():
+        if kind.__module__ == LatchError.__module__:
+            found |= {kind.code: kind} | _by_code(kind)
+    return found

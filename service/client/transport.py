@@ -1,0 +1,76 @@
+"""What the two shells share: the address of the service, and what the libraries' errors mean.
+
+Rule: the only place that knows how httpx and websockets say that something broke.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.typing import Subprotocol
+
+from service.client.errors import NotLatch
+from service.client.protocol import Call, Later
+from service.errors import InvalidInput, LatchError, PayloadTooLarge
+
+# Whatever the libraries raise because of the network or the other end. TimeoutError is an OSError.
+FAILURES = (httpx.TransportError, WebSocketException, OSError)
+_TOO_BIG = 1009
+_REFUSALS = (1002, 1003, 1007, 1008, 1010)  # the service, or a proxy, will close as often as we send this
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the service is, and what it is told with every request."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise InvalidInput(f"{self.url!r} is no address: it starts with http:// or https://", path="url")
+
+    def http(self) -> dict[str, Any]:
+        """Arguments of an httpx client."""
+        return {"base_url": self.url, "headers": self.headers}
+
+    def call(self, call: Call) -> dict[str, Any]:
+        """Arguments of an httpx request."""
+        headers = {"content-type": call.kind} if call.body else {}
+        return {
+            "method": call.method,
+            "url": call.path,
+            "content": call.body,
+            "headers": headers,
+            "timeout": call.timeout,
+        }
+
+    def socket(self, path: str, timeout: float) -> dict[str, Any]:
+        """Arguments of a websockets connection."""
+        return {
+            "uri": self.url.rstrip("/").replace("http", "ws", 1) + path,
+            "subprotocols": [Subprotocol("latch.binary")],
+            "additional_headers": dict(self.headers),
+            "open_timeout": timeout,
+            "close_timeout": 1,
+            "compression": None,  # a row is small and hardly shrinks
+            "max_size": None,
+        }
+
+
+def failure(error: Exception) -> Later | LatchError:
+    """What one of `FAILURES` means: try again, or never."""
+    if isinstance(error, ConnectionClosed):
+        code = error.rcvd.code if error.rcvd else 1006
+        if code == _TOO_BIG:
+            return PayloadTooLarge("a message was larger than the service takes (LATCH_MAX_BODY_BYTES)")
+        if code in _REFUSALS:
+            return NotLatch(f"the WebSocket was closed with {code}: {error}")
+    if isinstance(error, InvalidStatus):
+        status = error.response.status_code
+        if status < 500 and status not in (408, 429):
+            return NotLatch(f"the WebSocket was refused with {status}: Latch, or a proxy before it, takes none there")
+    return Later(error if str(error) else type(error)("timed out"))

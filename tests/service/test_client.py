@@ -1,0 +1,534 @@
+"""The clients, sync and async by the same tests, against a real service and through a network that breaks."""
+
+import asyncio
+import inspect
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.client import AsyncClient, Client, LostSteps, NotLatch, PatienceExhausted
+from service.errors import (
+    InvalidInput,
+    ModelNotFound,
+    PayloadTooLarge,
+    SessionExists,
+    SessionNotFound,
+    SnapshotInvalid,
+    StepConflict,
+    StepNotKept,
+)
+from tests.service.conftest import Server
+from tests.service.servers import free_port
+
+ROWS = np.random.default_rng(5).normal(size=(200, 3)).astype(np.float32)
+
+
+class Blocking:
+    """Something async as if it were not: its calls run on a loop to their end, its generators are iterators."""
+
+    def __init__(self, inner: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._inner, self._loop = inner, loop
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = value(*arguments, **options)
+            if inspect.isasyncgen(result):
+                return self._each(result)
+            result = self._loop.run_until_complete(result)
+            return Blocking(result, self._loop) if hasattr(result, "rollback") else result
+
+        return call
+
+    def _each(self, replies: Any) -> Iterator[Any]:
+        try:
+            while True:
+                yield self._loop.run_until_complete(anext(replies))
+        except StopAsyncIteration:
+            return
+        finally:
+            self._loop.run_until_complete(replies.aclose())
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+def client(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes clients of one kind, with the interface of the sync one."""
+    with asyncio.Runner() as runner:
+        made = []
+
+        def make(url: str, **options: Any) -> Any:
+            inner = request.param(url, **options)
+            made.append(inner if isinstance(inner, Client) else Blocking(inner, runner.get_loop()))
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close()
+
+
+class Network:
+    """A TCP proxy before a service. It cuts connections wherever a test says, in any direction.
+
+    Args:
+        port: of the service; may be changed when the service has moved.
+        lengths: how many bytes each connection carries before it is reset; None: any number. After the last, all live.
+    """
+
+    def __init__(self, port: int, lengths: list[int | None]) -> None:
+        self.port = port
+        self.lengths = lengths
+        self.cuts = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.port))
+                except OSError:
+                    near.close()
+                    continue
+                left = [self.lengths.pop(0) if self.lengths else None]
+                pair = (near, far)
+                self._open |= set(pair)
+                for source, target in (pair, pair[::-1]):
+                    self._threads.append(threading.Thread(target=self._pump, args=(source, target, pair, left)))
+                    self._threads[-1].start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, pair: Any, left: list[int | None]) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                with self._lock:
+                    room = left[0]
+                    cut = room is not None and room <= len(data)
+                    if room is not None:
+                        data = data[:room]
+                        left[0] = room - len(data)
+                    if cut:
+                        self.cuts += 1
+                target.sendall(data)
+                if cut:
+                    break
+        for end in pair:
+            with suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no farewell
+                end.shutdown(socket.SHUT_RDWR)
+
+    def move(self, port: int) -> None:
+        """The service is elsewhere now, and all connections are gone."""
+        self.port = port
+        for end in self._open.copy():
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends everything."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        self.move(0)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._listener, *self._open):
+            end.close()
+
+
+@contextmanager
+def network(server: Server, lengths: list[int | None]) -> Iterator[Network]:
+    """A proxy for the time of a test."""
+    proxy = Network(int(server.url.rpartition(":")[2]), lengths)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+def expected(latch: Any, rows: np.ndarray = ROWS) -> np.ndarray:
+    """What the model gives for the whole sequence, without a session."""
+    outputs: np.ndarray = latch.predict("toy", [rows])[0]["y"]
+    return outputs
+
+
+def test_a_session_is_made_found_and_stepped(server: Server, client: Callable[..., Any]) -> None:
+    """Asking again for the same id goes on from its step; what comes back are arrays of the outputs asked for."""
+    latch = client(server.url)
+    session = latch.session("found-again", model="toy", idle_ttl=60, metadata={"line": "4"})
+    reply = session.step(ROWS[:3], outputs=["y", "h"])
+    assert (reply.step, reply["y"].dtype, reply["h"].shape) == (3, np.float32, (3, 4))
+    again = latch.session("found-again")
+    assert (again.id, again.model, again.version, again.at) == ("found-again", "toy", "1", 3)
+    assert (again.step(ROWS[3])["y"] == expected(latch)[3]).all()
+    page = server.http.get("/v1/sessions/found-again").json()
+    assert (page["idle_ttl_ms"], page["metadata"]) == (60_000, {"line": "4"})
+    session.delete()
+    session.delete()
+    with pytest.raises(SessionNotFound):
+        latch.session("found-again")
+
+
+@pytest.mark.parametrize("window", [1, 64])
+@pytest.mark.parametrize("outputs", [None, ["y"]], ids=["one session's socket", "a channel"])
+def test_a_stream_is_the_whole_sequence(
+    server: Server, client: Callable[..., Any], window: int, outputs: list[str] | None
+) -> None:
+    """Rows and chunks in, one reply an item, bit-equal to the prediction of all of it."""
+    latch = client(server.url)
+    session = latch.session(model="toy")
+    items = [ROWS[0], ROWS[1:50], *ROWS[50:]]
+    replies = list(session.stream(items, window=window, outputs=outputs))
+    assert [reply.step for reply in replies] == [1, *range(50, 201)]
+    assert (np.concatenate([reply["y"] for reply in replies]) == expected(latch)).all()
+    assert session.at == 200
+
+
+def test_integers_stay_integers(server: Server, client: Callable[..., Any]) -> None:
+    """Ids go in as they are, and a fraction is no id."""
+    session = client(server.url).session(model="counter")
+    assert session.step([1, 2, 3])["y"].tolist() == [1.5, 5.5, 14.5]
+    assert [reply["y"].tolist() for reply in session.stream([3, np.int32(2)])] == [[23.5], [27.5]]
+    with pytest.raises(InvalidInput):
+        session.step([1.5])
+
+
+def test_a_session_that_is_stepped_between_two_replies_goes_on(server: Server, client: Callable[..., Any]) -> None:
+    """A step, a reset or another stream inside of the loop: each takes the number that is next."""
+    latch = client(server.url)
+    session = latch.session(model="toy")
+    whole = expected(latch, ROWS[[0, 9, 1, 9, 2, 9]])
+    got = []
+    for reply in session.stream(ROWS[:3]):
+        got += [reply["y"], session.step(ROWS[9])["y"]]
+    assert (np.concatenate(got) == whole).all()
+    replies = session.stream(ROWS)
+    next(replies)
+    session.reset()
+    assert (next(replies)["y"] == expected(latch, ROWS[1:2])).all()
+    replies.close()
+    assert session.at == 1
+
+
+def test_what_the_service_refuses_is_typed(server: Server, client: Callable[..., Any]) -> None:
+    """Errors are those of `service.errors`, over HTTP and over a socket; a refused step changes nothing."""
+    latch = client(server.url)
+    with pytest.raises(ModelNotFound):
+        latch.session(model="nope")
+    with pytest.raises(InvalidInput):
+        latch.session()
+    session = latch.session("refused", model="toy")
+    with pytest.raises(SessionExists):
+        latch.session("refused", model="counter")
+    bad = ROWS[:5].copy()
+    bad[3, 1] = np.nan
+    with pytest.raises(InvalidInput) as caught:
+        session.step(bad)
+    assert caught.value.extras["path"] == "$.inputs[3][1]"
+    with pytest.raises(InvalidInput):
+        list(session.stream(bad))
+    assert session.at == 3
+    with pytest.raises(InvalidInput):
+        list(session.stream(bad, outputs=["nope"]))
+    with pytest.raises(InvalidInput):
+        next(session.stream(bad, window=0))
+    server.http.delete("/v1/sessions/refused")
+    with pytest.raises(SessionNotFound):
+        session.step(ROWS)
+    with pytest.raises(SessionNotFound):
+        list(session.stream(ROWS))
+
+
+def test_two_clients_of_one_session_are_told_of_each_other(server: Server, client: Callable[..., Any]) -> None:
+    """Whoever comes second learns which step is next, and goes on from there when he has looked."""
+    one, other = (client(server.url).session("shared", model="toy") for _ in range(2))
+    one.step(ROWS[:2])
+    one.step(ROWS[2])
+    with pytest.raises(StepConflict) as caught:
+        other.step(ROWS[5])
+    assert caught.value.extras["expected_step"] == 4
+    with pytest.raises(StepConflict):
+        list(other.stream(ROWS[5:6]))
+    other.refresh()
+    assert other.step(ROWS[3]).step == 4
+    one.delete()
+
+
+def test_a_session_that_fell_behind_is_never_gone_on_with(server: Server, client: Callable[..., Any]) -> None:
+    """Fewer steps than were acknowledged raise, over HTTP and over a socket, before anything is applied."""
+    session = client(server.url).session("fallen", model="toy")
+    session.step(ROWS[:5])
+    server.http.post("/v1/sessions/fallen/reset")
+    with pytest.raises(LostSteps) as caught:
+        session.step(ROWS[5])
+    assert (caught.value.acknowledged, caught.value.found) == (5, 0)
+    with pytest.raises(LostSteps):
+        list(session.stream(ROWS[5:]))
+    session.refresh()
+    assert session.step(ROWS[0]).step == 1
+    session.delete()
+
+
+def test_threads_and_tasks_may_share_a_session(server: Server) -> None:
+    """Steps of one session wait for each other, so that each has a number of its own."""
+    with Client(server.url) as latch:
+        session = latch.session(model="toy")
+        threads = [threading.Thread(target=session.step, args=(row,)) for row in ROWS[:8]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert session.at == 8
+
+    async def together() -> int:
+        async with AsyncClient(server.url) as latch:
+            session = await latch.session(model="toy")
+            await asyncio.gather(*(session.step(row) for row in ROWS[:8]))
+            return session.at
+
+    assert asyncio.run(together()) == 8
+
+
+def test_an_async_source_is_read_as_it_comes(server: Server) -> None:
+    """With a window of 1 each reading is answered before the next one is asked for; who leaves closes the source."""
+    log: list[str] = []
+
+    async def live() -> AsyncIterator[np.ndarray]:
+        try:
+            for i, row in enumerate(ROWS):
+                log.append(f"reading {i}")
+                yield row
+        finally:
+            log.append("closed")
+
+    async def follow() -> None:
+        async with AsyncClient(server.url) as latch:
+            session = await latch.session(model="toy")
+            replies = session.stream(live())
+            async for reply in replies:
+                log.append(f"reply {reply.step}")
+                if reply.step == 2:
+                    break
+            await replies.aclose()
+
+    asyncio.run(follow())
+    assert log[:4] == ["reading 0", "reply 1", "reading 1", "reply 2"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_stream_through_a_network_that_breaks_anywhere(server: Server, client: Callable[..., Any], seed: int) -> None:
+    """Whatever byte a connection ends at, the loop sees each reply once, in order, with the bits of the prediction."""
+    rng = np.random.default_rng(seed)
+    with network(server, rng.integers(1, 3000, 20).tolist()) as proxy:
+        latch = client(proxy.url)
+        session = latch.session(model="toy")
+        replies = list(session.stream(ROWS, window=int(rng.choice([1, 1, 3, 40]))))
+        assert [reply.step for reply in replies] == [*range(1, 201)]
+        assert (np.concatenate([reply["y"] for reply in replies]) == expected(client(server.url))).all()
+        assert proxy.cuts > 2
+    assert client(server.url).session(session.id).at == 200
+
+
+def test_calls_through_a_network_that_breaks_anywhere(server: Server, client: Callable[..., Any]) -> None:
+    """Steps over HTTP, each of them with a connection that may end: none is doubled, none is lost."""
+    with network(server, np.random.default_rng(11).integers(200, 4000, 12).tolist()) as proxy:
+        latch = client(proxy.url)
+        session = latch.session(model="toy")
+        replies = [session.step(row)["y"] for row in ROWS[:60]]
+        assert (np.concatenate(replies) == expected(client(server.url), ROWS[:60])).all()
+        assert proxy.cuts > 2
+    assert client(server.url).session(session.id).at == 60
+
+
+def test_a_session_that_did_not_survive_is_told(
+    server: Server, start: Callable[..., Server], client: Callable[..., Any]
+) -> None:
+    """After a restart without a durable store the loop ends with the reason; nothing is made anew behind its back."""
+    with network(server, []) as proxy:
+        session = client(proxy.url).session("volatile", model="toy")
+        replies = session.stream(ROWS)
+        next(replies)
+        proxy.move(int(start().url.rpartition(":")[2]))
+        with pytest.raises(SessionNotFound):
+            list(replies)
+
+
+class Killed:
+    """`latch serve` in a process of its own, on one port and one file, through all its lives."""
+
+    def __init__(self, models: Path, folder: Path) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--models", str(models)]
+        self._command += ["--store", f"sqlite:///{folder / 'sessions.db'}", "--device", "cpu"]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, and does not wait."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self._process is not None
+        assert self._process.poll() is None, "it has ended by itself"
+        self._process.kill()
+        self._process.wait(20)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_kill_in_the_middle_of_a_stream_costs_time_only(
+    repository: Path, tmp_path: Path, client: Callable[..., Any], window: int
+) -> None:
+    """The service dies twice at moments of nobody's choice: each reply once, in order, with the bits of no death."""
+    server = Killed(repository, tmp_path)
+    server.start()
+    due, dead = ([threading.Event(), threading.Event()] for _ in range(2))
+
+    def reap() -> None:
+        for asked, done in zip(due, dead, strict=True):
+            asked.wait(60)
+            server.kill()
+            done.set()
+            server.start()
+
+    reaper = threading.Thread(target=reap)
+    reaper.start()
+    try:
+        session = client(server.url).session("survivor", model="toy")
+        replies = []
+        rows = np.tile(ROWS, (10, 1))
+        for reply in session.stream(rows, window=window):
+            replies.append(reply)
+            if len(replies) in (300, 900):
+                due[len(replies) // 900].set()
+            if len(replies) in (800, 1900):  # a slow reaper must not come after the last step
+                assert dead[len(replies) // 1900].wait(60)
+        assert [reply.step for reply in replies] == [*range(1, 2001)]
+        whole = client(server.url).predict("toy", [rows])[0]["y"]
+        assert (np.concatenate([reply["y"] for reply in replies]) == whole).all()
+        assert client(server.url).session("survivor").at == 2000
+    finally:
+        for asked in due:
+            asked.set()
+        reaper.join()
+        server.kill()
+
+
+def test_sessions_branch_return_and_move(start: Callable[..., Server], client: Callable[..., Any]) -> None:
+    """A fork, a rollback, a reset and a snapshot each go on from where they should, with the bits of that sequence."""
+    latch = client(start(keep_steps=4).url)
+    whole = expected(latch)
+    session = latch.session("trunk", model="toy")
+    for row in ROWS[:4]:
+        session.step(row)
+    branch, named = session.fork(), session.fork("named", idle_ttl=60, metadata={"a": "b"})
+    snapshot = session.snapshot()
+    assert (branch.at, named.at, named.id) == (4, 4, "named")
+    with pytest.raises(SessionExists):
+        session.fork("named")
+    session.rollback(2)
+    session.rollback(2)
+    assert session.at == 2
+    assert (session.step(ROWS[2:6])["y"] == whole[2:6]).all()
+    assert (branch.step(ROWS[4])["y"] == whole[4]).all()
+    with pytest.raises(StepNotKept) as caught:
+        branch.rollback(0)
+    assert caught.value.extras["kept_steps"]
+    session.reset()
+    assert (next(iter(session.stream(ROWS)))["y"] == whole[0]).all()
+    moved = latch.restore(snapshot, "moved")
+    assert (moved.at, moved.id, latch.restore(snapshot).at) == (4, "moved", 4)
+    assert (moved.step(ROWS[4])["y"] == whole[4]).all()
+    begun = latch.session(model="toy", state={"h": np.zeros(4)})
+    assert (begun.step(ROWS[0])["y"] == whole[0]).all()
+    with pytest.raises(SnapshotInvalid):
+        latch.restore(snapshot[:-9], "moved")
+
+
+def test_patience_ends(client: Callable[..., Any]) -> None:
+    """With nobody there, the error says so and what was last."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(PatienceExhausted, match=r"0\.1 s") as caught:
+        client(f"http://127.0.0.1:{port}", patience=0.1).session(model="toy")
+    assert caught.value.__cause__ is not None
+
+
+@contextmanager
+def stranger(answer: bytes) -> Iterator[int]:
+    """Something else on a port, which says the same to everybody; or nothing, and keeps the line."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with ExitStack() as silent, suppress(OSError):
+                while True:
+                    near, _ = listener.accept()
+                    if not answer:
+                        silent.enter_context(near)
+                        continue
+                    with near:
+                        near.recv(65536)
+                        near.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def page(status: str) -> bytes:
+    """A reply without a word of Latch."""
+    return f"HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(b"", PatienceExhausted), (page("502 Bad Gateway"), PatienceExhausted), (page("403 Forbidden"), NotLatch)],
+    ids=["nothing", "a proxy without a service", "somebody else"],
+)
+def test_what_answers_instead_of_the_service(
+    server: Server, client: Callable[..., Any], answer: bytes, error: type[Exception]
+) -> None:
+    """Silence and a proxy's 502 may pass, so they are waited for as long as patience has it; a 403 will not."""
+    with stranger(answer) as port, network(server, []) as proxy:
+        with pytest.raises(error):
+            client(f"http://127.0.0.1:{port}", timeout=0.05, patience=0.2).session(model="toy")
+        session = client(proxy.url, timeout=1, patience=1).session(model="toy")
+        replies = session.stream(ROWS)
+        next(replies)
+        proxy.move(port)
+        with pytest.raises(error) as caught:
+            next(replies)
+        if isinstance(caught.value, PatienceExhausted):
+            assert caught.value.unacknowledged == range(2, 3)
+
+
+def test_an_address_that_is_none_is_refused(client: Callable[..., Any]) -> None:
+    """Before anything is sent."""
+    with pytest.raises(InvalidInput, match="http://"):
+        client("127.0.0.1:8000")
+
+
+def test_a_message_larger_than_the_service_takes(start: Callable[..., Server], client: Callable[..., Any]) -> None:
+    """Over a socket, which closes with 1009, and over HTTP: refused for good, and nothing is tried again."""
+    session = client(start(max_body_bytes=1024).url).session(model="toy")
+    with pytest.raises(PayloadTooLarge):
+        session.step(ROWS)
+    with pytest.raises(PayloadTooLarge):
+        list(session.stream([ROWS]))
+    assert session.step(ROWS[:5]).step == 5
