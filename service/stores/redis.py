@@ -9,6 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from struct import Struct
 from typing import Any
 
@@ -27,6 +28,7 @@ from service.stores.redis_scripts import (
     LOAD,
     PAGE,
     PING,
+    REMEMBERED,
     SAVE,
     SHARDS,
     TRIM,
@@ -37,7 +39,9 @@ from service.stores.redis_scripts import (
 )
 
 _VERSION = 1
-_ROW = Struct("<16s16sQi")  # expected token, token, step, how many earlier ones are left; then the snapshot
+_HEAD = Struct("<16sQ")  # token, step
+_ROW = Struct("<16si16sQ")  # expected token, how many earlier ones are left, head; then the snapshot
+_STEP = Struct("<Q")  # of an earlier save; then its snapshot
 _KEEP = -1
 _ROWS = 512  # of a script: while it runs, the server does nothing else
 _SEEN = 500  # ids that one look at a shard's index takes
@@ -66,12 +70,13 @@ class RedisStore:
         fields: dict[str, Any] = {
             "model": record.model,
             "version": record.version,
+            "idle_ttl": repr(record.idle_ttl),
             "created_at": repr(record.created_at),
             "metadata": orjson.dumps(dict(record.metadata)),
-            "step": saved.step,
+            "head": _HEAD.pack(token, saved.step),
             "snapshot": saved.snapshot,
         }
-        arguments = [record.id, repr(float(record.idle_ttl)), token]
+        arguments = [record.id, ceil(record.idle_ttl * 1000) + REMEMBERED, token]
         for pair in fields.items():
             arguments.extend(pair)
         if not await self._one(CREATE, [session_key(record.id), ids_key(shard_of(record.id))], arguments):
@@ -86,8 +91,10 @@ class RedisStore:
 
     async def earlier(self, session: str) -> Sequence[Saved]:
         """Up to `keep_steps` saves before the last one, oldest first."""
-        pairs = [each.partition(b":") for each in await self._one(EARLIER, [earlier_key(session)])]
-        return [Saved(int(step), snapshot) for step, _, snapshot in pairs]
+        if not self._keep_steps:
+            return ()
+        found = await self._one(EARLIER, [earlier_key(session)], [self._keep_steps])
+        return [Saved(_STEP.unpack_from(each)[0], each[_STEP.size :]) for each in found]
 
     async def save(self, saves: Sequence[Save]) -> Sequence[bool]:
         """Writes all, in one script a shard, and says for each whether it was saved."""
@@ -98,7 +105,7 @@ class RedisStore:
             for number in part:
                 _, expected, token, saved, earlier = saves[number]
                 rows.append(
-                    _ROW.pack(expected, token, saved.step, _KEEP if earlier is None else earlier) + saved.snapshot
+                    _ROW.pack(expected, _KEEP if earlier is None else earlier, token, saved.step) + saved.snapshot
                 )
             calls.append(Call([session_key(saves[number].id) for number in part], [*rows, self._keep_steps]))
         done = [False] * len(saves)
@@ -187,7 +194,8 @@ async def _ping(link: Link) -> None:
 
 
 def _stored(session: str, fields: Sequence[Any], snapshot: bytes) -> Stored:
-    model, version, idle_ttl, created_at, metadata, token, step, milliseconds = fields
+    model, version, idle_ttl, created_at, metadata, head, milliseconds = fields
+    token, step = _HEAD.unpack(head)
     return Stored(
         id=session,
         model=model.decode(),
@@ -196,6 +204,6 @@ def _stored(session: str, fields: Sequence[Any], snapshot: bytes) -> Stored:
         created_at=float(created_at),
         metadata=orjson.loads(metadata),
         token=token,
-        saved=Saved(int(step), snapshot),
+        saved=Saved(step, snapshot),
         time_left=milliseconds / 1000,
     )

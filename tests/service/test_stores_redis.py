@@ -1,6 +1,7 @@
 """Redis on its bad days, and on a cluster; what every store does is in `test_stores.py`."""
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -45,18 +46,14 @@ async def store(server: RedisServer) -> AsyncIterator[SessionStore]:
     await store.close()
 
 
-def follows(server: RedisServer) -> bool:
-    """Whether a replica of the server has all, and has said so."""
-    info = server("INFO", "replication")
-    return bool(info.get("slave0", {}).get("offset") == info["master_repl_offset"])
-
-
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("redis://", "no host"),
         ("redis://:secret@host:port", "address is"),
         ("redis://host/db", "address is"),
+        ("redis://:sec/secret@host", "percent-encode"),
+        ("redis://:sec?secret@host", "percent-encode"),
         ("redis://host?timeout_ms=0", "not in 1 to 600000"),
         ("redis://host?timeout_ms=soon", "soon"),
         ("redis://host?replicas=10", "not in 0 to 9"),
@@ -97,6 +94,32 @@ async def test_the_right_password_is_used(tmp_path: Path) -> None:
         store = opened(server.url.replace("//", "//:p%40ss%2Fw%3Ard@"))
         await store.ping()
         await store.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """Of a server on 127.0.0.1, signed by itself; and its key."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    names = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *files]
+    subprocess.run(request, check=True, capture_output=True)
+    return certificate, key
+
+
+async def test_tls_checks_the_certificate(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    """With the authority of the server it goes on, also to ask for a cluster; without, the error says so."""
+    port, (authority, key) = free_port(), certificate
+    options = {"tls_cert_file": str(authority), "tls_key_file": str(key), "tls_auth_clients": "no"}
+    with running(tmp_path / "redis", tls_port=str(port), **options):
+        store = opened(f"rediss://127.0.0.1:{port}?ca={authority}")
+        await made(store, "a")
+        assert (await store.load("a")).saved == saved(0)
+        await store.close()
+        with pytest.raises(StoreUnavailable, match=r"not trusted: name its authority with \?ca=file"):
+            opened(f"rediss://127.0.0.1:{port}{SHORT}")
+        with pytest.raises(StoreUnavailable, match="is no cluster"):
+            opened(f"redis+cluster://127.0.0.1:{port}{SHORT}&tls=true&ca={authority}")
 
 
 @pytest.mark.parametrize(("format_", "message"), [("2", "has format 2.*knows up to 1"), ("mine", "not Latch's")])
@@ -211,7 +234,9 @@ async def test_replicas_confirm_before_a_save_counts(server: RedisServer, tmp_pa
     with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
         opened(server.url + SHORT + "&replicas=1")
     with running(tmp_path / "replica", replicaof=f"127.0.0.1 {server.port}") as replica:
-        until(lambda: follows(server))
+        until(lambda: replica("INFO", "replication")["master_link_status"] == "up")
+        server("SET", "streamed", "yes")
+        until(lambda: replica("GET", "streamed") == "yes")
         store = opened(server.url + "?timeout_ms=2000&replicas=1")
         await made(store, "a")
         save = Save("a", token(1), token(2), saved(1))
@@ -243,6 +268,28 @@ async def test_sessions_spread_over_a_cluster(servers: list[RedisServer]) -> Non
     await store.close()
 
 
+async def test_a_shard_that_moved_is_followed(tmp_path: Path) -> None:
+    """A call to the node that had its slot finds the one that has it now, while the slot moves and afterwards."""
+    with cluster(tmp_path) as nodes:
+        stores = [opened(cluster_url(nodes) + "?timeout_ms=4000") for _ in range(2)]
+        names = [f"s{i}" for i in range(32)]
+        await made(stores[0], *names)
+        slot = nodes[0]("CLUSTER", "KEYSLOT", redis_scripts.session_key("s0"))
+        before, after, _ = sorted(nodes, key=lambda node: -node("CLUSTER", "COUNTKEYSINSLOT", str(slot)))
+        keys = before("CLUSTER", "GETKEYSINSLOT", str(slot), "1000")
+        after("CLUSTER", "SETSLOT", str(slot), "IMPORTING", before("CLUSTER", "MYID"))
+        before("CLUSTER", "SETSLOT", str(slot), "MIGRATING", after("CLUSTER", "MYID"))
+        before("MIGRATE", "127.0.0.1", str(after.port), "", "0", "5000", "KEYS", *keys)
+        assert await stores[0].save([Save("s0", token(1), token(2), saved(1))]) == [True]
+        for node in (after, before):
+            node("CLUSTER", "SETSLOT", str(slot), "NODE", after("CLUSTER", "MYID"))
+        saves = [Save(each, token(1), token(3), saved(2)) for each in names[1:]]
+        assert all(await stores[0].save(saves))
+        assert (await stores[1].load("s0")).token == token(2)
+        for store in stores:
+            await store.close()
+
+
 async def test_a_node_of_a_cluster_that_is_down_stops_its_sessions_only(tmp_path: Path) -> None:
     """The others go on if the cluster is told to; when it is back, all do, with nothing lost."""
     options = {"cluster_require_full_coverage": "no", "cluster_node_timeout": "1000"}
@@ -265,8 +312,7 @@ async def test_time_is_that_of_the_server(server: RedisServer, store: SessionSto
     await store.create(Record("a", idle_ttl=0.05), token(1), saved(0))
     await store.create(Record("b", idle_ttl=60.0), token(1), saved(0))
     assert 59 < (await store.load("b")).time_left <= 60
-    expires_at = int(server("HGET", redis_scripts.session_key("a"), "expires_at"))
-    until(lambda: server("TIME")[0] * 1000 > expires_at)
+    until(lambda: server("PTTL", redis_scripts.session_key("a")) <= redis_scripts.REMEMBERED)
     with pytest.raises(SessionExpired):
         await store.load("a")
     assert [each.id for each in await store.page(None, "", 9)] == ["b"]
