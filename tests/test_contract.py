@@ -1,15 +1,22 @@
 """What training exports, the service runs: every unit and head, the same bits alone, in batches and in chunks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
+from service.engine import load_engines
+from service.metrics import Metrics
 from service.proof import prove_bits, replay_golden
-from service.registry import load
+from service.registry import load, scan
 from service.runtime import OrtRunner
+from tests.service.conftest import OPTIONS
+from tests.training import strangers
+from training.adopt import Plan, adopt
 from training.cells import UNITS
 from training.checkpoint import Run, save_tensors
 from training.config import DataInfo, ModelConfig, TrainConfig
@@ -66,3 +73,26 @@ def test_a_unit_lowered_to_its_operator_is_served_without_a_loop(tmp_path: Path,
     assert runner.chunks == "operator"
     assert replay_golden(runner, files) <= files.manifest.golden.tolerance
     np.testing.assert_array_equal(files.golden["output.y"], primitives.golden["output.y"])
+
+
+@pytest.mark.parametrize(
+    ("graph", "plan"),
+    [
+        (strangers.voice, Plan(["state=stateN@1"], constants=["rate=16000"], shapes=["x=6"])),
+        (strangers.words, Plan(["seen=seen_next@1", "steps=steps_next"], ids=5)),
+        (strangers.memory, Plan(["h=h_next"])),
+    ],
+    ids=["voice", "words", "memory"],
+)
+def test_an_adopted_graph_is_served(tmp_path: Path, graph: Callable[[Path], Path], plan: Plan) -> None:
+    """Branches, open shapes, constants and states of any axis: the engine loads it, proves its bits and its chunks."""
+    adopt(graph(tmp_path / "graph.onnx"), tmp_path / "models", "stranger", plan)
+    found = scan(tmp_path / "models")
+    assert not found.broken
+    runner = OrtRunner(found.found[0].manifest, found.found[0].graph)
+    assert prove_bits(runner, found.found[0])
+    assert runner.chunks.startswith("scan")
+    assert replay_golden(runner, found.found[0]) == 0
+    engines = load_engines(found.found, {}, OPTIONS, Metrics(CollectorRegistry()))
+    assert not engines.broken
+    assert [engine.key.name for engine in engines] == ["stranger"]

@@ -1,4 +1,4 @@
-"""The command line: `latch-train fit | evaluate | export | data | ship`; the options of `fit` are in `options.py`.
+"""The command line: `latch-train fit | evaluate | export | adopt | data | ship`; `fit`'s options are in `options.py`.
 
 Its one rule: it reads options and prints results; everything it does is a call that a notebook could make too.
 """
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from training import data, options, ship
+from training import adopt, data, options, ship
 from training.checkpoint import Run
 from training.config import TrainConfig
 from training.data import polymusic
@@ -180,6 +180,50 @@ def export(
     name = name or folder.resolve().name
     path = export_run(folder, models, name, version, force=force, best_so_far=best_so_far, lowering=lowering)
     console.print(f"wrote {path}")
+
+
+@app.command(name="adopt")
+def adopt_command(
+    file: Annotated[Path, typer.Argument(help="An ONNX graph of one step that takes and returns its state.")],
+    name: Annotated[str, typer.Option(help="The model's name.")],
+    state: Annotated[
+        list[str],
+        typer.Option(help="IN=OUT or IN=OUT@AXIS: a state, its next value, the axis of its batch; repeat it."),
+    ],
+    constant: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: an input that is always the same, in JSON; repeat it.")
+    ] = None,
+    sequence: Annotated[
+        str | None, typer.Option("--input", help="NAME or NAME@AXIS of what a client sends; else the input left over.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=512 or NAME=2x64: sizes, without the batch, that the graph leaves open."),
+    ] = None,
+    ids: Annotated[int | None, typer.Option(help="An int64 input takes ids below this.")] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(help="A .npy of inputs [sequences, steps, ...] for the golden vectors; else random ones."),
+    ] = None,
+    about: Annotated[str, typer.Option(help="A sentence for the person who picks a model.")] = "",
+    version: Annotated[str | None, typer.Option(help="A whole number; default the next free one.")] = None,
+    models: options.Models = Path("models"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a version that exists.")] = False,
+) -> None:
+    """Write models/NAME/VERSION around a step graph made by anyone: manifest and golden vectors.
+
+    The graph takes one input of the client's, any number of states and constants, each tensor with a dynamic batch
+    axis of its own. It is run to see that this holds; one that cannot be served says which tensor is why.
+
+    **Examples**
+
+    `latch-train adopt vad.onnx --name vad --state state=stateN@1 --constant sr=16000 --shape input=512`
+
+    `latch-train adopt lstm.onnx --name words --state h=h_out --state c=c_out --ids 5000`
+    """
+    plan = adopt.Plan(state, constant or (), shape or (), sequence, ids, sample)
+    path = adopt.adopt(file, models, name, plan, version=version, force=force, about=about)
+    console.print(f"wrote {path}; `latch serve --models {models}` serves it")
 
 
 @app.command(name="data")

@@ -4,19 +4,14 @@ Its one rule: without parity no artifact, and an artifact appears whole or not a
 was trained.
 """
 
-import hashlib
-import importlib.resources
-import json
-import shutil
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 
 from training import data
+from training.artifact import free_version, write_version
 from training.checkpoint import Run, load_tensors
 from training.errors import ExportError
 from training.graph import TOLERANCE, Values, build_graph, check_parity, output_names, synthetic_inputs, torch_steps
@@ -68,7 +63,7 @@ def make_manifest(
     normalisation: dict[str, Any] = {"kind": "none"}
     if config.standardise:
         normalisation = {"kind": "standard", "mean": model.x_mean.tolist(), "std": model.x_std.tolist()}
-    manifest = {
+    return {
         "manifest_version": 1,
         "name": name,
         "version": version,
@@ -104,18 +99,6 @@ def make_manifest(
         "metrics": result["metrics"],
         "libraries": run.libraries,
     }
-    try:
-        jsonschema.validate(
-            manifest, json.loads((importlib.resources.files("models") / "manifest.schema.json").read_text())
-        )
-    except jsonschema.ValidationError as error:
-        raise ExportError(f"the manifest breaks the contract at {error.json_path}: {error.message}") from error
-    return manifest
-
-
-def next_version(folder: Path) -> str:
-    """One more than the highest version in a model's folder; 1 where there is none."""
-    return str(1 + max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0))
 
 
 def scored_now(run: Run, folder: Path, model: RecurrentModel, epoch: int) -> Run:
@@ -142,10 +125,7 @@ def export(
     An existing version is replaced, whole, only by `force`; an unfinished run is exported only as `best_so_far`.
     Raises ExportError, and leaves `models` as it was, when any check fails.
     """
-    version = version or next_version(models / name)
-    target = models / name / version
-    if target.exists() and not force:
-        raise ExportError(f"{target} exists: leave out --version for the next free one, or replace it with --force")
+    version = free_version(models, name, version, force=force)
     run = Run.load(folder)
     if run.result is None and not best_so_far:
         raise ExportError(f"the run in {folder} has not finished: fit it to the end, or export it with --best-so-far")
@@ -154,23 +134,9 @@ def export(
         run = scored_now(run, folder, model, epoch)
     graph = build_graph(model, lowering).SerializeToString()
     check_parity(model, graph)
-    models.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
-    try:
-        (partial / "model.onnx").write_bytes(graph)
-        np.savez(partial / "golden.npz", allow_pickle=False, **golden_vectors(model, lowering))
-        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
-        manifest = make_manifest(run, model, name, version, files, lowering)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (partial / "manifest.json").write_text(text, encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp's folder is private; a served one is not
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            with tempfile.TemporaryDirectory(prefix=".replaced-", dir=models) as old:
-                target.rename(Path(old) / version)
-                partial.replace(target)
-        else:
-            partial.replace(target)
-        return target
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return write_version(
+        models / name / version,
+        graph,
+        golden_vectors(model, lowering),
+        lambda files: make_manifest(run, model, name, version, files, lowering),
+    )

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.training import strangers
 from tests.training.test_export import replay
 from tests.training.test_trainer import StopAt
 from training import __main__ as cli
@@ -17,7 +18,7 @@ from training.config import TrainConfig
 from training.errors import TrainingError
 from training.trainer import fit
 
-COMMANDS = ("fit", "evaluate", "export", "data", "ship")
+COMMANDS = ("fit", "evaluate", "export", "adopt", "data", "ship")
 runner = CliRunner()
 
 
@@ -96,6 +97,14 @@ def test_one_command_makes_a_model_of_a_csv(tmp_path: Path, waves: Path) -> None
     assert "is left as it is" in call(*words)
     assert [path.name for path in (models / "two-waves").iterdir()] == ["1"]
     assert "last value" in call("evaluate", str(run))
+
+
+def test_adopt_writes_a_model(tmp_path: Path) -> None:
+    """What `adopt --help` shows, on a graph of that kind."""
+    path, models = strangers.voice(tmp_path / "vad.onnx"), tmp_path / "models"
+    words = ("--name", "vad", "--state", "state=stateN@1", "--constant", "rate=16000", "--shape", "x=6")
+    assert f"wrote {models / 'vad' / '1'}" in call("adopt", str(path), *words, "--models", str(models))
+    assert json.loads((models / "vad" / "1" / "manifest.json").read_text())["description"] == "adopted from vad.onnx"
 
 
 @pytest.mark.parametrize("words", [[], ["digits", "--csv", "x.csv"]])

@@ -1,0 +1,193 @@
+"""Adopting a step graph made by anyone: it gets the contract, or the reason why it cannot have one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from onnx.external_data_helper import set_external_data
+
+from tests.training import strangers
+from training.adopt import Plan, adopt
+from training.errors import ExportError
+
+VOICE = Plan(["state=stateN@1"], constants=["rate=16000"], shapes=["x=6"])
+MEMORY = Plan(["h=h_next"])
+
+
+def golden(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of golden.npz."""
+    with np.load(folder / "golden.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def test_a_state_on_axis_1_and_a_constant_are_told(tmp_path: Path) -> None:
+    """The manifest says which tensor is what, shapes without the batch; the golden vectors are the graph's own."""
+    folder = adopt(strangers.voice(tmp_path / "voice.onnx"), tmp_path / "models", "voice", VOICE, about="Speech?")
+    assert folder == tmp_path / "models" / "voice" / "1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["description"] == "Speech?"
+    assert manifest["input"] == {"name": "x", "dtype": "float32", "shape": [6], "batch_axis": 0}
+    assert manifest["state"] == [
+        {"name": "state", "dtype": "float32", "shape": [2, 4], "batch_axis": 1, "input": "state", "output": "stateN"}
+    ]
+    assert [(output["name"], output["shape"], output["role"]) for output in manifest["outputs"]] == [
+        ("speech", [1], "prediction")
+    ]
+    assert manifest["constants"] == [{"name": "rate", "dtype": "int64", "shape": [], "value": [16000]}]
+    assert manifest["parameters"] == 6 * 4 + 4 * 4 + 4 + 1
+    arrays = golden(folder)
+    assert arrays["input.x"].shape == (3, 24, 6)
+    assert arrays["output.speech"].shape == (3, 24, 1)
+    np.testing.assert_allclose(arrays["state.state"][:, 0], np.tanh(arrays["state.state"][:, 1]), rtol=1e-5)
+
+
+def test_a_constant_is_used(tmp_path: Path) -> None:
+    """Another rate takes the other branch of the graph."""
+    path = strangers.voice(tmp_path / "voice.onnx")
+    first = golden(adopt(path, tmp_path / "models", "voice", VOICE))
+    other = golden(adopt(path, tmp_path / "models", "voice", Plan(VOICE.states, ["rate=8000"], VOICE.shapes)))
+    np.testing.assert_array_equal(first["input.x"], other["input.x"])
+    assert np.abs(first["output.speech"] - other["output.speech"]).max() > 0.01
+
+
+def test_several_states_and_ids(tmp_path: Path) -> None:
+    """Each state has its own axis and dtype; ids stay below what was said."""
+    plan = Plan(["seen=seen_next@1", "steps=steps_next"], ids=5)
+    folder = adopt(strangers.words(tmp_path / "words.onnx"), tmp_path / "models", "words", plan)
+    arrays = golden(folder)
+    assert arrays["input.id"].dtype == np.int64
+    assert set(np.unique(arrays["input.id"])) == set(range(5))
+    np.testing.assert_array_equal(arrays["output.counts"][:, -1].sum(axis=1), [24] * 3)
+    np.testing.assert_array_equal(arrays["state.steps"], [[24]] * 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [(pair["dtype"], pair["batch_axis"]) for pair in manifest["state"]] == [("float32", 1), ("int64", 0)]
+
+
+def test_a_sample_is_what_the_golden_vectors_are_made_of(tmp_path: Path) -> None:
+    """Any number of sequences and steps."""
+    sample = np.arange(2 * 7 * 2, dtype=np.float64).reshape(2, 7, 2)
+    np.save(tmp_path / "sample.npy", sample)
+    plan = Plan(MEMORY.states, sample=tmp_path / "sample.npy")
+    arrays = golden(adopt(strangers.memory(tmp_path / "m.onnx"), tmp_path / "models", "memory", plan))
+    np.testing.assert_array_equal(arrays["output.y"], sample.cumsum(axis=1))
+    np.save(tmp_path / "sample.npy", sample[:, :, :1])
+    with pytest.raises(ExportError, match=r"sample\.npy has shape \[2, 7, 1\], not \[sequences, steps, 2\]"):
+        adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan([]), "no --state given: .* the graph takes x, state, rate and returns speech, stateN"),
+        (Plan(["state"]), "--state 'state' is not in=out or in=out@axis"),
+        (Plan(["states=stateN@1"], ["rate=1"]), "'?x, state'? would be what a client sends"),
+        (Plan(["state=next@1"], ["rate=1"], ["x=6"]), "does not return 'next': it returns speech, stateN"),
+        (Plan(["state=stateN@1"]), "x, rate would be what a client sends, and one input must be"),
+        (Plan(["state=stateN@1"], sequence="x"), "rate is neither state, constant nor the input 'x'"),
+        (Plan(["state=stateN@1"], ["rate=fast"], ["x=6"]), "the value of 'rate' is no int64 in JSON"),
+        (Plan(["state=stateN@1"], ["rate=[1]"], ["x=6"]), r"constant 'rate' has shape \[\], its value \[1\]"),
+        (Plan(["state=stateN@1"], ["pace=1"], ["x=6"]), "does not take 'pace': it takes x, state, rate"),
+        (Plan(["state=stateN@1"], ["rate=1"]), r"'x' has shape \['batch', 'samples'\]: say .* --shape x=512"),
+        (Plan(["state=stateN@1"], ["rate=1"], ["x=6x1"]), r"--shape of 'x' is \[6, 1\], but the graph says"),
+        (Plan(["state=stateN@1"], ["rate=1"], ["x=5"]), "the graph refuses a step of 2 sessions"),
+        (Plan(["state=stateN"], ["rate=1"], ["x=6"]), "'state' has .*: its batch axis 0 is fixed at 2; .* state@1"),
+        (Plan(["state=stateN@3"], ["rate=1"], ["x=6"]), "there is no axis 3 for the batch"),
+        (Plan(["state=speech@1"], ["rate=1"], ["x=6"]), r"'state' takes shape \[2, 2, 4\] for 2 .* returns \[2, 1\]"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_does_not_fit_says_why(tmp_path: Path, plan: Plan, words: str) -> None:
+    """By the name of the tensor, and nothing is written."""
+    with pytest.raises(ExportError, match=words):
+        adopt(strangers.voice(tmp_path / "voice.onnx"), tmp_path / "models", "voice", plan)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_fixed_batch_is_refused(tmp_path: Path) -> None:
+    """A graph exported for one session."""
+    path = strangers.voice(tmp_path / "voice.onnx", batch=1)
+    with pytest.raises(ExportError, match=r"'x' has shape .*: its batch axis 0 is fixed at 1; export"):
+        adopt(path, tmp_path / "models", "voice", VOICE)
+
+
+def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    """A node of one output."""
+    return helper.make_node(op, inputs, [output], **attributes)
+
+
+KEEP = node("Identity", ["h"], "h_next")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shapes", "words"),
+    [
+        ([node("ReduceSum", ["x"], "y", keepdims=1), KEEP], {"y": [1, 1]}, r"'y' has no batch axis: for 2, 3, 5"),
+        ([node("CumSum", ["x", "zero"], "y"), KEEP], {}, "output 'y' differs by .* alone and among 3: rows of a batch"),
+        ([node("RandomNormalLike", ["x"], "y"), KEEP], {}, "output 'y' differs when .* not deterministic"),
+        ([node("Mul", ["x", "big"], "y"), node("Mul", ["y", "big"], "h_next")], {}, "state 'h' is not finite"),
+        (
+            [node("Identity", ["x"], "y"), node("Concat", ["h", "x"], "h_next", axis=1)], {"h_next": ["batch", 4]},
+            r"state 'h' takes shape \[2, 2\] .* returns \[2, 4\]",
+        ),
+    ],
+)  # fmt: skip
+def test_a_graph_that_is_no_step_is_refused(
+    tmp_path: Path, nodes: list[onnx.NodeProto], shapes: dict[str, list[Any]], words: str
+) -> None:
+    """Without a batch axis, with rows that feel each other, with chance in it, with a state that overflows or grows."""
+    with pytest.raises(ExportError, match=words):
+        adopt(strangers.memory(tmp_path / "m.onnx", *nodes, **shapes), tmp_path / "models", "memory", MEMORY)
+    assert not (tmp_path / "models").exists()
+
+
+def test_ids_must_be_bounded(tmp_path: Path) -> None:
+    """Random ids of an unknown vocabulary would be outside of it."""
+    plan = Plan(["seen=seen_next@1", "steps=steps_next"])
+    with pytest.raises(ExportError, match="input 'id' is int64: say below what its ids are with --ids"):
+        adopt(strangers.words(tmp_path / "words.onnx"), tmp_path / "models", "words", plan)
+
+
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
+    """Absent, something else, a broken graph, an operator or an opset that nobody knows."""
+    path = tmp_path / "m.onnx"
+    with pytest.raises(ExportError, match=r"m\.onnx cannot be read: No such file"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
+    path.write_bytes(b"<html>")
+    with pytest.raises(ExportError, match=r"m\.onnx is not an ONNX model|does not pass ONNX's own check"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
+    strangers.memory(path, node("Add", ["x", "gone"], "y"), KEEP)
+    with pytest.raises(ExportError, match=r"m\.onnx \(ai\.onnx 17\) does not pass ONNX's own check"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
+    model = onnx.load(strangers.memory(path))
+    model.opset_import[0].version = 9999
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"cannot load the graph: .*[Oo]pset 9999"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
+    model = onnx.load(strangers.memory(path))
+    model.graph.node.append(helper.make_node("Magic", ["x"], ["z"], domain="their.own"))
+    model.opset_import.append(helper.make_opsetid("their.own", 1))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"cannot load the graph: .*their\.own"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
+
+
+def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
+    """By the weight's name: no sha256 would cover them."""
+    model = onnx.load(strangers.voice(tmp_path / "m.onnx"))
+    set_external_data(model.graph.initializer[0], "weights.bin")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="weight 'W' lies in another file"):
+        adopt(tmp_path / "m.onnx", tmp_path / "models", "m", VOICE)
+
+
+def test_a_version_is_not_replaced_unasked(tmp_path: Path) -> None:
+    """As with export."""
+    path = strangers.memory(tmp_path / "m.onnx")
+    adopt(path, tmp_path / "models", "memory", MEMORY)
+    assert adopt(path, tmp_path / "models", "memory", MEMORY).name == "2"
+    with pytest.raises(ExportError, match="memory/1 exists"):
+        adopt(path, tmp_path / "models", "memory", MEMORY, version="1")
+    adopt(path, tmp_path / "models", "memory", MEMORY, version="1", force=True)

@@ -1,0 +1,384 @@
+"""The contract around somebody else's step graph: which tensor is what, golden vectors, and why a graph cannot be one.
+
+Its one rule: what the manifest says of a tensor was seen by running the graph, never only declared by it. It must not
+know torch, or how the graph was made.
+"""
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, TensorProto
+from onnx.external_data_helper import uses_external_data
+
+from training.artifact import Values, free_version, write_version
+from training.errors import ExportError
+
+Array = NDArray[Any]
+
+SEQUENCES, STEPS, SEED = 3, 24, 20141212
+# Somebody else's graph may hold operators that round a row by its place in the batch, and large numbers.
+TOLERANCE = 1e-4
+BATCHES = (2, 3, 5)
+DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+CONSTANTS = DTYPES | {"tensor(double)": "float64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
+STATE = re.compile(r"(?P<input>[^=@]+)=(?P<output>[^=@]+)(@(?P<axis>\d))?")
+TENSOR = re.compile(r"(?P<name>[^=@]+)(@(?P<axis>\d))?")
+NAMED = re.compile(r"(?P<name>[^=@]+)=(?P<value>.+)")
+MEANT = {"--state": "in=out or in=out@axis", "--input": "name or name@axis", "--constant": "name=value",
+         "--shape": "name=size or name=sizexsize"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tensor of the graph is what, as typed.
+
+    `states` are in=out[@axis], the axis of the batch (0 when left out); `constants` are name=value in JSON; `shapes`
+    are name=AxB, sizes without the batch, for a tensor whose graph leaves them open; `sequence` is name[@axis] of the
+    input that a client sends, needed only where several are left. Ids of an int64 input are below `ids`; `sample`
+    [sequences, steps, ...] are inputs for the golden vectors in place of random ones.
+    """
+
+    states: Sequence[str]
+    constants: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    sequence: str | None = None
+    ids: int | None = None
+    sample: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the graph with a batch: `shape` is without it, `axis` is where it is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+
+    def words(self, **more: Any) -> dict[str, Any]:
+        """As a manifest describes it."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "batch_axis": self.axis} | more
+
+
+class StepRunner:
+    """The graph with its tensors sorted: runs a step of any number of sessions.
+
+    Raises ExportError, naming the tensor, when a tensor is not there, has no free batch axis, or has a type or shape
+    that a manifest cannot say.
+    """
+
+    def __init__(self, graph: bytes, plan: Plan) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the errors of the binding share no base class
+            raise ExportError(f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
+        self.inputs = {node.name: node for node in self.session.get_inputs()}
+        self.results = {node.name: node for node in self.session.get_outputs()}
+        self.shapes = dict(self._named(text, "--shape") for text in plan.shapes)
+        pairs = [_match(STATE, text, "--state") for text in plan.states]
+        if not pairs:
+            raise ExportError(
+                f"no --state given: say which input takes which output of the step before, as in=out; the graph takes "
+                f"{_list(self.inputs)} and returns {_list(self.results)}"
+            )
+        self.constants = dict(self._constant(text) for text in plan.constants)
+        taken = [pair["input"] for pair in pairs] + list(self.constants)
+        rest = [name for name in self.inputs if name not in taken]
+        if plan.sequence is None and len(rest) != 1:
+            raise ExportError(
+                f"{_list(rest) or 'no input'} would be what a client sends, and one input must be: "
+                f"give the others as --state or --constant"
+            )
+        x = _match(TENSOR, plan.sequence or rest[0], "--input")
+        if others := set(rest) - {x["name"]}:
+            raise ExportError(f"{_list(others)} is neither state, constant nor the input {x['name']!r}: say what it is")
+        self.x = self._tensor(x["name"], int(x["axis"] or 0), self.inputs)
+        self.states = [
+            (self._tensor(pair["input"], int(pair["axis"] or 0), self.inputs), self._result(pair["output"]))
+            for pair in pairs
+        ]
+        self.outputs = self._seen()
+
+    def step(self, x: Array, state: Sequence[Array]) -> dict[str, Array]:
+        """One step: x [B, ...] and states [B, ...] each -> every result of the graph by name, as the graph gives it."""
+        feed = {self.x.name: np.moveaxis(x, 0, self.x.axis), **self.constants}
+        for (tensor, _), value in zip(self.states, state, strict=True):
+            feed[tensor.name] = np.moveaxis(value, 0, tensor.axis)
+        try:
+            found = self.session.run(list(self.results), {key: np.ascontiguousarray(v) for key, v in feed.items()})
+        except Exception as error:  # as above
+            raise ExportError(f"the graph refuses a step of {len(x)} sessions: {error}") from error
+        return dict(zip(self.results, found, strict=True))
+
+    def replay(self, inputs: Array) -> Values:
+        """Inputs [B, T, ...] -> output.<name> [B, T, ...] and state.<name> [B, ...] after the last step."""
+        state = self.initial(len(inputs))
+        columns: dict[str, list[Array]] = {tensor.name: [] for tensor in self.outputs}
+        for x in np.moveaxis(inputs, 1, 0):
+            found = self.step(x, state)
+            for tensor in self.outputs:
+                columns[tensor.name].append(np.moveaxis(found[tensor.name], tensor.axis, 0))
+            state = [np.moveaxis(found[result], tensor.axis, 0) for tensor, result in self.states]
+        values = {f"output.{name}": np.stack(column, axis=1) for name, column in columns.items()}
+        return values | {f"state.{t.name}": value for (t, _), value in zip(self.states, state, strict=True)}
+
+    def initial(self, sessions: int) -> list[Array]:
+        """States of zeros."""
+        return [np.zeros((sessions, *tensor.shape), tensor.dtype) for tensor, _ in self.states]
+
+    def _node(self, name: str, nodes: Mapping[str, Any]) -> Any:
+        if name not in nodes:
+            verb = "take" if nodes is self.inputs else "return"
+            raise ExportError(f"the graph does not {verb} {name!r}: it {verb}s {_list(nodes)}")
+        return nodes[name]
+
+    def _result(self, name: str) -> str:
+        self._node(name, self.results)
+        return name
+
+    def _named(self, text: str, flag: str) -> tuple[str, tuple[int, ...]]:
+        found = _match(NAMED, text, flag)
+        self._node(found["name"], self.inputs)
+        try:
+            return found["name"], tuple(int(size) for size in found["value"].split("x"))
+        except ValueError:
+            raise ExportError(f"{flag} {text!r} is not {MEANT[flag]}") from None
+
+    def _constant(self, text: str) -> tuple[str, Array]:
+        found = _match(NAMED, text, "--constant")
+        node = self._node(found["name"], self.inputs)
+        if node.type not in CONSTANTS:
+            raise ExportError(f"constant {node.name!r} is {node.type}; it must be one of {_list(CONSTANTS)}")
+        try:
+            value = np.array(json.loads(found["value"]), CONSTANTS[node.type])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ExportError(f"the value of {node.name!r} is no {CONSTANTS[node.type]} in JSON: {error}") from error
+        sizes = [size if isinstance(size, int) else None for size in node.shape]
+        if len(sizes) != value.ndim or any(a not in (None, b) for a, b in zip(sizes, value.shape, strict=True)):
+            raise ExportError(f"constant {node.name!r} has shape {node.shape}, its value {list(value.shape)}")
+        return node.name, value
+
+    def _tensor(self, name: str, axis: int, nodes: Mapping[str, Any]) -> Tensor:
+        """An input with a batch, as declared, the open sizes from --shape."""
+        node = self._node(name, nodes)
+        if node.type not in DTYPES:
+            raise ExportError(f"{name!r} is {node.type}; a step takes and returns {_list(DTYPES)}")
+        if axis >= len(node.shape):
+            raise ExportError(f"{name!r} has shape {node.shape}: there is no axis {axis} for the batch")
+        if isinstance(node.shape[axis], int):
+            raise ExportError(
+                f"{name!r} has shape {node.shape}: its batch axis {axis} is fixed at {node.shape[axis]}; export the "
+                f"graph with a dynamic batch axis, or say which axis it is, as {name}@1"
+            )
+        declared = node.shape[:axis] + node.shape[axis + 1 :]
+        shape = self.shapes.get(name, tuple(declared))
+        open_sizes = [size for size in shape if not isinstance(size, int)]
+        if open_sizes:
+            raise ExportError(
+                f"{name!r} has shape {node.shape}: say its sizes without the batch, as --shape {name}=512"
+            )
+        if len(shape) != len(declared) or any(
+            isinstance(a, int) and a != b for a, b in zip(declared, shape, strict=True)
+        ):
+            raise ExportError(f"--shape of {name!r} is {list(shape)}, but the graph says {node.shape}")
+        return Tensor(name, DTYPES[node.type], shape, axis)
+
+    def _seen(self) -> list[Tensor]:
+        """The outputs that are no state, with the shapes and axes that runs of 2, 3 and 5 sessions show."""
+        shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in self.results}
+        for sessions in BATCHES:
+            x = np.zeros((sessions, *self.x.shape), self.x.dtype)
+            for name, value in self.step(x, self.initial(sessions)).items():
+                shapes[name].append(value.shape)
+        for tensor, result in self.states:
+            want = [(*tensor.shape[: tensor.axis], b, *tensor.shape[tensor.axis :]) for b in BATCHES]
+            if shapes[result] != want:
+                raise ExportError(
+                    f"state {tensor.name!r} takes shape {list(want[0])} for {BATCHES[0]} sessions, but {result!r} "
+                    f"returns {list(shapes[result][0])}: they cannot be a pair with the batch at axis {tensor.axis}"
+                )
+            if self.results[result].type != self.inputs[tensor.name].type:
+                raise ExportError(f"state {tensor.name!r} is {tensor.dtype}, but {result!r} is of another type")
+            self._require_declared(result, tensor.axis, len(tensor.shape) + 1)
+        states = {result for _, result in self.states}
+        found = [self._output(name, shapes[name]) for name in self.results if name not in states]
+        if not found:
+            raise ExportError(f"every result of the graph ({_list(self.results)}) is a state: a model needs an output")
+        return found
+
+    def _output(self, name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+        node = self.results[name]
+        if node.type not in DTYPES:
+            raise ExportError(f"output {name!r} is {node.type}; a step returns {_list(DTYPES)}")
+        axes = [
+            axis
+            for axis in range(min(map(len, shapes)))
+            if tuple(shape[axis] for shape in shapes) == BATCHES and len(set(map(len, shapes))) == 1
+        ]
+        rest = {tuple(size for axis, size in enumerate(shape) if axis not in axes) for shape in shapes}
+        if len(axes) != 1 or len(rest) != 1:
+            raise ExportError(
+                f"output {name!r} has no batch axis: for {', '.join(map(str, BATCHES))} sessions it has shapes "
+                f"{', '.join(str(list(shape)) for shape in shapes)}"
+            )
+        self._require_declared(name, axes[0], len(shapes[0]))
+        return Tensor(name, DTYPES[node.type], rest.pop(), axes[0])
+
+    def _require_declared(self, name: str, axis: int, axes: int) -> None:
+        """What a result is declared as must be what it is: the service reads the declaration."""
+        declared = self.results[name].shape
+        if len(declared) != axes or isinstance(declared[axis], int):
+            raise ExportError(
+                f"{name!r} is declared with shape {declared}, but it has {axes} axes and the batch at axis {axis}: "
+                f"declare it so, with a dynamic batch axis"
+            )
+
+
+def adopt(
+    path: Path, models: Path, name: str, plan: Plan, *, version: str | None = None, force: bool = False, about: str = ""
+) -> Path:
+    """The graph in `path` as models/<name>/<version>, by default the next free one; returns that path.
+
+    Raises ExportError, and leaves `models` as it was, when the graph cannot be a model.
+    """
+    version = free_version(models, name, version, force=force)
+    graph = read_graph(path)
+    runner = StepRunner(graph.SerializeToString(), plan)
+    inputs = golden_inputs(runner.x, plan)
+    golden = prove(runner, inputs)
+    sizes = {"sequences": inputs.shape[0], "steps": inputs.shape[1], "tolerance": TOLERANCE}
+    weights = sum(
+        int(np.prod(weight.dims)) for weight in graph.graph.initializer if weight.data_type == TensorProto.FLOAT
+    )
+
+    def manifest(files: dict[str, str]) -> dict[str, Any]:
+        return {
+            "manifest_version": 1,
+            "name": name,
+            "version": version,
+            "description": about or f"adopted from {path.name}",
+            "task": "other",
+            "head": "none",
+            "input": runner.x.words(),
+            "outputs": [
+                tensor.words(role="other" if index else "prediction") for index, tensor in enumerate(runner.outputs)
+            ],
+            "state": [tensor.words(input=tensor.name, output=result) for tensor, result in runner.states],
+            "constants": [
+                {"name": key, "dtype": str(value.dtype), "shape": list(value.shape), "value": value.ravel().tolist()}
+                for key, value in runner.constants.items()
+            ],
+            "normalisation": {"kind": "none"},
+            "feedback": None,
+            "unit": None,
+            "parameters": weights,
+            "files": files,
+            "golden": sizes,
+            "data": None,
+            "training": {},
+            "metrics": [],
+            "libraries": {key: importlib.metadata.version(key) for key in ("onnx", "onnxruntime", "numpy")},
+        }
+
+    return write_version(models / name / version, graph.SerializeToString(), golden, manifest)
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The checked ONNX model in `path`; ExportError when it is none, is broken, or keeps weights in other files."""
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # protobuf's own, which is not part of its interface
+        raise ExportError(f"{path} is not an ONNX model: {error}") from error
+    for tensor in _weights(model.graph):
+        if uses_external_data(tensor):
+            raise ExportError(
+                f"{path}: weight {tensor.name!r} lies in another file, which no sha256 covers; save the model in one "
+                f"file (onnx.save_model(..., save_as_external_data=False))"
+            )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker and shape inference raise a family each
+        opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import)
+        raise ExportError(f"{path} ({opsets}) does not pass ONNX's own check: {error}") from error
+    return model
+
+
+def golden_inputs(x: Tensor, plan: Plan) -> Array:
+    """Inputs [sequences, steps, ...]: the sample, ids, or normal numbers."""
+    if plan.sample is not None:
+        try:
+            sample = np.load(plan.sample, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ExportError(f"{plan.sample} is no .npy array: {error}") from error
+        if sample.ndim < 2 or sample.shape[2:] != x.shape or min(sample.shape[:2]) < 1:
+            raise ExportError(
+                f"{plan.sample} has shape {list(sample.shape)}, not [sequences, steps, {', '.join(map(str, x.shape))}]"
+            )
+        return np.asarray(sample, x.dtype)
+    rng, size = np.random.default_rng(SEED), (SEQUENCES, STEPS, *x.shape)
+    if x.dtype == "int64":
+        if plan.ids is None:
+            raise ExportError(f"input {x.name!r} is int64: say below what its ids are with --ids, or give a --sample")
+        return rng.integers(plan.ids, size=size)
+    return rng.normal(size=size).astype(np.float32)
+
+
+def prove(runner: StepRunner, inputs: Array) -> Values:
+    """The golden vectors; ExportError when a value is not finite, not repeatable, or depends on its batch-mates."""
+    golden = runner.replay(inputs)
+    again = runner.replay(inputs)
+    alone = [runner.replay(row[None]) for row in inputs]
+    for key, value in golden.items():
+        kind, _, name = key.partition(".")
+        if not np.isfinite(value).all():
+            raise ExportError(
+                f"{kind} {name!r} is not finite within {inputs.shape[1]} steps of random or sample inputs"
+            )
+        if not np.array_equal(value, again[key]):
+            raise ExportError(
+                f"{kind} {name!r} differs when the same steps are repeated: the graph is not deterministic"
+            )
+        single = np.concatenate([replayed[key] for replayed in alone])
+        error = float((np.abs(value - single) / np.maximum(1, np.abs(single))).max())
+        if error > TOLERANCE:
+            raise ExportError(
+                f"{kind} {name!r} differs by {error:.2e} when a session runs alone and among {len(inputs)}: rows of a "
+                f"batch influence each other, or the axis of its batch is another"
+            )
+    return {f"input.{runner.x.name}": inputs} | golden
+
+
+def _match(pattern: re.Pattern[str], text: str, flag: str) -> re.Match[str]:
+    found = pattern.fullmatch(text)
+    if found is None:
+        raise ExportError(f"{flag} {text!r} is not {MEANT[flag]}")
+    return found
+
+
+def _weights(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every stored tensor, in branches and loops too."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            elif attribute.type == AttributeProto.GRAPH:
+                yield from _weights(attribute.g)
+
+
+def _list(names: Any) -> str:
+    return ", ".join(map(str, names))

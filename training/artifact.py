@@ -1,0 +1,75 @@
+"""A version of a model as a folder: step graph, manifest, golden vectors, and the checks that its words must pass.
+
+Its one rule: a version appears whole or not at all. It must not know where a graph comes from.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+from numpy.typing import NDArray
+
+from training.errors import ExportError
+
+Values = dict[str, NDArray[Any]]
+Manifest = dict[str, Any]
+
+
+def next_version(folder: Path) -> str:
+    """One more than the highest version in a model's folder; 1 where there is none."""
+    return str(1 + max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0))
+
+
+def free_version(models: Path, name: str, version: str | None, *, force: bool) -> str:
+    """`version`, or the next free one; ExportError when it exists and may not be replaced."""
+    version = version or next_version(models / name)
+    target = models / name / version
+    if target.exists() and not force:
+        raise ExportError(f"{target} exists: leave out --version for the next free one, or replace it with --force")
+    return version
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """ExportError when `manifest` breaks the schema."""
+    schema = json.loads((importlib.resources.files("models") / "manifest.schema.json").read_text("utf-8"))
+    try:
+        jsonschema.validate(manifest, schema)
+    except jsonschema.ValidationError as error:
+        raise ExportError(f"the manifest breaks the contract at {error.json_path}: {error.message}") from error
+
+
+def write_version(target: Path, graph: bytes, golden: Values, manifest: Callable[[dict[str, str]], Manifest]) -> Path:
+    """Write models/<name>/<version>, in place of one that is there; `manifest` makes its words of the files' sha256.
+
+    Raises what `manifest` raises and ExportError when it breaks the schema; then nothing has changed.
+    """
+    models = target.parents[1]
+    models.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
+    try:
+        (partial / "model.onnx").write_bytes(graph)
+        np.savez(partial / "golden.npz", allow_pickle=False, **golden)
+        made = manifest(
+            {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
+        )
+        check_manifest(made)
+        text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+        (partial / "manifest.json").write_text(text, encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp's folder is private; a served one is not
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            with tempfile.TemporaryDirectory(prefix=".replaced-", dir=models) as old:
+                target.rename(Path(old) / target.name)
+                partial.replace(target)
+        else:
+            partial.replace(target)
+        return target
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
