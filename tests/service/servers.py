@@ -1,5 +1,7 @@
 """Redis servers of the tests' own: real processes on free ports, to be killed and started again."""
 
+import itertools
+import os
 import shutil
 import signal
 import socket
@@ -17,19 +19,23 @@ PROGRAM = shutil.which("redis-server")
 PATIENCE = 20.0
 
 
+# Below the ports that the system gives to outgoing connections: what a killed server leaves, nobody takes meanwhile.
+# Each process of the tests starts elsewhere.
+_PORTS = itertools.cycle([10_000 + (os.getpid() * 97 + number) % 12_000 for number in range(12_000)])
+
+
 def free_port() -> int:
     """A port that nobody listens on, nor on the one that a cluster's node would take for its bus."""
-    while True:
-        with socket.socket() as one, socket.socket() as bus:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            if port + 10_000 > 65_535:
-                continue
-            try:
-                bus.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            return port
+    return next(port for port in _PORTS if _is_free(port) and _is_free(port + 10_000))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 class RedisServer:
