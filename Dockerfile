@@ -16,7 +16,8 @@ RUN /opt/latch/bin/pip install --no-deps /src \
     && /opt/latch/bin/pip uninstall -y setuptools pip
 
 FROM python:3.11-slim-bookworm
-RUN useradd --system --uid 10001 --no-create-home latch
+# A volume that is mounted at /data for the first time takes its owner from here.
+RUN useradd --system --uid 10001 --no-create-home latch && install -d -o 10001 -g 10001 -m 700 /data
 COPY --from=build /opt/latch /opt/latch
 ENV PATH=/opt/latch/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -1,14 +1,7 @@
 """The image and the compose file: read without Docker, then built and run for real."""
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,23 +11,16 @@ import yaml
 from websockets.sync.client import connect
 
 from service.settings import PREFIX, Settings
+from tests.packaging.deployments import DOCKER, ROOT, Deployment, deployment, inspect, run, services
 
-ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
 MANIFESTS = [json.loads(path.read_text()) for path in sorted(ROOT.glob("models/*/*/manifest.json"))]
-DOCKER = shutil.which("docker") or "docker"
-COMPOSE = [tool] if (tool := shutil.which("docker-compose")) else [DOCKER, "compose"]
 
 
 def instructions() -> list[tuple[str, str]]:
     """The Dockerfile's instructions and their arguments, continued lines joined."""
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     return [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith("#")]
-
-
-def services() -> dict[str, dict[str, Any]]:
-    """The compose file's services, anchors and merges resolved."""
-    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 
 
 def test_both_stages_start_from_the_same_image() -> None:
@@ -90,13 +76,30 @@ def test_compose_keeps_to_what_both_generations_read() -> None:
 
 
 def test_compose_publishes_on_this_machine_only_and_hardens_every_service() -> None:
-    """Nobody else reaches the port by default; a taken-over process finds nothing to write and no privilege."""
+    """Nobody else reaches a port by default; a taken-over process finds little to write and no privilege."""
     for name, service in services().items():
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
-        assert service["volumes"] == ["./models:/models:ro"], name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        writable = [volume for volume in service["volumes"] if not volume.endswith(":ro")]
+        assert set(writable) <= {"sessions:/data", "redis:/data"}, name
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_compose_starts_one_service_where_no_profile_is_named() -> None:
+    """Every service has one profile; `.env` names the one that starts without being asked for."""
+    chosen = dict(line.split("=") for line in (ROOT / ".env").read_text().splitlines() if not line.startswith("#"))
+    profiles = {name: service["profiles"] for name, service in services().items()}
+    assert {name for name, own in profiles.items() if own == [chosen["COMPOSE_PROFILES"]]} == {"latch"}
+    assert {name for name, own in profiles.items() if own == ["scale"]} == {"service", "haproxy", "redis"}
+    assert all(len(own) == 1 for own in profiles.values())
+
+
+def test_compose_publishes_one_port_a_profile() -> None:
+    """Replicas cannot share a published port: in `scale`, HAProxy has it, at the address of the single service."""
+    published = [(service["profiles"][0], service["ports"]) for service in services().values() if "ports" in service]
+    assert sorted(profile for profile, _ in published) == ["gpu", "scale", "single"]
+    assert {tuple(ports) for _, ports in published} == {("127.0.0.1:${LATCH_PORT:-8000}:8000",)}
 
 
 def test_every_setting_that_the_containers_set_is_known() -> None:
@@ -109,81 +112,16 @@ def test_every_setting_that_the_containers_set_is_known() -> None:
     assert {name for name in used if name.startswith(PREFIX)} <= known
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """A `docker compose up` of this checkout."""
-
-    project: str
-    port: int
-    environment: dict[str, str]
-
-    def compose(self, *arguments: str) -> str:
-        """Runs compose on the checkout's own file, under a project name and a port of the test's own."""
-        return run(*COMPOSE, "--project-name", self.project, *arguments, environment=self.environment)
-
-    @property
-    def container(self) -> str:
-        """Its id."""
-        return self.compose("ps", "--quiet", "latch").strip()
-
-    def execute(self, *command: str, user: str = "10001") -> subprocess.CompletedProcess[str]:
-        """A command inside the container, as the user that the service runs as unless told otherwise."""
-        arguments = [DOCKER, "exec", "--user", user, self.container, *command]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
-
-    def inspect(self, template: str) -> str:
-        """One field of what Docker knows of the container."""
-        return run(DOCKER, "inspect", "--format", template, self.container).strip()
-
-    def wait_until_healthy(self, seconds: float = 60) -> None:
-        """Until Docker's own health check passes; where it does not, the log says why."""
-        deadline = time.monotonic() + seconds
-        while (health := self.inspect("{{.State.Health.Status}}")) != "healthy":
-            if time.monotonic() > deadline or self.inspect("{{.State.Running}}") == "false":
-                pytest.fail(f"the container is {health}:\n{run(DOCKER, 'logs', self.container)}")
-            time.sleep(0.5)
-
-
-def run(*command: str, environment: dict[str, str] | None = None) -> str:
-    """Standard output of a command that must succeed; both streams where it does not."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def engine() -> None:
-    """Skips where no Docker engine answers."""
-    try:
-        answer = subprocess.run([DOCKER, "version"], capture_output=True, text=True, timeout=30, check=False)
-    except OSError as error:
-        pytest.skip(f"no Docker client: {error}")
-    if answer.returncode != 0:
-        pytest.skip(f"no Docker engine: {answer.stderr.strip().splitlines()[-1]}")
-
-
 @pytest.fixture(scope="module")
 def latch(engine: None) -> Iterator[Deployment]:
-    """The service as `docker compose up --build` leaves it, taken down again whatever happens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    deployment = Deployment(f"latch-test-{os.getpid()}", port, os.environ | {"LATCH_PORT": str(port)})
+    """The service as `docker compose up --build` leaves it, no profile named, taken down again whatever happens."""
+    latch = deployment("single")
     try:
-        deployment.compose("up", "--detach", "--build", "latch")
-        deployment.wait_until_healthy()
-        yield deployment
+        latch.compose("up", "--detach", "--build")
+        latch.wait_until_healthy()
+        yield latch
     finally:
-        deployment.compose("down", "--timeout", "2")
+        latch.compose("down", "--timeout", "2", "--volumes")
 
 
 @pytest.fixture
@@ -262,7 +200,7 @@ def test_the_process_has_no_privilege(latch: Deployment) -> None:
 
 @pytest.mark.docker
 @pytest.mark.parametrize("folder", ["/models", "/opt/latch", "/"])
-def test_nothing_can_be_written_beside_tmp(latch: Deployment, folder: str) -> None:
+def test_nothing_can_be_written_beside_tmp_and_the_sessions(latch: Deployment, folder: str) -> None:
     """The models and the image are read-only, even for root."""
     written = latch.execute("touch", f"{folder.rstrip('/')}/written", user="0")
     assert written.returncode != 0
@@ -271,11 +209,27 @@ def test_nothing_can_be_written_beside_tmp(latch: Deployment, folder: str) -> No
 
 
 @pytest.mark.docker
+def test_sessions_outlive_the_container(latch: Deployment, client: httpx.Client) -> None:
+    """Killed and made anew on the same volume, the service goes on where the last answer was."""
+    manifest = next(manifest for manifest in MANIFESTS if manifest["name"] == "sensors")
+    row = [0.5] * manifest["input"]["shape"][0]
+    client.put("/v1/sessions/outlives", json={"model": "sensors"}).raise_for_status()
+    client.post("/v1/sessions/outlives/steps", json={"inputs": [row], "step": 1}).raise_for_status()
+    run(DOCKER, "rm", "--force", latch.container)
+    latch.compose("up", "--detach")
+    latch.wait_until_healthy()
+    second = client.post("/v1/sessions/outlives/steps", json={"inputs": [row], "step": 2}).json()
+    client.put("/v1/sessions/afresh", json={"model": "sensors"}).raise_for_status()
+    whole = client.post("/v1/sessions/afresh/steps", json={"inputs": [row, row]}).json()
+    assert second["outputs"]["y"][0] == whole["outputs"]["y"][1]
+
+
+@pytest.mark.docker
 def test_sigterm_ends_the_service_cleanly(latch: Deployment) -> None:
     """`docker stop` needs no kill: exit code 0 within ten seconds, and the container starts again."""
     container = latch.container
     run(DOCKER, "stop", "--time", "10", container)
-    code = run(DOCKER, "inspect", "--format", "{{.State.ExitCode}}", container).strip()
+    code = inspect(container, "{{.State.ExitCode}}")
     run(DOCKER, "start", container)
     latch.wait_until_healthy()
     assert code == "0"
