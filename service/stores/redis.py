@@ -40,10 +40,10 @@ from service.stores.redis_scripts import (
 
 _VERSION = 1
 _HEAD = Struct("<16sQ")  # token, step
-_ROW = Struct("<16si16sQ")  # expected token, how many earlier ones are left, head; then the snapshot
+_ROW = Struct("<16si16sQI")  # expected token, how many earlier ones are left, head, bytes of the snapshot; then these
 _STEP = Struct("<Q")  # of an earlier save; then its snapshot
 _KEEP = -1
-_ROWS = 512  # of a script: while it runs, the server does nothing else
+_ROWS, _BYTES = 512, 2**24  # of a script: while it runs, the server does nothing else
 _SEEN = 500  # ids that one look at a shard's index takes
 _TRIMMED = 64  # likewise, of a sweep
 
@@ -98,16 +98,17 @@ class RedisStore:
 
     async def save(self, saves: Sequence[Save]) -> Sequence[bool]:
         """Writes all, in one script a shard, and says for each whether it was saved."""
-        parts = self._parts([each.id for each in saves])
+        longest = max((len(each.saved.snapshot) for each in saves), default=0)
+        parts = self._parts([each.id for each in saves], min(_ROWS, _BYTES // (longest + 1) + 1))
         calls = []
         for part in parts:
-            rows: list[bytes | int] = []
-            for number in part:
-                _, expected, token, saved, earlier = saves[number]
-                rows.append(
-                    _ROW.pack(expected, _KEEP if earlier is None else earlier, token, saved.step) + saved.snapshot
-                )
-            calls.append(Call([session_key(saves[number].id) for number in part], [*rows, self._keep_steps]))
+            keys: list[str] = []
+            rows: list[bytes] = []
+            for session, expected, token, (step, snapshot), earlier in (saves[number] for number in part):
+                keys.append(session_key(session))
+                left = _KEEP if earlier is None else earlier
+                rows += (_ROW.pack(expected, left, token, step, len(snapshot)), snapshot)
+            calls.append(Call(keys, [self._keep_steps, b"".join(rows)]))
         done = [False] * len(saves)
         for part, reply in zip(parts, await self._link.run(SAVE, calls), strict=True):
             for number, digit in zip(part, reply, strict=True):
@@ -123,7 +124,7 @@ class RedisStore:
         ids = list(tokens)
         calls = [
             Call([session_key(ids[number]) for number in part], [tokens[ids[number]] for number in part])
-            for part in self._parts(ids)
+            for part in self._parts(ids, _ROWS)
         ]
         return sum(await self._link.run(EXPIRE, calls))
 
@@ -159,8 +160,8 @@ class RedisStore:
     async def _one(self, script: str, keys: Sequence[str], arguments: Sequence[Any] = ()) -> Any:
         return (await self._link.run(script, [Call(keys, arguments)]))[0]
 
-    def _parts(self, ids: Sequence[str]) -> list[list[int]]:
-        """The places of the ids that one script may take together."""
+    def _parts(self, ids: Sequence[str], most: int) -> list[list[int]]:
+        """The places of the ids that one script may take together, so many at most."""
         if self._link.is_cluster:
             shards: dict[int, list[int]] = defaultdict(list)
             for number, session in enumerate(ids):
@@ -168,7 +169,7 @@ class RedisStore:
             wholes = list(shards.values())
         else:
             wholes = [list(range(len(ids)))]
-        return [whole[start : start + _ROWS] for whole in wholes for start in range(0, len(whole), _ROWS)]
+        return [whole[start : start + most] for whole in wholes for start in range(0, len(whole), most)]
 
 
 async def _check(url: str) -> None:

@@ -89,13 +89,14 @@ call('ZADD', KEYS[2], 0, ARGV[1])
 return 1
 """)
 
-# KEYS: sessions. ARGV: for each the expected token, how many earlier ones are left (-1: what is replaced is put with
-# them), head, snapshot, as `redis` packs them; at last how many earlier ones are kept. Gives a '1' or '0' for each.
-# A save that is there is written again: WAIT confirms only what the same connection wrote.
+# KEYS: sessions. ARGV: how many earlier ones are kept; for each session, as `redis` packs them, the expected token, how
+# many earlier ones are left (-1: what is replaced is put with them), head, the snapshot's length and the snapshot.
+# Gives a '1' or '0' for each. A save that is there is written again: WAIT confirms only what one connection wrote.
 SAVE = _script("""
-local keep, done = tonumber(ARGV[#ARGV]), {}
+local keep, rows, at, done = tonumber(ARGV[1]), ARGV[2], 1, {}
 for i, key in ipairs(KEYS) do
-  local expected, left, head, start = struct.unpack('<c16i4c24', ARGV[i])
+  local expected, left, head, snapshot
+  expected, left, head, snapshot, at = struct.unpack('<c16i4c24I4c0', rows, at)
   local found = call('HMGET', key, 'head', 'lifetime')
   local token = found[1] and found[1]:sub(1, 16)
   if token ~= expected and token ~= head:sub(1, 16) then
@@ -113,7 +114,7 @@ for i, key in ipairs(KEYS) do
       end
       call('PEXPIRE', earlier, found[2])
     end
-    call('HSET', key, 'head', head, 'snapshot', ARGV[i]:sub(start))
+    call('HSET', key, 'head', head, 'snapshot', snapshot)
     call('PEXPIRE', key, found[2])
     done[i] = '1'
   end

@@ -1,5 +1,6 @@
 """The contract of a store, the same tests for every back end."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,6 +187,17 @@ async def test_in_one_commit_each_meets_its_own_fate(store: SessionStore) -> Non
     ]
     assert await store.save(saves) == [i not in (2, 5, 7, 9) for i in range(10)]
     assert [(await store.load(f"s{i}")).saved.step for i in (0, 2, 5, 8)] == [2, 1, 1, 2]
+
+
+async def test_many_and_large_are_saved_at_once(store: SessionStore) -> None:
+    """More rows, and more bytes, than a store may take in one go."""
+    names = [f"s{i}" for i in range(1100)]
+    await asyncio.gather(*(made(store, each) for each in names))
+    assert await store.save([Save(each, token(1), token(2), saved(1)) for each in names]) == [True] * 1100
+    large = [Save(each, token(2), token(3), saved(i, bytes(9_000_000))) for i, each in enumerate(names[:5])]
+    assert await store.save([*large, Save("s5", token(1), token(3), saved(9))]) == [True] * 5 + [False]
+    assert [(await store.load(each)).saved.step for each in names[:6]] == [0, 1, 2, 3, 4, 1]
+    assert (await store.load("s4")).saved == saved(4, bytes(9_000_000))
 
 
 async def test_as_many_earlier_ones_are_kept_as_asked(store: SessionStore) -> None:
