@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
@@ -15,11 +16,12 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from starlette.exceptions import HTTPException
 
-from service.engine import EngineOptions, load_engines
+from service.engine import EngineOptions, load_engine, load_engines
 from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound
 from service.ledger import Ledger
 from service.metrics import Metrics
-from service.registry import scan
+from service.registry import scan, stamps
+from service.repository import Repository
 from service.routers import ERRORS, error_response, models, ops, sessions, states, stream
 from service.routers.front import FrontDoor
 from service.routers.sockets import Shared
@@ -53,12 +55,21 @@ def create_app(settings: Settings) -> FrontDoor:
     metrics = Metrics(_registry())
     store = open_store(settings.store_url, keep_steps=settings.keep_steps, max_expired_ids=settings.max_expired_ids)
     ledger = Ledger(store, metrics) if store.is_durable or settings.keep_steps else None
-    found = scan(settings.models)
-    engines = load_engines(found.found, found.broken, engine_options(settings), metrics, ledger=ledger)
+    seen, found = stamps(settings.models), scan(settings.models)
+    options = engine_options(settings)
+    engines = load_engines(found.found, found.broken, options, metrics, ledger=ledger)
     for engine in engines:
         log.info("model %s/%s on %s", *engine.key, engine.device)
     for key, error in engines.broken.items():
         log.error("model %s/%s is not served: %s", *key, error)
+    repository = Repository(
+        settings.models,
+        engines,
+        seen,
+        partial(load_engine, options=options, metrics=metrics, ledger=ledger),
+        metrics,
+        interval=settings.reload_ms / 1000,
+    )
     manager = SessionManager(
         engines,
         store,
@@ -79,9 +90,8 @@ def create_app(settings: Settings) -> FrontDoor:
             if ledger is not None:
                 stack.push_async_callback(ledger.close)
                 ledger.start()
-            for engine in engines:
-                engine.start()
-                stack.push_async_callback(engine.close)
+            repository.start()
+            stack.push_async_callback(repository.close)
             sweeper = asyncio.create_task(manager.serve(), name="sweeper")
             stack.callback(sweeper.cancel)
             yield
@@ -96,6 +106,7 @@ def create_app(settings: Settings) -> FrontDoor:
         responses=ERRORS,
     )
     app.state.manager = manager
+    app.state.repository = repository
     app.state.metrics = metrics
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.stop = stop

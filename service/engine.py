@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from service.batcher import Batcher
-from service.errors import LatchError, ModelBroken, ModelNotFound, ModelUnloadable, SettingsInvalid
+from service.errors import LatchError, ModelBroken, ModelDraining, ModelNotFound, ModelUnloadable, SettingsInvalid
 from service.ledger import Ledger
 from service.manifest import Manifest
 from service.metrics import Metrics
@@ -46,6 +46,9 @@ class EngineOptions:
 class Engine:
     """Runs one model version for its sessions.
 
+    Attributes:
+        sessions: live ones of this process; who makes and ends them counts them here.
+
     Args:
         files: the checked files of the version.
         options: limits.
@@ -68,6 +71,8 @@ class Engine:
     ) -> None:
         self.manifest: Manifest = files.manifest
         self.key = ModelKey(files.manifest.name, files.manifest.version)
+        self.digest = files.digest
+        self.sessions = 0
         self._runner = OrtRunner(files.manifest, files.graph, device=options.device, threads=options.intra_op_threads)
         self.device = self._runner.device
         self.slab = StateSlab(files.manifest.state, options.max_sessions, clock)
@@ -89,7 +94,7 @@ class Engine:
             max_queue_bytes=options.max_queue_bytes,
             max_session_queue=options.max_session_queue,
             keep_reply_bytes=options.keep_reply_bytes,
-            metrics=metrics.model(*self.key, self.slab.__len__),
+            metrics=metrics.model(*self.key, self.slab.__len__, lambda: self.sessions),
         )
         self.max_sequences = min(options.max_queue, options.max_sessions)
         self.chunks = self._runner.chunks
@@ -119,14 +124,33 @@ def _report(task: asyncio.Task[None]) -> None:
 
 
 class Engines:
-    """The live engines, and why the other versions are not among them."""
+    """The engines by name and version: those that are live, those that drain, and why other versions are neither.
+
+    A live version takes new sessions; a draining one goes on for those that it has.
+    """
 
     def __init__(self, live: Iterable[Engine], broken: dict[ModelKey, LatchError]) -> None:
         self._live = {engine.key: engine for engine in live}
-        self.broken = broken
+        self._draining: dict[ModelKey, Engine] = {}
+        self.broken: dict[ModelKey, LatchError] = {}
+        for key, error in broken.items():
+            self.report(key, error)
 
     def __iter__(self) -> Iterator[Engine]:
-        return iter(self._live.values())
+        """All of them, as they are now: others may come and go meanwhile."""
+        return iter([*self._live.values(), *self._draining.values()])
+
+    def names(self) -> list[str]:
+        """The models that take new sessions."""
+        return sorted({key.name for key in self._live})
+
+    def draining(self) -> list[Engine]:
+        """Those that go when their last session ends."""
+        return list(self._draining.values())
+
+    def live(self, name: str) -> list[Engine]:
+        """The live versions of a model, oldest first; there may be none."""
+        return sorted((e for e in self._live.values() if e.key.name == name), key=lambda e: int(e.key.version))
 
     def versions(self, name: str) -> list[Engine]:
         """The live versions of a model, oldest first; its last one is the default.
@@ -134,14 +158,14 @@ class Engines:
         Raises:
             ModelNotFound: no such model.
             ModelBroken: it is there, but no version of it loads.
+            ModelDraining: it takes no new sessions.
         """
-        engines = sorted((e for e in self._live.values() if e.key.name == name), key=lambda e: int(e.key.version))
-        if not engines:
-            raise self._absent(name, None)
-        return engines
+        if engines := self.live(name):
+            return engines
+        raise self._absent(name, None)
 
     def get(self, name: str, version: str | None = None) -> Engine:
-        """The engine of a version, or of the default one. Raises as `versions`."""
+        """The engine that new sessions of a version, or of the default one, run on. Raises as `versions`."""
         if version is None:
             return self.versions(name)[-1]
         try:
@@ -149,13 +173,72 @@ class Engines:
         except KeyError:
             raise self._absent(name, version) from None
 
+    def serving(self, name: str, version: str) -> Engine:
+        """The engine that the sessions of a version run on, live or draining. Raises as `get`."""
+        return self._draining.get(ModelKey(name, version)) or self.get(name, version)
+
+    def is_live(self, engine: Engine) -> bool:
+        """Whether it takes new sessions."""
+        return self._live.get(engine.key) is engine
+
+    def check(self, engine: Engine) -> None:
+        """Raises ModelDraining where an engine takes no new sessions any more since it was asked for."""
+        if not self.is_live(engine):
+            raise _draining(engine.key)
+
+    def add(self, engine: Engine) -> None:
+        """Has a version take new sessions, again too; it is the default where its number is the highest."""
+        self._draining.pop(engine.key, None)
+        self._live[engine.key] = engine
+        self.broken.pop(engine.key, None)
+
+    def drain(self, engine: Engine) -> None:
+        """Has a version take no new sessions."""
+        self._draining[engine.key] = self._live.pop(engine.key)
+
+    def remove(self, engine: Engine) -> None:
+        """Lets a draining version go."""
+        del self._draining[engine.key]
+
+    def report(self, key: ModelKey, error: LatchError) -> None:
+        """Says why a version cannot be served, or not as its files are now."""
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold what was loaded of it
+        self.broken[key] = error
+
     def _absent(self, name: str, version: str | None) -> LatchError:
+        for key in self._draining:
+            if key.name == name and version in (None, key.version):
+                return _draining(key)
         for key, error in self.broken.items():
             if key.name == name and version in (None, key.version):
-                return ModelBroken(f"model {key.name}/{key.version} cannot be served: {error}")
+                return ModelBroken(f"model {key.name}/{key.version} cannot be served: {error}", reason=error.code)
         what = name if version is None else f"{name}/{version}"
-        known = ", ".join(sorted({key.name for key in self._live})) or "none"
-        return ModelNotFound(f"no model {what!r}; loaded: {known}")
+        return ModelNotFound(f"no model {what!r}; loaded: {', '.join(self.names()) or 'none'}")
+
+
+def _draining(key: ModelKey) -> ModelDraining:
+    return ModelDraining(f"model {key.name}/{key.version} is being removed: it takes no new sessions")
+
+
+def load_engine(
+    files: ModelFiles,
+    options: EngineOptions,
+    metrics: Metrics,
+    clock: Callable[[], float] = time.monotonic,
+    ledger: Ledger | None = None,
+) -> Engine:
+    """Makes an engine of a version; in any thread.
+
+    Raises:
+        SettingsInvalid: the device is not there, for any model.
+        LatchError: as `Engine`, however broken the version is.
+    """
+    try:
+        return Engine(files, options, metrics, clock, ledger)
+    except LatchError:
+        raise
+    except Exception as error:  # one broken model must not stop the others
+        raise ModelUnloadable(f"cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_engines(
@@ -174,12 +257,9 @@ def load_engines(
     live, broken = [], dict(broken)
     for files in found:
         try:
-            live.append(Engine(files, options, metrics, clock, ledger))
+            live.append(load_engine(files, options, metrics, clock, ledger))
         except SettingsInvalid:
             raise
         except LatchError as error:
             broken[ModelKey(files.manifest.name, files.manifest.version)] = error
-        except Exception as error:  # noqa: BLE001 - one broken model must not stop the others, however it is broken
-            reason = ModelUnloadable(f"cannot be loaded: {type(error).__name__}: {error}")
-            broken[ModelKey(files.manifest.name, files.manifest.version)] = reason
     return Engines(live, broken)

@@ -108,6 +108,27 @@ class ModelBroken(LatchError):
     http_status = 503
 
 
+class ModelDraining(LatchError):
+    """The version is being removed: it goes on for the sessions that it has, and takes no new ones."""
+
+    code = "model_draining"
+    http_status = 409
+
+
+class ModelInUse(LatchError):
+    """The version has live sessions, `sessions` of them; `?drain=true` removes it when the last one ends."""
+
+    code = "model_in_use"
+    http_status = 409
+
+
+class ModelChanged(LatchError):
+    """The files of a version are not those it was loaded from; it goes on as it was. New files take a new number."""
+
+    code = "model_changed"
+    http_status = 409
+
+
 class SessionNotFound(LatchError):
     """No session of that id: never made, deleted, or forgotten long after it expired."""
 

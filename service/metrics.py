@@ -61,10 +61,14 @@ class RunHistogram(Collector):
         """The counts of one set of label values."""
         return self._children.setdefault(values, _Counts(self._bounds))
 
+    def remove(self, *values: str) -> None:
+        """Forgets the counts of one set of label values."""
+        self._children.pop(values, None)
+
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """What Prometheus reads."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        for values, child in self._children.items():
+        for values, child in list(self._children.items()):  # a model that loads adds its own, in another thread
             bounds = [*map(floatToGoString, self._bounds), "+Inf"]
             counts, total = child.read()
             family.add_metric(values, list(zip(bounds, np.cumsum(counts).tolist(), strict=True)), total)
@@ -138,7 +142,22 @@ class Metrics:
         self.store_seconds.labels().observe((seconds,))
         self.store_rows.labels().observe((rows,))
 
-    def model(self, name: str, version: str, resident: Callable[[], int]) -> ModelMetrics:
-        """Those of one model; `resident` counts its rows in use."""
+    def model(
+        self, name: str, version: str, resident: Callable[[], int], sessions: Callable[[], int] = int
+    ) -> ModelMetrics:
+        """Those of one model version; `resident` counts its rows in use, `sessions` its sessions."""
         self.resident.labels(name, version).set_function(resident)
+        self.sessions.labels(name, version).set_function(sessions)
         return ModelMetrics(self, name, version)
+
+    def forget(self, name: str, version: str) -> None:
+        """Drops those of a version that is gone, and with them what they hold of it."""
+        gauges = (self.queue_depth, self.resident, self.sessions)
+        for gauge in gauges:
+            gauge.labels(name, version).set_function(float)  # it holds its function in a cycle
+        histograms = (
+            self.batch_size, self.run_steps, self.queue_seconds, self.compute_seconds, self.answer_seconds,
+            self.overhead_seconds,
+        )  # fmt: skip
+        for instrument in (self.steps, self.replays, self.expired, *gauges, *histograms):
+            instrument.remove(name, version)

@@ -6,6 +6,8 @@ is reported beside the others, never instead of them. This module knows files, n
 
 import hashlib
 import io
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +26,21 @@ class ModelKey(NamedTuple):
     version: str
 
 
+# What the system tells of the files of a folder; any write to one of them gives another.
+Stamp = tuple[tuple[str | int, ...], ...]
+
+
 @dataclass(frozen=True)
 class ModelFiles:
-    """One checked version: its manifest, the bytes of its graph, and its golden vectors."""
+    """One checked version: its manifest, the bytes of its graph, and its golden vectors.
+
+    `digest` is the sha256 of manifest.json, which has those of the other files: equal digests are the same version.
+    """
 
     manifest: Manifest
     graph: bytes
     golden: dict[str, Array]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -47,19 +57,28 @@ def scan(root: Path) -> Scan:
     Raises:
         ManifestInvalid: `root` itself is not a folder.
     """
-    if not root.is_dir():
-        raise ManifestInvalid(f"the model repository {root} is not a folder: set LATCH_MODELS or --models")
     result = Scan()
-    for folder in sorted(path for path in root.glob("*/*") if path.is_dir() and not _hidden(path)):
-        key = ModelKey(folder.parent.name, folder.name)
+    for key in _keys(root):
         try:
-            result.found.append(load(folder))
+            result.found.append(load(root / key.name / key.version))
         except LatchError as error:
             result.broken[key] = error
-        except Exception as error:  # noqa: BLE001 - files can be broken in more ways than anybody lists
-            result.broken[key] = ManifestInvalid(f"cannot be read: {type(error).__name__}: {error}")
     result.found.sort(key=lambda files: (files.manifest.name, int(files.manifest.version)))
     return result
+
+
+def stamps(root: Path) -> dict[ModelKey, Stamp]:
+    """Every version that there is a folder of, without reading a file.
+
+    Raises:
+        ManifestInvalid: `root` itself is not a folder.
+        OSError: it cannot be looked into.
+    """
+    found = {}
+    for key in _keys(root):
+        with suppress(FileNotFoundError, NotADirectoryError):  # gone since
+            found[key] = _stamp(root / key.name / key.version)
+    return found
 
 
 def load(folder: Path) -> ModelFiles:
@@ -68,7 +87,45 @@ def load(folder: Path) -> ModelFiles:
     Raises:
         ManifestInvalid: a file is missing, differs from its sha256, lies outside the folder, or breaks the schema.
     """
-    manifest = parse_manifest(_read(folder, "manifest.json"))
+    try:
+        return _load(folder)
+    except LatchError:
+        raise
+    except Exception as error:  # files can be broken in more ways than anybody lists
+        raise ManifestInvalid(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _keys(root: Path) -> list[ModelKey]:
+    if not root.is_dir():
+        raise ManifestInvalid(f"the model repository {root} is not a folder: set LATCH_MODELS or --models")
+    keys = []
+    for model in root.iterdir():
+        if model.is_dir() and not _hidden(model):
+            with suppress(PermissionError):  # the lost+found of a volume, say
+                keys += [
+                    ModelKey(model.name, path.name) for path in model.iterdir() if path.is_dir() and not _hidden(path)
+                ]
+    return sorted(keys)
+
+
+def _stamp(folder: Path) -> Stamp:
+    found: list[tuple[str | int, ...]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                try:
+                    status = entry.stat()
+                except OSError:  # a link to nowhere, or removed just now
+                    found.append((entry.name,))
+                else:
+                    times = (status.st_mtime_ns, status.st_ctime_ns)
+                    found.append((entry.name, status.st_size, *times, status.st_ino))
+    return tuple(sorted(found, key=lambda entry: str(entry[0])))
+
+
+def _load(folder: Path) -> ModelFiles:
+    text = _read(folder, "manifest.json")
+    manifest = parse_manifest(text)
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise ManifestInvalid(
             f"manifest.json says {manifest.name}/{manifest.version}, but lies in {folder.parent.name}/{folder.name}: "
@@ -80,11 +137,11 @@ def load(folder: Path) -> ModelFiles:
             golden = {name: np.asarray(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, BadZipFile) as error:
         raise ManifestInvalid(f"golden.npz cannot be read: {error}") from error
-    return ModelFiles(manifest, content["model.onnx"], golden)
+    return ModelFiles(manifest, content["model.onnx"], golden, hashlib.sha256(text).hexdigest())
 
 
 def _hidden(path: Path) -> bool:
-    return path.name.startswith((".", "_")) or path.parent.name.startswith((".", "_"))
+    return path.name.startswith((".", "_"))
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -21,6 +21,9 @@ from service.errors import (
     CapacityExceeded,
     InvalidInput,
     LatchError,
+    ModelBroken,
+    ModelDraining,
+    ModelNotFound,
     PayloadTooLarge,
     SessionCorrupt,
     SessionExists,
@@ -147,15 +150,20 @@ class SessionManager:
 
         Raises:
             ModelNotFound, ModelBroken: no such model.
+            ModelDraining: the version is being removed.
             InvalidInput: an id, a state or `idle_ttl` (seconds) out of bounds.
             SessionExists: the id belongs to a session of another model or version.
             CapacityExceeded: the model has all the sessions it may have.
             StoreUnavailable: the store cannot be asked.
         """
-        engine = self.engines.get(model, version)
-        start = engine.snapshots.start(state or _NOTHING)
         try:
+            engine = self.engines.get(model, version)
+            start = engine.snapshots.start(state or _NOTHING)
             return await self._make(engine, start, session_id, idle_ttl, metadata or _NOTHING), True
+        except (ModelNotFound, ModelBroken, ModelDraining):  # no new ones, but this may be asking for an old one again
+            if session_id is None or not await self._runs(session_id, model):
+                raise
+            return self._same(await self.find(session_id), model, version), False
         except SessionExists:
             assert session_id is not None  # noqa: S101 - no id of the server's own is taken
             return self._same(await self.find(session_id), model, version), False
@@ -390,6 +398,7 @@ class SessionManager:
         if self._ledger is not None:
             session.token = self._ledger.token()
             saved = Saved(start.step, *engine.snapshots.pack(*start.commits(session)))
+        self.engines.check(engine)
         self._acquire(engine, session, ttl)
         try:
             engine.slab.commit(*start.commits(session))
@@ -400,8 +409,12 @@ class SessionManager:
         if (stale := self._live.get(session_id)) is not None:  # of one that ended in another process
             self._forget(stale)
         self._live[session_id] = session
-        self._metrics.sessions.labels(*engine.key).inc()
+        engine.sessions += 1
         return session
+
+    async def _runs(self, session_id: str, model: str) -> bool:
+        """Whether a session of that id lives, on that model."""
+        return await self._is_known(session_id) and (await self.inspect(session_id)).model == model
 
     def _acquire(self, engine: Engine, slot: Slot, idle_ttl: float = inf) -> None:
         """Gives the slot a row; where sessions can be loaded again, those used least recently make room."""
@@ -444,7 +457,7 @@ class SessionManager:
         stored = await self._store.load(session_id)
         if (session := self._live.get(session_id)) is not None:
             return session
-        engine = self.engines.get(stored.model, stored.version)
+        engine = self.engines.serving(stored.model, stored.version)
         try:
             standing = engine.snapshots.unpack(stored.saved.snapshot)
         except (SnapshotInvalid, SnapshotMismatch) as error:
@@ -460,7 +473,7 @@ class SessionManager:
         engine.slab.commit(*standing.commits(session))
         engine.slab.expire_in(session, stored.time_left)
         self._live[session_id] = session
-        self._metrics.sessions.labels(*engine.key).inc()
+        engine.sessions += 1
         return session
 
     def _not_kept(self, session: Session, step: int, steps: list[int]) -> StepNotKept:
@@ -491,8 +504,9 @@ class SessionManager:
                 tokens[session.id] = session.token
         if not tokens:
             return 0
+        expired = self._metrics.expired.labels(*sessions[0].engine.key)  # before its version can be gone
         count = await self._store.expire(tokens)
-        self._metrics.expired.labels(*sessions[0].engine.key).inc(count)
+        expired.inc(count)
         return count
 
     def _forget(self, session: Session) -> None:
@@ -502,7 +516,7 @@ class SessionManager:
 
     def _dropped(self, slot: StoredSlot) -> None:
         session = self._live.pop(slot.id)
-        self._metrics.sessions.labels(*session.engine.key).dec()
+        session.engine.sessions -= 1
 
 
 async def _answered(ask: Callable[[Answer], Ticket]) -> StepReply:

@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope
 
 from service.errors import LatchError, Malformed, PayloadTooLarge, UnsupportedMediaType
+from service.repository import Repository
 from service.sessions import SessionManager
 from service.wire import native
 
@@ -93,6 +94,11 @@ async def _manager(connection: HTTPConnection) -> SessionManager:  # async, or F
     return manager
 
 
+async def _repository(connection: HTTPConnection) -> Repository:
+    repository: Repository = connection.app.state.repository
+    return repository
+
+
 async def _body(request: Request) -> bytes:
     return await request.body()
 
@@ -115,6 +121,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 Manager = Annotated[SessionManager, Depends(_manager)]
+Models = Annotated[Repository, Depends(_repository)]
 Body = Annotated[bytes, Depends(_body)]
 
 

@@ -1,12 +1,12 @@
-"""`/v1/models`: what can be served, and stateless prediction of whole sequences."""
+"""`/v1/models`: what can be served, prediction without a session, and versions that come and go by a call."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from service.engine import Engine
-from service.routers import JSON, Body, BoundedRoute, Manager, documented
+from service.routers import JSON, Body, BoundedRoute, Manager, Models, documented
 from service.sessions import SessionManager
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
@@ -23,11 +23,15 @@ class TensorInfo(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """One version of a model: what to send, what comes back, what it is and where it comes from."""
+    """One version of a model: what to send, what comes back, what it is and where it comes from. A `draining` one takes
+    no new sessions; `versions` are those that do, and `sessions` the live ones of this version.
+    """
 
     name: str
     version: str
     versions: list[str]
+    status: Literal["live", "draining"]
+    sessions: int
     description: str
     task: str
     head: str
@@ -59,8 +63,7 @@ class ModelList(BaseModel):
 @router.get("")
 async def list_models(manager: Manager) -> ModelList:
     """Every model, at its default version."""
-    names = sorted({engine.key.name for engine in manager.engines})
-    return ModelList(models=[_info(manager, manager.engines.get(name)) for name in names])
+    return ModelList(models=[_info(manager, manager.engines.get(name)) for name in manager.engines.names()])
 
 
 @router.get("/{model}")
@@ -72,7 +75,32 @@ async def get_model(model: str, manager: Manager) -> ModelInfo:
 @router.get("/{model}/versions/{version}")
 async def get_version(model: str, version: str, manager: Manager) -> ModelInfo:
     """One version of a model."""
-    return _info(manager, manager.engines.get(model, version))
+    return _info(manager, manager.engines.serving(model, version))
+
+
+@router.post("/{model}/versions/{version}/load")
+async def load_version(model: str, version: str, manager: Manager, models: Models) -> ModelInfo:
+    """Loads a version from the repository, if it is not live already; it takes new sessions from then on."""
+    return _info(manager, await models.load(model, version))
+
+
+@router.delete(
+    "/{model}/versions/{version}",
+    status_code=204,
+    response_model=None,
+    responses={202: {"model": ModelInfo, "description": "It goes when its last session ends"}},
+)
+async def unload_version(
+    model: str, version: str, response: Response, manager: Manager, models: Models, drain: bool = False
+) -> ModelInfo | Response:
+    """Stops serving a version; its files stay, and `load` brings it back. One that has sessions is only removed with
+    `drain=true`, when the last of them ends; until then it takes no new ones.
+    """
+    engine = await models.unload(model, version, drain=drain)
+    if engine is None:
+        return Response(status_code=204)
+    response.status_code = 202
+    return _info(manager, engine)
 
 
 class Outputs(BaseModel):
@@ -117,7 +145,9 @@ def _info(manager: SessionManager, engine: Engine) -> ModelInfo:
     return ModelInfo(
         name=manifest.name,
         version=manifest.version,
-        versions=[other.key.version for other in manager.engines.versions(manifest.name)],
+        versions=[other.key.version for other in manager.engines.live(manifest.name)],
+        status="live" if manager.engines.is_live(engine) else "draining",
+        sessions=engine.sessions,
         description=manifest.description,
         task=manifest.task,
         head=manifest.head,

@@ -12,10 +12,13 @@ router = APIRouter(tags=["operations"])
 
 
 class Readiness(BaseModel):
-    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did. `broken` says why."""
+    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did. `broken` says why; what is
+    `draining` takes no new sessions and goes when its last one ends.
+    """
 
     status: str
     models: dict[str, list[str]]
+    draining: list[str]
     broken: dict[str, dict[str, Any]]
 
 
@@ -30,15 +33,14 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready", responses={503: {"model": Readiness}})
 async def ready(response: Response, manager: Manager) -> Readiness:
     """Whether models can be served, and which cannot."""
-    models: dict[str, list[str]] = {}
-    for engine in manager.engines:
-        models.setdefault(engine.key.name, []).append(engine.key.version)
-    broken = {f"{name}/{version}": error.to_dict() for (name, version), error in manager.engines.broken.items()}
-    if not models:
-        response.status_code = 503
-    return Readiness(
-        status="unavailable" if not models else "degraded" if broken else "ready", models=models, broken=broken
-    )
+    engines = manager.engines
+    models = {name: [engine.key.version for engine in engines.live(name)] for name in engines.names()}
+    draining = ["/".join(engine.key) for engine in engines.draining()]
+    broken = {"/".join(key): error.to_dict() for key, error in engines.broken.items()}
+    status = "degraded" if broken else "ready"
+    if not models and not draining:  # sessions that stay on a draining version need their service
+        response.status_code, status = 503, "unavailable"
+    return Readiness(status=status, models=models, draining=draining, broken=broken)
 
 
 @router.get("/metrics", response_class=Response)

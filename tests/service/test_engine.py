@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.engine import load_engines
-from service.errors import ModelBroken, ModelNotFound
+from service.errors import ModelBroken, ModelDraining, ModelNotFound
 from service.metrics import Metrics
 from service.registry import ModelKey, load, scan
 from tests.service import toys
@@ -76,3 +76,37 @@ def test_an_unknown_model_says_what_there_is(
     engines = load_engines(found.found, {}, OPTIONS, metrics)
     with pytest.raises(ModelNotFound, match="counter, exploding, toy"):
         engines.get(name, version)
+
+
+def test_a_draining_version_is_there_for_its_sessions_only(tmp_path: Path, metrics: Metrics) -> None:
+    """New sessions get the highest of the others, or are told; added again, it is as it was."""
+    for version in ("1", "2"):
+        toys.save_leaky(tmp_path, version=version)
+    engines = load_engines(scan(tmp_path).found, {}, OPTIONS, metrics)
+    one, two = engines.versions("toy")
+    engines.drain(two)
+    assert (engines.get("toy"), engines.serving("toy", "2"), list(engines)) == (one, two, [one, two])
+    engines.check(one)
+    for ask in (lambda: engines.get("toy", "2"), lambda: engines.check(two)):
+        with pytest.raises(ModelDraining, match="toy/2 is being removed"):
+            ask()
+    engines.drain(one)
+    with pytest.raises(ModelDraining, match="toy"):
+        engines.get("toy")
+    assert engines.names() == []
+    engines.add(two)
+    assert engines.get("toy") is two
+    engines.remove(one)
+    with pytest.raises(ModelNotFound, match="loaded: toy"):
+        engines.serving("toy", "1")
+
+
+def test_what_is_broken_holds_nothing_of_what_was_loaded(tmp_path: Path, metrics: Metrics) -> None:
+    """The error that readiness shows for ever has no traceback, whose frames hold the graph and the engine."""
+    toys.rewrite_golden(toys.save_leaky(tmp_path), output__z=None)
+    engines = load_engines(scan(tmp_path).found, {}, OPTIONS, metrics)
+    error = engines.broken[ModelKey("toy", "1")]
+    assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
+    with pytest.raises(ModelBroken) as told:
+        engines.get("toy")
+    assert told.value.extras == {"reason": "golden_mismatch"}

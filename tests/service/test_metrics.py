@@ -1,5 +1,7 @@
 """The instruments: a histogram that takes whole runs says what prometheus_client's own says."""
 
+from typing import Any
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -90,3 +92,34 @@ def test_a_run_is_counted_under_its_model_and_version(metrics: Metrics) -> None:
         assert f'latch_{name}_sum{{model="m",version="2"}} {total}' in text
         assert f'latch_{name}_count{{model="m",version="2"}} {count}' in text
     assert 'latch_sessions_resident{model="m",version="1"} 3.0' in text
+
+
+def test_a_version_that_is_gone_leaves_no_label(metrics: Metrics) -> None:
+    """Not one instrument keeps its children, and others stay; what still counts for it counts for nobody."""
+    bare = len(exposed(metrics.registry))
+    instruments = metrics.model("m", "1", lambda: 3, lambda: 2)
+    metrics.expired.labels("m", "1").inc()
+    assert 'latch_sessions{model="m",version="1"} 2.0' in exposed(metrics.registry)
+    metrics.model("m", "2", lambda: 3)
+    metrics.forget("m", "1")
+    instruments.observe_run(rows=1, steps=1, compute=0.5, queue=[0.125])
+    instruments.steps.inc()
+    text = exposed(metrics.registry)
+    assert not [line for line in text if 'version="1"' in line]
+    assert [line for line in text if 'version="2"' in line]
+    metrics.forget("m", "2")
+    assert len(exposed(metrics.registry)) == bare
+
+
+def test_models_may_come_while_prometheus_reads(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that loads in a worker thread adds its labels in the middle of a scrape."""
+    child = metrics.batch_size.labels("m", "1")
+    read = child.read
+
+    def meanwhile() -> Any:
+        metrics.batch_size.labels("m", "2")
+        return read()
+
+    monkeypatch.setattr(child, "read", meanwhile)
+    exposed(metrics.registry)
+    assert [line for line in exposed(metrics.registry) if 'batch_size_count{model="m",version="2"}' in line]

@@ -1,14 +1,15 @@
 """Finding versions, and trusting no byte that the manifest does not cover."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from service.errors import ManifestInvalid
-from service.registry import ModelKey, scan
+from service.registry import ModelKey, load, scan, stamps
 from tests.service import toys
 
 
@@ -149,4 +150,48 @@ def test_hidden_folders_are_no_models(tmp_path: Path) -> None:
     toys.save_leaky(tmp_path)
     (tmp_path / "toy" / ".2.partial").mkdir()
     (tmp_path / ".git" / "hooks").mkdir(parents=True)
+    assert scan(tmp_path).broken == {}
+
+
+def test_a_stamp_tells_whether_files_were_written(tmp_path: Path) -> None:
+    """Any write gives another, even one of the same size and time; a look, or what is hidden, does not."""
+    folder, key = toys.save_leaky(tmp_path), ModelKey("toy", "1")
+    before = stamps(tmp_path)
+    assert list(before) == [key]
+    load(folder)
+    (folder / ".rsync-temporary").write_bytes(b"half")
+    assert stamps(tmp_path) == before
+    path = folder / "model.onnx"
+    status = path.stat()
+    (folder / "swapped").write_bytes(path.read_bytes())
+    (folder / "swapped").replace(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = stamps(tmp_path)
+    assert after != before
+    (folder / "nowhere").symlink_to(tmp_path / "nope")
+    assert stamps(tmp_path) != after
+
+
+def test_digests_are_equal_where_all_files_are(tmp_path: Path) -> None:
+    """The manifest covers the other files, so its sha256 tells two versions apart, and itself again."""
+    digests = [
+        load(toys.save_leaky(tmp_path / name, seed=seed)).digest for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert digests[0] == load(tmp_path / "a" / "toy" / "1").digest
+    assert digests[0] != digests[2]
+
+
+def test_a_folder_that_may_not_be_read_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lost+found of a volume stops neither a start nor a look."""
+    toys.save_leaky(tmp_path)
+    (tmp_path / "lost+found").mkdir()
+    plain = Path.iterdir
+
+    def guarded(path: Path) -> Iterator[Path]:
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return plain(path)
+
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    assert list(stamps(tmp_path)) == [ModelKey("toy", "1")]
     assert scan(tmp_path).broken == {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.service import toys
 from tests.service.conftest import Server
+from tests.service.servers import until
 
 
 def test_live_and_ready(server: Server) -> None:
@@ -16,7 +17,7 @@ def test_live_and_ready(server: Server) -> None:
     ready = server.http.get("/health/ready")
     assert ready.status_code == 200
     assert ready.json() == {
-        "status": "ready", "models": {"toy": ["1"], "counter": ["1"], "exploding": ["1"]}, "broken": {},
+        "status": "ready", "models": {"toy": ["1"], "counter": ["1"], "exploding": ["1"]}, "draining": [], "broken": {},
     }  # fmt: skip
 
 
@@ -34,6 +35,30 @@ def test_readiness_names_the_broken_model_and_the_others_serve(start: Callable[.
     refused = server.http.post("/v1/sessions", json={"model": "counter"})
     assert (refused.status_code, refused.json()["code"]) == (503, "model_broken")
     server.create("toy")
+
+
+def test_readiness_names_what_drains_and_stays_up_for_it(start: Callable[..., Server], tmp_path: Path) -> None:
+    """A service that only has sessions on a version that goes is ready for these; without any it is not."""
+    toys.save_leaky(tmp_path)
+    server = start(models=tmp_path, reload_ms=0)
+    session = server.create()
+    server.http.delete("/v1/models/toy/versions/1?drain=true")
+    ready = server.http.get("/health/ready")
+    assert (ready.status_code, ready.json()["models"], ready.json()["draining"]) == (200, {}, ["toy/1"])
+    server.http.delete(f"/v1/sessions/{session}")
+    until(lambda: server.http.get("/health/ready").status_code == 503)
+    assert server.http.get("/health/ready").json()["draining"] == []
+
+
+def test_readiness_tells_of_files_that_changed(start: Callable[..., Server], tmp_path: Path) -> None:
+    """Degraded, with the version both live and named: it serves what it was loaded from."""
+    folder = toys.save_leaky(tmp_path)
+    server = start(models=tmp_path, reload_ms=20)
+    toys.rewrite_golden(folder, output__z=None)
+    until(lambda: server.http.get("/health/ready").json()["status"] == "degraded")
+    ready = server.http.get("/health/ready").json()
+    assert (ready["models"], ready["broken"]["toy/1"]["code"]) == ({"toy": ["1"]}, "model_changed")
+    server.create()
 
 
 def test_with_no_model_at_all_it_is_not_ready(start: Callable[..., Server], tmp_path: Path) -> None:
