@@ -1,23 +1,25 @@
 """`sqlite:///path`: sessions in a file beside the service, which survive its crash and that of the machine.
 
-Rule: one connection, one thread, one transaction a group commit. The write-ahead log makes a torn write at the end of
-the file one that never was; `synchronous=FULL` has the disk confirm each commit (`?synchronous=normal` leaves that to
-the system: a crash of the process still loses nothing, a power cut may lose the last commits).
+Rule: one process, one connection. What is to be written while a commit is under way goes into the next transaction.
+Statements run on the event loop's thread, where they take microseconds; the commit, which waits for the disk, in a
+thread of its own. The write-ahead log makes a torn write at the end of the file one that never was; `synchronous=FULL`
+has the disk confirm each commit (`?synchronous=normal` leaves that to the system: a crash of the process still loses
+nothing, a power cut may lose the last commits).
 """
 
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import orjson
 
-from service.errors import SessionExists, SettingsInvalid, StoreInvalid, StoreUnavailable
+from service.errors import LatchError, SessionExists, SettingsInvalid, StoreInvalid, StoreUnavailable
 from service.stores import Save, Saved, SessionRecord, Stored, missing
 
 _APPLICATION = 0x4C617463  # "Latc", in the header of the file
@@ -73,6 +75,8 @@ class SqliteStore:
         self._max_expired_ids = max_expired_ids
         self._epoch = wall() - time.monotonic()
         self._swept = 0
+        self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self._writing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._db = self._open(synchronous)
 
@@ -88,8 +92,14 @@ class SqliteStore:
             self._prepare(db, synchronous, where)
         except sqlite3.Error as error:
             db.close()
-            if getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
+            kind = getattr(error, "sqlite_errorname", "")
+            if kind == "SQLITE_NOTADB":
                 raise StoreInvalid(f"{where} is not an SQLite file; it was left as it is") from error
+            if kind == "SQLITE_BUSY":
+                raise StoreUnavailable(
+                    f"{where} is in use by another process: one service has a file for itself; services that share "
+                    "their sessions need redis://"
+                ) from error
             raise StoreUnavailable(
                 f"{where} cannot be used: {error}; it needs a folder that this user may write to, with room on it"
             ) from error
@@ -114,10 +124,11 @@ class SqliteStore:
                 f"{where} has format {version}, this version of Latch knows up to {_VERSION}: run the newer one, "
                 "or name another file; it was left as it is"
             )
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute(f"PRAGMA synchronous = {synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        with _transaction(db):  # proves that it can be written to
-            pass
+        db.execute("BEGIN IMMEDIATE")  # proves that it can be written to
+        db.execute("COMMIT")
 
     @property
     def _now(self) -> float:
@@ -126,93 +137,90 @@ class SqliteStore:
     async def create(self, record: SessionRecord, token: bytes, saved: Saved) -> None:
         """Adds a session."""
 
-        def create(db: sqlite3.Connection) -> None:
+        def create() -> None:
             now = self._now
-            with _transaction(db):
-                found = db.execute("SELECT token, expires_at FROM sessions WHERE id = ?", (record.id,)).fetchone()
-                if found and found[1] > now:
-                    if found[0] == token:
-                        return
-                    raise SessionExists(f"session {record.id!r} exists already")
-                self._forget(db, record.id)
-                db.execute(
-                    f"INSERT INTO sessions ({_COLUMNS}, snapshot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
-                    (
-                        record.id,
-                        record.model,
-                        record.version,
-                        record.idle_ttl,
-                        record.created_at,
-                        orjson.dumps(dict(record.metadata)).decode(),
-                        token,
-                        saved.step,
-                        now + record.idle_ttl,
-                        saved.snapshot,
-                    ),
-                )
+            found = self._one("SELECT token, expires_at FROM sessions WHERE id = ?", record.id)
+            if found and found[1] > now:
+                if found[0] == token:
+                    return
+                raise SessionExists(f"session {record.id!r} exists already")
+            self._forget(record.id)
+            self._db.execute(
+                f"INSERT INTO sessions ({_COLUMNS}, snapshot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                (
+                    record.id,
+                    record.model,
+                    record.version,
+                    record.idle_ttl,
+                    record.created_at,
+                    orjson.dumps(dict(record.metadata)).decode(),
+                    token,
+                    saved.step,
+                    now + record.idle_ttl,
+                    saved.snapshot,
+                ),
+            )
 
-        await self._call(create)
+        await self._transact(create)
 
     async def load(self, session: str) -> Stored:
         """The session with its snapshot."""
 
-        def load(db: sqlite3.Connection) -> Stored:
-            row = db.execute(f"SELECT {_COLUMNS}, snapshot FROM sessions WHERE id = ?", (session,)).fetchone()  # noqa: S608
+        def load() -> Stored:
+            row = self._one(f"SELECT {_COLUMNS}, snapshot FROM sessions WHERE id = ?", session)  # noqa: S608
             if row is None:
-                expired = db.execute("SELECT 1 FROM expired WHERE id = ?", (session,)).fetchone()
-                raise missing(session, expired=expired is not None)
+                raise missing(session, expired=self._one("SELECT 1 FROM expired WHERE id = ?", session) is not None)
             stored = self._stored(row[:-1], row[-1])
             if stored.time_left <= 0:
                 raise missing(session, expired=True)
             return stored
 
-        return await self._call(load)
+        return await self._transact(load)
 
     async def earlier(self, session: str) -> Sequence[Saved]:
         """Up to `keep_steps` saves before the last one, oldest first."""
 
-        def earlier(db: sqlite3.Connection) -> list[Saved]:
-            rows = db.execute("SELECT step, snapshot FROM earlier WHERE session = ? ORDER BY number", (session,))
-            return [Saved(*row) for row in rows]
+        def earlier() -> list[Saved]:
+            statement = "SELECT step, snapshot FROM earlier WHERE session = ? ORDER BY number"
+            return [Saved(*row) for row in self._db.execute(statement, (session,))]
 
-        return await self._call(earlier)
+        return await self._transact(earlier)
 
     async def save(self, saves: Sequence[Save]) -> Sequence[bool]:
         """Writes all in one transaction, and says for each whether it was saved."""
 
-        def save(db: sqlite3.Connection) -> Sequence[bool]:
+        def save() -> Sequence[bool]:
             now = self._now
-            with _transaction(db):
-                if self._keep_steps or any(each.earlier is not None for each in saves):
-                    self._keep_earlier(db, saves)
-                done = db.executemany(
-                    "UPDATE sessions SET token = ?, step = ?, snapshot = ?, expires_at = ? + idle_ttl "
-                    "WHERE id = ? AND token = ?",
-                    [(each.token, *each.saved, now, each.id, each.expected) for each in saves],
-                ).rowcount
-                if done == len(saves):
-                    return [True] * done
-                tokens = "SELECT token FROM sessions WHERE id = ?"
-                return [db.execute(tokens, (each.id,)).fetchone() == (each.token,) for each in saves]
+            if self._keep_steps or any(each.earlier is not None for each in saves):
+                self._keep_earlier(saves)
+            done = self._db.executemany(
+                "UPDATE sessions SET token = ?, step = ?, snapshot = ?, expires_at = ? + idle_ttl "
+                "WHERE id = ? AND token = ?",
+                [(each.token, *each.saved, now, each.id, each.expected) for each in saves],
+            ).rowcount
+            if done == len(saves):
+                return [True] * done
+            tokens = "SELECT token FROM sessions WHERE id = ?"
+            return [self._one(tokens, each.id) == (each.token,) for each in saves]
 
-        return await self._call(save)
+        return await self._transact(save)
 
-    def _keep_earlier(self, db: sqlite3.Connection, saves: Sequence[Save]) -> None:
+    def _keep_earlier(self, saves: Sequence[Save]) -> None:
         """What these saves, those of them that will be done, make of the earlier ones."""
         owned = "(SELECT id FROM sessions WHERE id = ? AND token = ?)"
         kept = [(each.id, each.expected) for each in saves if each.earlier is None]
         if kept and self._keep_steps:
-            db.executemany(
+            self._db.executemany(
                 "INSERT INTO earlier (session, step, snapshot) "
                 "SELECT id, step, snapshot FROM sessions WHERE id = ? AND token = ?",
                 kept,
             )
-            db.executemany(
+            self._db.executemany(
                 f"DELETE FROM earlier WHERE session = {owned} AND number <= "  # noqa: S608
                 "(SELECT number FROM earlier WHERE session = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
                 [(*each, each[0], self._keep_steps) for each in kept],
             )
-        db.executemany(
+        self._db.executemany(
             f"DELETE FROM earlier WHERE session = {owned} AND number >= "  # noqa: S608
             "(SELECT number FROM earlier WHERE session = ? ORDER BY number LIMIT 1 OFFSET ?)",
             [(each.id, each.expected, each.id, each.earlier) for each in saves if each.earlier is not None],
@@ -220,78 +228,101 @@ class SqliteStore:
 
     async def delete(self, session: str) -> None:
         """Forgets a session."""
-
-        def delete(db: sqlite3.Connection) -> None:
-            with _transaction(db):
-                self._forget(db, session)
-
-        await self._call(delete)
+        await self._transact(lambda: self._forget(session))
 
     async def expire(self, tokens: Mapping[str, bytes]) -> int:
         """Ends sessions that idled out, unless somebody saved them since."""
 
-        def expire(db: sqlite3.Connection) -> int:
-            with _transaction(db):
-                owned = "SELECT 1 FROM sessions WHERE id = ? AND token = ?"
-                ended = [session for session, token in tokens.items() if db.execute(owned, (session, token)).fetchone()]
-                self._end(db, ended)
-                return len(ended)
+        def expire() -> int:
+            owned = "SELECT 1 FROM sessions WHERE id = ? AND token = ?"
+            ended = [pair[0] for pair in tokens.items() if self._one(owned, *pair)]
+            self._end(ended)
+            return len(ended)
 
-        return await self._call(expire)
+        return await self._transact(expire)
 
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored]:
         """Live sessions in order of id."""
 
-        def page(db: sqlite3.Connection) -> list[Stored]:
-            rows = db.execute(
+        def page() -> list[Stored]:
+            rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM sessions WHERE id > ? AND expires_at > ? AND (? IS NULL OR model = ?) "  # noqa: S608
                 "ORDER BY id LIMIT ?",
                 (after, self._now, model, model, limit),
             )
             return [self._stored(row, b"") for row in rows]
 
-        return await self._call(page)
+        return await self._transact(page)
 
     async def sweep(self) -> None:
         """Looks through the next part of the file for what expired, and forgets the oldest of that."""
 
-        def sweep(db: sqlite3.Connection) -> None:
-            rows = db.execute(
+        def sweep() -> None:
+            rows = self._db.execute(
                 "SELECT number, id, expires_at FROM sessions WHERE number > ? ORDER BY number LIMIT ?",
                 (self._swept, _SWEEP_ROWS),
             ).fetchall()
             self._swept = rows[-1][0] if len(rows) == _SWEEP_ROWS else 0
             now = self._now
             if ended := [session for _, session, expires_at in rows if expires_at <= now]:
-                with _transaction(db):
-                    self._end(db, ended)
+                self._end(ended)
 
-        await self._call(sweep)
+        await self._transact(sweep)
 
     async def ping(self) -> None:
-        """Takes the right to write, and gives it back."""
-
-        def ping(db: sqlite3.Connection) -> None:
-            with _transaction(db):
-                pass
-
-        await self._call(ping)
+        """Commits a transaction."""
+        await self._transact(lambda: None)
 
     async def close(self) -> None:
-        """Closes the file, once what was asked is done."""
+        """Closes the file, once what was asked is written."""
+        while self._writing is not None:
+            await self._writing
         await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
         self._thread.shutdown()
 
-    async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        def call() -> T:
-            try:
-                return work(self._db)
-            except sqlite3.Error as error:
-                raise StoreUnavailable(
-                    f"the session store {self._path} failed: {error}; send the call again, or see what the disk says"
-                ) from error
+    def _one(self, statement: str, *values: Any) -> Any:
+        return self._db.execute(statement, values).fetchone()
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def _transact(self, work: Callable[[], T]) -> T:
+        """Calls `work` in the next transaction, which is read from, too: what a commit may undo, nobody has seen. It
+        raises before it has written anything, or not at all.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, future))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._commit())
+        return await future
+
+    async def _commit(self) -> None:
+        """Transactions, until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
+            results: list[Any] = []
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                for work, _ in waiting:
+                    try:
+                        results.append(work())
+                    except LatchError as error:
+                        results.append(error)
+                await loop.run_in_executor(self._thread, self._db.commit)
+            except Exception as error:  # noqa: BLE001 - whatever it is, everybody is told
+                with suppress(sqlite3.Error):  # a full disk has ended it already
+                    self._db.rollback()
+                failed = self._failed(error) if isinstance(error, sqlite3.Error) else error
+                results = [failed] * len(waiting)
+            for (_, future), result in zip(waiting, results, strict=True):
+                if future.done():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+        self._writing = None
+
+    def _failed(self, error: sqlite3.Error) -> StoreUnavailable:
+        return StoreUnavailable(f"the session store {self._path} failed: {error}; send the call again")
 
     def _stored(self, row: tuple[Any, ...], snapshot: bytes) -> Stored:
         session, model, version, idle_ttl, created_at, metadata, token, step, expires_at = row
@@ -307,32 +338,18 @@ class SqliteStore:
             time_left=expires_at - self._now,
         )
 
-    @staticmethod
-    def _forget(db: sqlite3.Connection, session: str) -> None:
+    def _forget(self, session: str) -> None:
         for table, column in (("sessions", "id"), ("earlier", "session"), ("expired", "id")):
-            db.execute(f"DELETE FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
+            self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
 
-    def _end(self, db: sqlite3.Connection, sessions: Sequence[str]) -> None:
+    def _end(self, sessions: Sequence[str]) -> None:
         for session in sessions:
-            self._forget(db, session)
-            db.execute("INSERT INTO expired (id) VALUES (?)", (session,))
-        db.execute(
+            self._forget(session)
+            self._db.execute("INSERT INTO expired (id) VALUES (?)", (session,))
+        self._db.execute(
             "DELETE FROM expired WHERE number <= (SELECT number FROM expired ORDER BY number DESC LIMIT 1 OFFSET ?)",
             (self._max_expired_ids,),
         )
 
 
 _MARKS = ("application_id", "user_version")
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Writes all of it or nothing."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # a full disk has ended it already
-            db.execute("ROLLBACK")
-        raise

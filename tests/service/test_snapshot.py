@@ -1,0 +1,158 @@
+"""A slot as bytes: nothing is lost on the way, and nothing that is not whole gets in."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from service.errors import InvalidInput, SnapshotInvalid, SnapshotMismatch
+from service.manifest import StatePair
+from service.slab import Commits, Slot, StateSlab
+from service.snapshot import Snapshot, SnapshotCodec, origin, snapshot
+
+PAIRS = [
+    StatePair(name="h", input="h", output="h2", dtype="float32", shape=(2, 3), batch_axis=1),
+    StatePair(name="count", input="c", output="c2", dtype="int64", shape=(), batch_axis=0),
+    StatePair(name="seen", input="s", output="s2", dtype="bool", shape=(5,), batch_axis=0, initial=(1, 0, 0, 0, 1)),
+]
+CODEC = SnapshotCodec("m/3", "a" * 64, PAIRS)
+
+
+def rows(count: int, seed: int = 0) -> list[np.ndarray]:
+    """States of so many sessions."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.normal(size=(count, 2, 3)).astype(np.float32),
+        rng.integers(-(2**60), 2**60, count),
+        rng.random((count, 5)) < 0.5,
+    ]
+
+
+def packed(replies: list[bytes | None], seed: int = 0) -> tuple[Commits, list[np.ndarray], list[bytes]]:
+    """Commits of so many sessions, one reply each, their states, and their snapshots."""
+    count = len(replies)
+    digests = [bytes([b]) * 16 for b in range(count)]
+    commits = Commits([Slot()] * count, [*range(10, 10 + count)], [*range(7, 7 + count)], digests, replies)
+    state = rows(count, seed)
+    return commits, state, CODEC.pack(commits, state)
+
+
+@given(replies=st.lists(st.none() | st.binary(max_size=40), min_size=1, max_size=9), seed=st.integers(0, 99))
+def test_what_is_packed_is_unpacked(replies: list[bytes | None], seed: int) -> None:
+    """Step, last request, reply (which may be empty, or too large to keep) and every bit of the state."""
+    commits, state, data = packed(replies, seed)
+    for b, each in enumerate(data):
+        found = CODEC.unpack(each)
+        assert found.kept is not None
+        assert (found.step, *found.kept) == tuple(column[b] for column in (commits[1], commits[2], commits[3], replies))
+        for value, expected in zip(found.state, state, strict=True):
+            assert (value.dtype, value.tobytes()) == (expected.dtype, expected[b].tobytes())
+
+
+def test_any_library_of_the_format_reads_it() -> None:
+    """A safetensors file with plain names."""
+    _, state, [data] = packed([b"reply"])
+    tensors = load(data)
+    assert set(tensors) == {"position", "digest", "reply", "xxh3", "state.h", "state.count", "state.seen"}
+    assert tensors["position"].tolist() == [10, 7]
+    assert (tensors["state.h"] == state[0][0]).all()
+    assert origin(data) == (("m", "3"), "a" * 64)
+
+
+def test_a_slot_is_the_same_after_the_way_out_and_in() -> None:
+    """Out of one slab and into another: the two are told apart by nothing."""
+    slabs = [StateSlab(PAIRS, 4, lambda: 0.0) for _ in range(2)]
+    slots = [Slot(), Slot()]
+    for slab, slot in zip(slabs, slots, strict=True):
+        slab.acquire(slot)
+    slabs[0].commit(Commits([slots[0]], [4], [3], [b"d" * 16], [b"yes"]), rows(1))
+    [data] = CODEC.pack(*snapshot(slabs[0], slots[0]).commits(slots[0]))
+    slabs[1].commit(*CODEC.unpack(data).commits(slots[1]))
+    one, other = (snapshot(slab, slot) for slab, slot in zip(slabs, slots, strict=True))
+    assert one[:2] == other[:2]
+    assert [value.tobytes() for value in one.state] == [value.tobytes() for value in other.state]
+
+
+def test_a_slot_that_has_seen_nothing_has_nothing_to_repeat() -> None:
+    """Step 0, and no last request."""
+    slab, slot = StateSlab(PAIRS, 4, lambda: 0.0), Slot()
+    slab.acquire(slot)
+    [data] = CODEC.pack(*snapshot(slab, slot).commits(slot))
+    assert CODEC.unpack(data)[:2] == (0, None)
+
+
+@given(data=st.data())
+def test_what_is_damaged_is_refused(data: st.DataObject) -> None:
+    """One bit anywhere, or a missing end: it never passes for a snapshot."""
+    [whole] = packed([b"some reply"])[2]
+    if data.draw(st.booleans()):
+        broken = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        at = data.draw(st.integers(0, 8 * len(whole) - 1))
+        broken = whole[: at // 8] + bytes([whole[at // 8] ^ (1 << at % 8)]) + whole[at // 8 + 1 :]
+    with pytest.raises((SnapshotInvalid, SnapshotMismatch)):
+        CODEC.unpack(broken)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 8, b"\xff" * 100, b"{}", save({"x": np.zeros(3)}), save({}, {"format": "latch-snapshot"})]
+)
+def test_what_is_something_else_is_refused(data: bytes) -> None:
+    """Other files, and other safetensors; the message says what to send."""
+    with pytest.raises(SnapshotInvalid, match=r"not a snapshot .* unchanged"):
+        CODEC.unpack(data)
+
+
+def test_a_newer_format_is_named() -> None:
+    """Both formats are in the message."""
+    [data] = packed([b""])[2]
+    newer = data.replace(b'"version":"1"', b'"version":"9"')
+    assert newer != data
+    with pytest.raises(SnapshotInvalid, match="format 9, this version of Latch knows up to 1"):
+        CODEC.unpack(newer)
+
+
+def test_a_snapshot_of_another_model_is_refused_with_both_hashes() -> None:
+    """The same shapes are not the same model."""
+    [data] = packed([b""])[2]
+    other = SnapshotCodec("m/4", "b" * 64, PAIRS)
+    with pytest.raises(SnapshotMismatch, match=f"m/3.*{'a' * 64}.*m/4 with {'b' * 64}"):
+        other.unpack(data)
+
+
+def test_a_state_of_another_shape_is_refused() -> None:
+    """A hash that says yes is not enough."""
+    [data] = packed([b""])[2]
+    wider = [StatePair(name="h", input="h", output="h2", dtype="float32", shape=(2, 4), batch_axis=1), *PAIRS[1:]]
+    with pytest.raises(SnapshotInvalid, match=r"state h of the snapshot is float32\[2, 3\]"):
+        SnapshotCodec("m/3", "a" * 64, wider).unpack(data)
+    more = StatePair(name="more", input="a", output="b", dtype="float32", shape=(1,), batch_axis=0)
+    with pytest.raises(SnapshotInvalid, match="lacks a value"):
+        SnapshotCodec("m/3", "a" * 64, [*PAIRS, more]).unpack(data)
+
+
+def test_a_session_may_begin_somewhere_else() -> None:
+    """Values by name; what is not given is the model's own."""
+    start = CODEC.start({"h": [[1, 2, 3], [4, 5, 6]]})
+    assert start[:2] == Snapshot(0, None, [])[:2]
+    assert [value.tolist() for value in start.state] == [[[1, 2, 3], [4, 5, 6]], 0, [True, False, False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"g": [1]}, "no state 'g': m/3 has h, count, seen"),
+        ({"h": [[1, 2], [3, 4]]}, r"\$\.state\.h has shape \[2, 2\]"),
+        ({"h": [[1, 2, 3], [4, 5]]}, r"\$\.state\.h is not float32\[2, 3\]"),
+        ({"h": [[1, 2, 3], [4, 5, "six"]]}, r"\$\.state\.h is not float32"),
+        ({"h": [[1, 2, 3], [4, 5, float("inf")]]}, "all finite"),
+        ({"h": None}, r"\$\.state\.h"),
+        ({"count": 2**70}, r"\$\.state\.count"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(values: dict[str, object], problem: str) -> None:
+    """The path of the bad value is in the message."""
+    with pytest.raises(InvalidInput, match=problem) as caught:
+        CODEC.start(values)
+    assert caught.value.extras["path"].startswith("$.state.")

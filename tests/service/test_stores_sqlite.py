@@ -1,0 +1,209 @@
+"""SQLite's own ways to fail: files that are something else, newer, locked, read-only or full, and clocks that jump."""
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.errors import SessionExists, SessionExpired, SettingsInvalid, StoreInvalid, StoreUnavailable
+from service.stores import Save, SessionStore, open_store
+from service.stores.sqlite import SqliteStore
+from tests.service.test_stores import Record, made, saved, token
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file is."""
+    return tmp_path / "sessions.db"
+
+
+def opened(path: Path, **options: int) -> SessionStore:
+    """The store in that file."""
+    return open_store(f"sqlite:///{path}", **({"keep_steps": 2, "max_expired_ids": 2} | options))
+
+
+async def test_what_was_saved_is_there_after_a_restart(path: Path) -> None:
+    """Sessions, their earlier saves, and who expired."""
+    store = opened(path)
+    await made(store, "a", "b")
+    await store.save([Save("a", token(1), token(2), saved(4))])
+    await store.expire({"b": token(1)})
+    await store.close()
+    again = opened(path)
+    assert ((await again.load("a")).token, (await again.load("a")).saved) == (token(2), saved(4))
+    assert await again.earlier("a") == [saved(0)]
+    with pytest.raises(SessionExpired):
+        await again.load("b")
+    await again.close()
+
+
+async def test_what_was_saved_survives_the_process(path: Path, tmp_path: Path) -> None:
+    """The files as they are while the store is open, as after kill -9, hold all that was saved, and nothing torn."""
+    store = opened(path)
+    await made(store, "a")
+    for i in range(1, 40):
+        await store.save([Save("a", token(i), token(i + 1), saved(i))])
+    for name in ("sessions.db", "sessions.db-wal"):
+        shutil.copy(path.parent / name, tmp_path / name.replace("sessions", "copy"))
+    wal = tmp_path / "copy.db-wal"
+    wal.write_bytes(wal.read_bytes() + wal.read_bytes()[-3000:-1])  # a write that broke off
+    copy = opened(tmp_path / "copy.db")
+    assert (await copy.load("a")).saved == saved(39)
+    for each in (store, copy):
+        await each.close()
+
+
+async def test_many_calls_are_few_transactions(path: Path) -> None:
+    """Whatever comes while a commit is under way is in the next one; each call meets its own fate."""
+    store = opened(path)
+    statements: list[str] = []
+    assert isinstance(store, SqliteStore)
+    store._db.set_trace_callback(statements.append)
+    results = await asyncio.gather(*(made(store, f"s{i % 90}") for i in range(100)), return_exceptions=True)
+    assert results == [None] * 100
+    await asyncio.gather(*(store.save([Save(f"s{i}", token(1), token(2), saved(i))]) for i in range(90)))
+    other = await asyncio.gather(
+        store.create(Record("s1"), token(9), saved(0)), made(store, "new"), return_exceptions=True
+    )
+    assert isinstance(other[0], SessionExists)
+    assert other[1] is None
+    assert statements.count("COMMIT") <= 6
+    assert [(await store.load(f"s{i}")).step for i in range(90)] == [*range(90)]
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("sqlite://host/x.db", "relative/path"),
+        ("sqlite:///", "relative/path"),
+        ("sqlite:///x.db?synchronous=off", "full or normal"),
+        ("sqlite:///x.db?sync=full", "full or normal"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(url: str, problem: str) -> None:
+    """The message says how one looks."""
+    with pytest.raises(SettingsInvalid, match=problem):
+        open_store(url, keep_steps=0, max_expired_ids=0)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Nothing is made for somebody who mistyped a path."""
+    with pytest.raises(StoreUnavailable, match="not a folder"):
+        opened(tmp_path / "no" / "sessions.db")
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_is_no_database_is_left_alone(path: Path) -> None:
+    """A file of text, and another program's database."""
+    path.write_text("Dear diary, " * 100)
+    with pytest.raises(StoreInvalid, match="not an SQLite file"):
+        opened(path)
+    assert path.read_text() == "Dear diary, " * 100
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE poems (line TEXT)")
+    other.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreInvalid, match="something else"):
+        opened(path)
+    assert path.read_bytes() == before
+
+
+def test_a_newer_format_is_left_alone(path: Path) -> None:
+    """Both formats are in the message."""
+    asyncio.run(opened(path).close())
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version = 7")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreInvalid, match=r"format 7.* up to 1"):
+        opened(path)
+    assert path.read_bytes() == before
+
+
+async def test_a_second_process_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is one service's: the other is told that it is taken, and which store can be shared."""
+    monkeypatch.setattr("service.stores.sqlite._BUSY_SECONDS", 0.05)
+    store = opened(path)
+    await made(store, "a")
+    with pytest.raises(StoreUnavailable, match=r"another process.*redis"):
+        opened(path)
+    await store.close()
+    await opened(path).close()
+
+
+@pytest.fixture
+def read_only(path: Path) -> Iterator[Path]:
+    """A file on a volume that cannot be written to; permissions do not stop root, so SQLite is told."""
+    path.touch()
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    yield path
+    path.parent.chmod(0o755)
+
+
+def test_a_volume_that_is_read_only_is_said_to_be(read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At start, with what to do."""
+    connect = sqlite3.connect
+
+    def unwritable(path: Path, **options: object) -> sqlite3.Connection:
+        return connect(f"file:{path}?mode=ro", uri=True, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(sqlite3, "connect", unwritable)
+    with pytest.raises(StoreUnavailable, match="may write to"):
+        opened(read_only)
+    assert read_only.read_bytes() == b""
+
+
+async def test_a_full_disk_loses_nothing(path: Path) -> None:
+    """A save that does not fit is refused whole, what was saved stays, and when there is room again it goes on."""
+    store = opened(path)
+    assert isinstance(store, SqliteStore)
+    await made(store, "a", "b")
+    await store.save([Save("a", token(1), token(2), saved(1))])
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = saved(2, bytes(50_000))
+    with pytest.raises(StoreUnavailable, match="full"):
+        await store.save([Save("b", token(1), token(2), saved(1)), Save("a", token(2), token(3), large)])
+    assert (await store.load("a")).saved == saved(1)
+    assert (await store.load("b")).saved == saved(0)
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    assert await store.save([Save("a", token(2), token(3), large)]) == [True]
+    assert (await store.load("a")).saved == large
+    await store.close()
+
+
+async def test_time_passes_whatever_the_clock_says(path: Path) -> None:
+    """A clock that is set a year ahead, or back, while the service runs expires nobody and keeps nobody."""
+    now = 1e9
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=2, wall=lambda: now)
+    await made(store, "a")
+    for jump in (3e7, -3e7):
+        now += jump
+        await store.sweep()
+        assert 890 < (await store.load("a")).time_left <= 900
+    await store.close()
+
+
+async def test_a_session_expires_by_itself_and_is_swept(path: Path) -> None:
+    """Nobody has to serve it for that; it is told from one that never was, as long as there is room to remember."""
+    now = 1e9
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=2, wall=lambda: now)
+    await made(store, "a", "b", "c")
+    await store.close()
+    now += 901
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=2, wall=lambda: now)
+    with pytest.raises(SessionExpired):
+        await store.load("a")
+    assert not await store.page(None, "", 10)
+    await store.sweep()
+    assert store._db.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
+    assert store._db.execute("SELECT id FROM expired ORDER BY id").fetchall() == [("b",), ("c",)]
+    await store.close()
