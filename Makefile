@@ -4,6 +4,8 @@
 PYTHON ?= python3
 RUNTIME ?= cpu
 BUILD_FLAGS ?=
+MINUTES ?= 10
+SEED ?= 1
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install
@@ -11,7 +13,7 @@ SERVICE := .venv/.service-installed
 ALL := .venv/.all-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check demo setup test lint bench train image lock clean
+.PHONY: help serve check demo setup test lint faults bench train image lock clean
 
 help:  ## Say what the targets do
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
@@ -29,6 +31,10 @@ setup: $(ALL)  ## Install everything: service, training, tools
 
 test: $(ALL)  ## Install everything and run the tests; ARGS="-k batch" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(ALL)  ## Kill, cut and fill real processes under load for MINUTES, by SEED, and write benchmarks/faults.md
+	FAULTS_MINUTES=$(MINUTES) FAULTS_SEED=$(SEED) FAULTS_REPORT=benchmarks/faults.md \
+	  $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 lint: $(ALL)  ## Style, types and the walls between the layers
 	$(BIN)/ruff check .

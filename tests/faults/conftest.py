@@ -1,0 +1,167 @@
+"""What the fault tests share: models, a loop that their wires live in, trials, and the report."""
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.faults.history import Model
+from tests.faults.processes import Replica, Wire
+from tests.faults.trial import MINUTES, SEED, Trial
+from tests.service import toys
+from tests.service.servers import RedisServer, running
+
+SHIPPED = "sensors"
+TRIALS = pytest.StashKey[list[Trial]]()
+SHARE = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests of this folder, and shares the minutes out."""
+    here = Path(__file__).parent
+    mine = [item for item in items if item.path.is_relative_to(here)]
+    trials = [item for item in mine if "trial" in getattr(item, "fixturenames", ())]
+    for item in mine:
+        item.add_marker(pytest.mark.faults)
+        if MINUTES:
+            item.add_marker(pytest.mark.timeout(60 * MINUTES + 300))
+    config.stash[TRIALS] = []
+    config.stash[SHARE] = 60 * MINUTES / max(1, len(trials))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Notes whether a trial passed."""
+    report = yield
+    trial = getattr(item, "funcargs", {}).get("trial")
+    if report.when == "call" and trial is not None:
+        trial.passed = report.passed
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The report, in the long form; also to the file that FAULTS_REPORT names."""
+    trials = config.stash[TRIALS]
+    if MINUTES and trials:
+        text = report(trials)
+        terminalreporter.write_line(text)
+        if path := os.environ.get("FAULTS_REPORT"):
+            Path(path).write_text(text)
+
+
+def report(trials: list[Trial]) -> str:
+    """A table of all trials."""
+    rows = [
+        "# What was tried\n",
+        f"`make faults MINUTES={MINUTES:g} SEED={SEED}`: sessions of a toy and of `{SHIPPED}`, over HTTP and "
+        "WebSocket, in JSON and in bytes, on real processes. After each trial every session, at every replica, is held "
+        "against an ONNX Runtime loop over what was acknowledged, bit for bit, and every answer too.\n",
+        "| trial | sessions | steps acknowledged | requests | sent again | faults | longest request, s | back after, s "
+        "| wrong, lost or doubled |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---|",
+    ]
+    for trial in trials:
+        counts = trial.counts
+        faults = ", ".join(f"{count} {name}" for name, count in trial.faults.items())
+        back = (
+            f"{sorted(trial.recoveries)[len(trial.recoveries) // 2]:.1f} (most {max(trial.recoveries):.1f})"
+            if trial.recoveries
+            else ""
+        )
+        lost = f"{counts['requests lost']} lost, each told" if counts["requests lost"] else "0"
+        rows.append(
+            f"| {trial.promise} | {counts['sessions']} | {counts['steps']} | {counts['requests']} "
+            f"| {counts['retries']} | {faults} | {trial.longest:.1f} | {back} | {lost if trial.passed else 'FAILED'} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of a toy and a shipped model."""
+    root = tmp_path_factory.mktemp("models")
+    toys.save_leaky(root)
+    shutil.copytree(Path(__file__).parents[2] / "models" / SHIPPED, root / SHIPPED)
+    return root
+
+
+@pytest.fixture
+def trial(request: pytest.FixtureRequest, models: Path) -> Trial:
+    """Of the test that asks."""
+    config = request.config
+    folds = [Model(models / name / "1") for name in ("toy", SHIPPED)]
+    promise = re.sub(r"\s+", " ", request.function.__doc__).rstrip(".")
+    case = request.node.callspec.id if hasattr(request.node, "callspec") else ""
+    made = Trial(request.node.name, f"{promise} ({case})" if case else promise, folds, config.stash[SHARE])
+    config.stash[TRIALS].append(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """The loop of a module's wires; they stand still between its tests."""
+    with asyncio.Runner() as one:
+        yield one
+
+
+class House:
+    """Replicas that share a Redis, each by a wire of its own.
+
+    Attributes:
+        redis: the server that the wires lead to.
+    """
+
+    def __init__(self, redis: RedisServer, wires: list[Wire], replicas: list[Replica]) -> None:
+        self.redis = redis
+        self.wires = wires
+        self.replicas = replicas
+
+    @property
+    def urls(self) -> list[str]:
+        """Of the replicas."""
+        return [replica.url for replica in self.replicas]
+
+    def heal(self) -> None:
+        """Every wire is whole."""
+        for wire in self.wires:
+            wire.heal()
+
+
+async def build(
+    stack: AsyncExitStack,
+    folder: Path,
+    models: Path,
+    query: str = "?timeout_ms=800",
+    *,
+    is_started: bool = True,
+    **options: str,
+) -> House:
+    """Two replicas and a Redis with these options, until the stack is closed."""
+    redis = stack.enter_context(running(folder / "redis", **options))
+    wires = [await stack.enter_async_context(Wire(redis.port).open()) for _ in range(2)]
+    replicas = [
+        Replica(folder / f"replica{i}", models, f"redis://127.0.0.1:{wire.port}{query}") for i, wire in enumerate(wires)
+    ]
+    for replica in replicas:
+        stack.push_async_callback(replica.kill)
+    if is_started:
+        await asyncio.gather(*(replica.start() for replica in replicas))
+    return House(redis, wires, replicas)
+
+
+ALWAYS = {"appendonly": "yes", "appendfsync": "always"}
+
+
+@pytest.fixture(scope="module")
+def house(runner: asyncio.Runner, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """Two replicas and a Redis that has every write on the disk before it answers."""
+    stack = AsyncExitStack()
+    try:
+        yield runner.run(build(stack, tmp_path_factory.mktemp("house"), models, **ALWAYS))
+    finally:
+        runner.run(stack.aclose())

@@ -1,0 +1,238 @@
+"""Replicas of the service as real processes, wires that a test cuts, and HAProxy in front of them."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import httpx
+import pytest
+
+from tests.service.servers import free_port
+
+PATIENCE = 30.0
+
+
+class Process:
+    """A program that listens on a port of its own, through all its lives.
+
+    Attributes:
+        port: the same in every life.
+        url: of it.
+    """
+
+    def __init__(self, folder: Path, *, ready: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._ready = ready
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """What is run."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """What it finds beside that of the tests."""
+        return {}
+
+    @property
+    def pid(self) -> int:
+        """Of this life."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has said in all its lives."""
+        return (self.folder / "log").read_text()
+
+    async def start(self) -> Self:
+        """Starts it, again too, and waits until it is ready."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own would be tied to one loop
+                self.command(), stdout=log, stderr=log, env=os.environ | self.environment()
+            )
+        end = time.monotonic() + PATIENCE
+        async with httpx.AsyncClient(timeout=PATIENCE) as client:
+            while True:
+                with suppress(httpx.HTTPError):
+                    if (await client.get(self.url + self._ready)).status_code == 200:
+                        return self
+                assert self._process.poll() is None, self.log
+                assert time.monotonic() < end, "the process did not get ready"
+                await asyncio.sleep(0.02)
+
+    async def kill(self) -> None:
+        """Ends it as a crash does: `kill -9`."""
+        await self._end(signal.SIGKILL)
+
+    async def stop(self) -> int:
+        """Ends it as an orchestrator does; its exit status."""
+        return await self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """It keeps its connections, and answers nobody."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It goes on."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    async def _end(self, how: signal.Signals) -> int:
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        process.send_signal(how)
+        process.send_signal(signal.SIGCONT)
+        return await asyncio.to_thread(process.wait, PATIENCE)
+
+
+class Replica(Process):
+    """`latch serve`.
+
+    Args:
+        folder: of its log.
+        models: the repository.
+        store: its URL.
+        settings: further ones, as `LATCH_...` in the environment.
+        prefix: of the command line, such as `faketime`'s.
+    """
+
+    def __init__(
+        self, folder: Path, models: Path, store: str, settings: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
+        super().__init__(folder, ready="/health/ready")
+        self._models = models
+        self._store = store
+        self._settings = {"LATCH_LOG_LEVEL": "warning", "LATCH_KEEP_STEPS": "5"} | (settings or {})
+        self._prefix = prefix
+
+    def command(self) -> list[str]:
+        """See `Process`."""
+        options = {"port": str(self.port), "models": str(self._models), "store": self._store, "device": "cpu"}
+        serve = [sys.executable, "-m", "service", "serve"]
+        return [*self._prefix, *serve, *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+    def environment(self) -> dict[str, str]:
+        """See `Process`."""
+        return self._settings
+
+
+class HAProxy(Process):
+    """A proxy that sends every call to any of the replicas."""
+
+    def __init__(self, folder: Path, replicas: Sequence[Replica]) -> None:
+        if (program := shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin")) is None:
+            pytest.skip("no haproxy: apt-get install haproxy")
+        super().__init__(folder, ready="/health/live")
+        self._program = program
+        lines = [
+            "defaults",
+            " mode http",
+            " timeout connect 1s",
+            " timeout client 10s",
+            " timeout server 10s",
+            " timeout tunnel 60s",
+            " option redispatch 1",
+            " default-server check inter 200ms fall 1 rise 1",
+            "listen latch",
+            f" bind 127.0.0.1:{self.port}",
+            " balance random",
+            " option httpchk GET /health/ready",
+            *(f" server replica{i} 127.0.0.1:{replica.port}" for i, replica in enumerate(replicas)),
+        ]
+        (folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
+
+    def command(self) -> list[str]:
+        """See `Process`."""
+        return [self._program, "-db", "-f", str(self.folder / "haproxy.cfg")]
+
+
+class Wire:
+    """A way through TCP to a port of this machine, which a test cuts, holds up and leads elsewhere.
+
+    Attributes:
+        target: the port that new connections lead to.
+        delay: seconds that whatever goes through takes, each way.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = 0
+        self.delay = 0.0
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._is_cut = False
+        self._ends: set[asyncio.StreamWriter] = set()
+
+    def cut(self) -> None:
+        """Connections break, and none can be made; what was on its way is lost."""
+        self._is_cut = True
+        for end in self._ends:
+            end.transport.abort()
+        self._flows.set()
+
+    def hold(self) -> None:
+        """A partition: connections stay, and nothing goes through until `heal`."""
+        self._flows.clear()
+
+    def heal(self) -> None:
+        """As before; what was held goes on its way."""
+        self._is_cut = False
+        self._flows.set()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Self]:
+        """Listens."""
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            self.cut()
+            while self._ends:  # noqa: ASYNC110 - a moment, at the end
+                await asyncio.sleep(0.01)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            writer.transport.abort()
+            return
+        self._ends.add(writer)
+        try:
+            await self._flows.wait()
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            self._drop(writer)
+            return
+        self._ends.add(far_writer)
+        try:
+            await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        finally:
+            self._drop(writer)
+            self._drop(far_writer)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                await self._flows.wait()
+                if self._is_cut:
+                    break
+                writer.write(data)
+                await writer.drain()
+        self._drop(writer)
+
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        self._ends.discard(writer)

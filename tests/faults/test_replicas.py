@@ -1,0 +1,115 @@
+"""Replicas that end, hang and lose their store, while clients go from one to the other."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from tests.faults.conftest import House
+from tests.faults.processes import HAProxy
+from tests.faults.trial import Trial
+
+
+def test_kill_9_of_a_replica(runner: asyncio.Runner, house: House, trial: Trial) -> None:
+    """A replica is killed at any moment; the others go on with its sessions."""
+
+    async def scenario() -> None:
+        async with trial.load(house.urls) as load:
+            for _ in trial.rounds(2):
+                victim = trial.rng.choice(house.replicas)
+                await load.answers(trial.rng.randrange(10, 60))
+                await victim.kill()
+                trial.faults["kill -9"] += 1
+                killed = time.monotonic()
+                await load.answers(20)
+                await victim.start()
+                trial.recoveries.append(time.monotonic() - killed)
+        trial.took(load)
+
+    runner.run(scenario())
+
+
+def test_rolling_restart(runner: asyncio.Runner, house: House, trial: Trial) -> None:
+    """Replicas are stopped with SIGTERM and started again, one after the other; each ends with 0."""
+
+    async def scenario() -> None:
+        async with trial.load(house.urls) as load:
+            for number in trial.rounds(2):
+                replica = house.replicas[number % len(house.replicas)]
+                await load.answers(20)
+                assert await replica.stop() == 0
+                trial.faults["SIGTERM"] += 1
+                await load.answers(10)
+                await replica.start()
+        trial.took(load)
+
+    runner.run(scenario())
+
+
+def test_a_replica_that_hangs(runner: asyncio.Runner, house: House, trial: Trial) -> None:
+    """A replica is stopped in the middle of its work and goes on later, with copies of sessions that have moved."""
+
+    async def scenario() -> None:
+        async with trial.load(house.urls) as load:
+            for _ in trial.rounds(3):
+                replica = trial.rng.choice(house.replicas)
+                await load.answers(trial.rng.randrange(10, 40))
+                replica.pause()
+                trial.faults["SIGSTOP"] += 1
+                await asyncio.sleep(0.2 + trial.rng.random() / 2)
+                replica.resume()
+        trial.took(load)
+
+    runner.run(scenario())
+
+
+def test_a_partition_between_a_replica_and_the_store(runner: asyncio.Runner, house: House, trial: Trial) -> None:
+    """A replica does not reach its store, for longer than a call may take; then what was held up arrives."""
+
+    async def scenario() -> None:
+        async with trial.load(house.urls) as load:
+            for _ in trial.rounds(2):
+                wire = trial.rng.choice(house.wires)
+                await load.answers(trial.rng.randrange(10, 40))
+                wire.hold()
+                trial.faults["partition"] += 1
+                await asyncio.sleep(0.3 + trial.rng.random())
+                wire.heal()
+        trial.took(load)
+
+    runner.run(scenario())
+
+
+def test_clients_that_leave_and_requests_that_come_twice(runner: asyncio.Runner, house: House, trial: Trial) -> None:
+    """A third of the requests is dropped between send and reply, and another third sent to two doors at once."""
+
+    async def scenario() -> None:
+        async with trial.load(house.urls, leaves=0.33, doubles=0.5) as load:
+            for _ in trial.rounds(1):
+                await load.answers(250)
+        trial.took(load)
+
+    runner.run(scenario())
+    for name in ("clients that left", "sent twice at once"):
+        assert trial.counts[name] > 40
+        trial.faults[name] = trial.counts[name]
+
+
+def test_the_proxy_is_dropped(runner: asyncio.Runner, house: House, trial: Trial, tmp_path: Path) -> None:
+    """HAProxy, which sends every call anywhere, is killed and started again."""
+
+    async def scenario() -> None:
+        proxy = await HAProxy(tmp_path / "haproxy", house.replicas).start()
+        try:
+            async with trial.load([proxy.url], looks=house.urls) as load:
+                for _ in trial.rounds(2):
+                    await load.answers(trial.rng.randrange(20, 60))
+                    await proxy.kill()
+                    trial.faults["kill -9 of HAProxy"] += 1
+                    await asyncio.sleep(trial.rng.random() / 5)
+                    await proxy.start()
+                await load.answers(20)
+            trial.took(load)
+        finally:
+            await proxy.kill()
+
+    runner.run(scenario())
