@@ -1,18 +1,22 @@
-"""The command line: `latch-train fit | evaluate | export | adopt | data | ship`; `fit`'s options are in `options.py`.
+"""The command line: `latch-train fit | sweep | compare | evaluate | export | adopt | data | ship`.
+
+The options that name data and settings are in `options.py`.
 
 Its one rule: it reads options and prints results; everything it does is a call that a notebook could make too.
 """
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from training import adopt, data, options, ship
-from training.checkpoint import Run
+from training import adopt, compare, data, options, ship, sweep
+from training.cells import UNITS
+from training.checkpoint import Run, replace
 from training.config import TrainConfig
 from training.data import polymusic
 from training.data.sequences import DataSet
@@ -31,8 +35,6 @@ app = typer.Typer(
     help="Train recurrent units and hand them to the service as model folders.",
 )
 console = Console(markup=False, soft_wrap=True)  # paths and names may hold brackets, and stay whole
-# L2 penalty for the user's own data: a file is short and drifts, and what is learned of it by heart does not come back.
-OWN_WEIGHT_DECAY = 3e-3
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, as given to `fit --run`.")]
 
 
@@ -40,17 +42,19 @@ RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, as given t
 def fit(
     name: options.Name = None,
     csv: options.Csv = None,
+    text: options.Text = None,
+    npz: options.Npz = None,
     targets: options.Targets = None,
     inputs: options.Inputs = None,
-    horizon: options.Horizon = 1,
+    horizon: options.Horizon = None,
     season: options.Season = None,
-    max_gap: options.MaxGap = 6,
+    max_gap: options.MaxGap = None,
     time: options.Time = None,
-    split: options.Split = "70/15/15",
-    window: options.Window = 192,
-    licence: options.Licence = "the user's own; not stated",
+    split: options.Split = None,
+    window: options.Window = None,
+    licence: options.Licence = None,
     cell: options.CellName = "gru",
-    hidden: options.Hidden = 46,
+    hidden: options.Hidden = None,
     layers: options.Layers = 1,
     dropout: options.Dropout = 0.0,
     learned_initial_state: options.LearnedInitialState = False,
@@ -62,13 +66,14 @@ def fit(
     optimiser: options.Optimiser = TrainConfig.optimiser,
     rate: options.Rate = TrainConfig.rate,
     weight_decay: options.WeightDecay = None,
-    batch_size: options.BatchSize = TrainConfig.batch_size,
+    batch_size: options.BatchSize = None,
     epochs: options.Epochs = TrainConfig.max_epochs,
-    patience: options.Patience = TrainConfig.patience,
+    patience: options.Patience = None,
     clip: options.Clip = TrainConfig.clip,
     run: options.RunTo = None,
     logs: options.Logs = "csv",
     threads: options.Threads = 1,
+    config: options.Config = None,
     export: options.Export = None,
     export_name: options.ExportName = None,
     models: options.Models = Path("models"),
@@ -83,34 +88,41 @@ def fit(
 
     `latch-train fit --csv plant.csv --targets temperature,flow --horizon 6`
 
+    `latch-train fit --text novel.txt` · `latch-train fit --npz utterances.npz --cell mgu`
+
     `latch-train fit chorales --cell mgu2 --seed 2 --run runs/mine`
 
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """
     asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
     asked |= {"time": time, "split": split, "window": window, "licence": licence}
-    data_set = options.data_set(name, {"csv": csv}, asked)
+    data_set = options.data_set(name, {"csv": csv, "text": text, "npz": npz}, asked)
     for note in data_set.notes:
         console.print(f"{data_set.info.source}: {note}")
-    model = configure(
-        data_set,
-        cell,
-        hidden=hidden,
-        layers=layers,
-        dropout=dropout,
-        learned_initial_state=learned_initial_state,
-        blend=blend,
-        reset=reset,
-        gate_activation=gate_activation,
-        candidate_activation=candidate_activation,
-    )
-    if weight_decay is None:
-        weight_decay = OWN_WEIGHT_DECAY if data_set.info.own else TrainConfig.weight_decay
-    config = TrainConfig(seed, optimiser, rate, weight_decay, batch_size, epochs, patience, clip)
+    settings: dict[str, Any] = {
+        "hidden": hidden,
+        "layers": layers,
+        "dropout": dropout,
+        "learned_initial_state": learned_initial_state,
+        "blend": blend,
+        "reset": reset,
+        "gate_activation": gate_activation,
+        "candidate_activation": candidate_activation,
+        "seed": seed,
+        "optimiser": optimiser,
+        "rate": rate,
+        "weight_decay": weight_decay,
+        "batch_size": batch_size,
+        "max_epochs": epochs,
+        "patience": patience,
+        "clip": clip,
+    }
+    chosen, how = options.settings_for(data_set.info, settings)
+    model = configure(data_set, cell, **chosen)
     folder = run or Path("runs") / f"{data_set.info.name}-{cell}"
     before = Run.load(folder) if (folder / "run.json").is_file() else None
     try:
-        done = fit_run(data_set, model, config, folder, logs=logs, threads=threads, progress=sys.stdout.isatty())
+        done = fit_run(data_set, model, how, folder, logs=logs, threads=threads, progress=sys.stdout.isatty())
     except KeyboardInterrupt:
         console.print(
             f"interrupted; the same command goes on from the last whole epoch in {folder}, "
@@ -142,6 +154,98 @@ def show(data_set: DataSet, metrics: list[Metric]) -> None:
             if reference.metric == metric.name:
                 table.add_row(reference.name, reference.metric, "", f"{reference.value:.4f}", metric.unit)
     console.print(table)
+
+
+@app.command(name="sweep")
+def sweep_command(
+    name: options.Name = None,
+    csv: options.Csv = None,
+    text: options.Text = None,
+    npz: options.Npz = None,
+    targets: options.Targets = None,
+    inputs: options.Inputs = None,
+    horizon: options.Horizon = None,
+    season: options.Season = None,
+    max_gap: options.MaxGap = None,
+    time: options.Time = None,
+    split: options.Split = None,
+    window: options.Window = None,
+    licence: options.Licence = None,
+    cells: Annotated[str, typer.Option(help=f"Units to try: {options.one_of(UNITS)}.")] = ",".join(sweep.Space.cells),
+    hidden: Annotated[str, typer.Option(help="Hidden units, LOWEST:HIGHEST.")] = "16:128",
+    layers: Annotated[str, typer.Option(help="Layers, LOWEST:HIGHEST.")] = "1",
+    rate: Annotated[str, typer.Option(help="Learning rates, LOWEST:HIGHEST.")] = "0.0005:0.02",
+    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = 30,
+    seed: options.Seed = TrainConfig.seed,
+    epochs: options.Epochs = 100,
+    patience: options.Patience = None,
+    run: Annotated[Path | None, typer.Option(help="The sweep's folder; default runs/sweep-NAME.")] = None,
+    threads: options.Threads = 1,
+) -> None:
+    """Try units, sizes and rates; the valid split decides. The same command goes on with a sweep that was stopped.
+
+    Optuna draws the points and gives up early on those that are worse than most. The best become `best.json`, which
+    `latch-train fit --config` trains, scores and exports.
+
+    **Examples**
+
+    `latch-train sweep --csv plant.csv --targets flow --trials 40 --run runs/plant`
+
+    `latch-train sweep chorales --cells gru,mgu2 --hidden 32:64`
+    """
+    asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
+    asked |= {"time": time, "split": split, "window": window, "licence": licence}
+    files = {"csv": csv, "text": text, "npz": npz}
+    data_set = options.data_set(name, files, asked)
+    settings, config = options.settings_for(
+        data_set.info, {"seed": seed, "max_epochs": epochs, "patience": patience, "hidden": None}
+    )
+    del settings["hidden"]
+    space = sweep.Space(
+        options.names(cells), options.span(hidden, int), options.span(layers, int), options.span(rate, float)
+    )
+    folder = run or Path("runs") / f"sweep-{data_set.info.name}"
+    try:
+        found = sweep.sweep(
+            data_set, space, settings, config, folder, trials=trials, threads=threads, tell=console.print
+        )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command goes on with the trial that was running, in {folder}")
+        raise typer.Exit(130) from None
+    table = Table("valid", "unit", "hidden", "rate", title=f"{data_set.info.name}: the best of {trials}")
+    table.add_column("run", overflow="fold")
+    for trial in found[:10]:
+        cell, size, rates = (trial.params[key] for key in ("cell", "hidden", "rate"))
+        where = sweep.folder_of(folder, trial.params).name
+        table.add_row(f"{trial.value:.4f}", cell, f"{trial.params['layers']} x {size}", f"{rates:.2g}", where)
+    console.print(table)
+    best = {"name": name, "seed": seed, "epochs": epochs, "patience": patience} | asked | found[0].params
+    best |= {kind: str(path.resolve()) for kind, path in files.items() if path is not None}
+    replace(folder / "best.json", json.dumps({key: value for key, value in best.items() if value is not None}) + "\n")
+    console.print(f"`latch-train fit --config {folder / 'best.json'}` trains the best, scores it on the test split")
+
+
+@app.command(name="compare")
+def compare_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    picture: Annotated[Path | None, typer.Option("--plot", help="Write a .png of score over parameters.")] = None,
+) -> None:
+    """Put runs side by side, those of one data set together, best valid score first.
+
+    **Example:** `latch-train compare runs/chorales-gru runs/chorales-mgu2 --plot compare.png`
+    """
+    rows = compare.compare(folders)
+    for contest in dict.fromkeys(row.contest for row in rows):
+        table = Table(title=f"{contest[0]}: {contest[2]}")
+        for column in compare.COLUMNS:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            if row.contest == contest:
+                table.add_row(*row.cells())
+        console.print(table)
+    if picture is not None:
+        compare.plot(picture, rows)
+        console.print(f"wrote {picture}")
 
 
 @app.command()

@@ -3,8 +3,10 @@
 Its one rule: an option is described once, whatever commands have it. It must not know what is done with it.
 """
 
+import json
 import re
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +14,10 @@ import typer
 
 from training import data
 from training.cells import BLENDS, CANDIDATE_ACTIVATIONS, GATE_ACTIVATIONS, RESETS, UNITS
+from training.config import DataInfo, TrainConfig
 from training.data import own
 from training.data.sequences import DataSet
-from training.errors import DataError
+from training.errors import ConfigError, DataError
 from training.trainer import LOGGERS, OPTIMISERS
 
 
@@ -32,22 +35,25 @@ OWN, MODEL, TRAINING = "A file of your own", "The model", "Training"
 
 Name = Annotated[str | None, typer.Argument(help=f"A data set: {one_of(data.LOADERS)}. Or give a file of your own.")]
 Csv = Annotated[Path | None, option("A CSV with a header: forecast some of its columns.", panel=OWN)]
+Text = Annotated[Path | None, option("A text in UTF-8: the next character.", panel=OWN)]
+Npz = Annotated[Path | None, option("Arrays x and y: a class or values for each sequence or step.", panel=OWN)]
 Targets = Annotated[str | None, option("Columns to forecast, separated by commas.", panel=OWN)]
 Inputs = Annotated[str | None, option("Columns that a client sends; all number columns when left out.", panel=OWN)]
-Horizon = Annotated[int, option("Rows ahead of the forecast.", panel=OWN)]
+Horizon = Annotated[int | None, option("Rows ahead of the forecast; 1 when left out.", panel=OWN)]
 Season = Annotated[
     int | None, option("Rows of a season for the baseline; 0 is none; found by the times when left out.", panel=OWN)
 ]
 MaxGap = Annotated[
-    int, option("Missing rows that are filled with the last value; more of them end a sequence.", panel=OWN)
+    int | None,
+    option("Missing rows that are filled with the last value; more end a sequence; 6 when left out.", panel=OWN),
 ]
 Time = Annotated[str | None, option("The column of times; the first of ISO dates when left out.", panel=OWN)]
-Split = Annotated[str, option("Percent of the data for train/valid/test, in the order of time.", panel=OWN)]
-Window = Annotated[int, option("Steps of a training sequence.", panel=OWN)]
-Licence = Annotated[str, option("What the manifest says of the data's licence.", panel=OWN)]
+Split = Annotated[str | None, option("Percent of the data for train/valid/test; 70/15/15 when left out.", panel=OWN)]
+Window = Annotated[int | None, option("Steps of a training sequence; 192 of a CSV, 128 of a text.", panel=OWN)]
+Licence = Annotated[str | None, option("What the manifest says of the data's licence.", panel=OWN)]
 
 CellName = Annotated[str, option(f"The unit: {one_of(UNITS)}.", "--cell", panel=MODEL)]
-Hidden = Annotated[int, option("Hidden units of each layer.", panel=MODEL)]
+Hidden = Annotated[int | None, option("Hidden units of each layer; 46, for a text 128.", panel=MODEL)]
 Layers = Annotated[int, option("Stacked layers.", panel=MODEL)]
 Dropout = Annotated[float, option("Dropout between layers.", panel=MODEL)]
 LearnedInitialState = Annotated[
@@ -62,11 +68,13 @@ Seed = Annotated[int, option("Everything random follows from it.", panel=TRAININ
 Optimiser = Annotated[str, option(f"{one_of(OPTIMISERS)}.", panel=TRAINING)]
 Rate = Annotated[float, option("Learning rate.", panel=TRAINING)]
 WeightDecay = Annotated[
-    float | None, option("L2 penalty in the gradient; 0.0003, or 0.003 for a file of your own.", panel=TRAINING)
+    float | None, option("L2 penalty in the gradient; 0.0003, for a CSV 0.003, for a text 0.", panel=TRAINING)
 ]
-BatchSize = Annotated[int, option("Sequences in a batch.", panel=TRAINING)]
+BatchSize = Annotated[int | None, option("Sequences in a batch; 8, for a text 32.", panel=TRAINING)]
 Epochs = Annotated[int, option("At most this many epochs in all.", panel=TRAINING)]
-Patience = Annotated[int, option("Epochs without a better valid loss before stopping.", panel=TRAINING)]
+Patience = Annotated[
+    int | None, option("Epochs without a better valid loss before stopping; 15, for a text 3.", panel=TRAINING)
+]
 Clip = Annotated[float, option("Largest gradient norm.", panel=TRAINING)]
 
 RunTo = Annotated[Path | None, option("Run folder; default runs/NAME-CELL.")]
@@ -77,6 +85,39 @@ Export = Annotated[
 ]
 ExportName = Annotated[str | None, option("The name of that model; default the file's.", "--name")]
 Models = Annotated[Path, option("The model repository to write to.")]
+
+
+def from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the options in a JSON file the defaults of the command; what is typed still wins."""
+    if path is not None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            unknown = sorted(found.keys() - {parameter.name for parameter in context.command.params})
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a file of options ({error}): `latch-train sweep` writes one") from error
+        if unknown:
+            raise ConfigError(f"{path}: unknown option {', '.join(unknown)}")
+        context.default_map = found
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="A JSON file of options, as `sweep` writes its best; what is typed wins.",
+        callback=from_file,
+        is_eager=True,
+    ),
+]
+
+
+def span(text: str, kind: type[int] | type[float]) -> tuple[Any, Any]:
+    """`16:128` -> (16, 128), and `16` -> (16, 16)."""
+    low, _, high = text.partition(":")
+    try:
+        return kind(low), kind(high or low)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not LOWEST:HIGHEST, such as 16:128") from None
 
 
 def slug(name: str) -> str:
@@ -106,5 +147,13 @@ def data_set(name: str | None, files: dict[str, Path | None], asked: dict[str, A
         return data.load(name)
     ((kind, path),) = given.items()
     read = {"targets": names, "inputs": names, "split": percentages}
-    settings = {key: read[key](value) if key in read else value for key, value in asked.items()}
+    settings = {key: read[key](value) if key in read else value for key, value in asked.items() if value is not None}
     return own.load(kind, path, **settings)
+
+
+def settings_for(info: DataInfo, asked: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    """What is asked of the model and of the training; what was left out is as this kind of data has it."""
+    usual = {"hidden": 46, **asdict(TrainConfig())} | (own.KINDS[info.own["kind"]].settings if info.own else {})
+    wanted = usual | {key: value for key, value in asked.items() if value is not None}
+    train = {field.name: wanted.pop(field.name) for field in fields(TrainConfig)}
+    return wanted, TrainConfig(**train)

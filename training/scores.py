@@ -3,6 +3,7 @@
 Its one rule: a mean is over all predicted steps of the split, never a mean of batch means. It must not know training.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) 
     if model.config.head != "regression":
         nats = model.loss(raw[None], target[None]).mean().item()
         found.append(("nll", nats, "nats/frame" if model.config.head == "bernoulli" else "nats/step"))
+    if info.task == "next_token":
+        found += [("bits", nats / math.log(2), "bits/step"), ("perplexity", math.exp(nats), "1")]
     if model.config.head == "categorical":
         found.append(("accuracy", (raw.argmax(-1) == target).float().mean().item(), "fraction"))
     if model.config.head in ("gaussian", "regression"):

@@ -37,6 +37,9 @@ LOGGERS: dict[str, Callable[[Path], Logger]] = {
 }
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
+# Values that an id is embedded into, at most.
+EMBEDDING = 32
+
 
 def libraries() -> dict[str, str]:
     """Versions that the weights may depend on."""
@@ -55,7 +58,7 @@ def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:
         settings.setdefault("residual", tuple(map(info.inputs.index, info.outputs)))
     return ModelConfig(
         cell,
-        len(info.inputs),
+        len(info.inputs) if info.vocabulary is None else min(info.vocabulary, EMBEDDING),
         len(info.outputs),
         info.head,
         standardise=info.standardise,
@@ -64,20 +67,26 @@ def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:
     )
 
 
+def deviation(values: Tensor) -> Tensor:
+    """Of each column, 1 where it never changes: nothing is blown up that differs for the first time when served."""
+    found = values.std(0)
+    return torch.where(found > 1e-6, found, 1.0)
+
+
 def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
     """Mean and deviation of the training split's inputs, of its targets where they are values, and of their change."""
     items = data.splits["train"].items
     if data.info.standardise:
         inputs = torch.cat([torch.from_numpy(inputs) for inputs, _, _ in items]).float()
-        model.x_mean, model.x_std = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
+        model.x_mean, model.x_std = inputs.mean(0), deviation(inputs)
     if data.info.head in ("gaussian", "regression"):
         targets = torch.cat([torch.from_numpy(target[predicted]) for _, target, predicted in items]).float()
-        model.y_mean, model.y_std = targets.mean(0), targets.std(0).clamp_min(1e-6)
+        model.y_mean, model.y_std = targets.mean(0), deviation(targets)
     if model.config.residual:
         columns = list(model.config.residual)
         before = torch.cat([torch.from_numpy(inputs[predicted]) for inputs, _, predicted in items]).float()[:, columns]
         model.x_mean[columns], model.x_std[columns] = model.y_mean, model.y_std  # one scale on both sides
-        model.change = ((targets - before) / model.y_std).std(0).clamp_min(1e-6)
+        model.change = deviation((targets - before) / model.y_std)
 
 
 class Fitting(lightning.LightningModule):

@@ -14,11 +14,12 @@ from tests.training.test_export import replay
 from tests.training.test_trainer import StopAt
 from training import __main__ as cli
 from training import ship
+from training.checkpoint import Run
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.trainer import fit
 
-COMMANDS = ("fit", "evaluate", "export", "adopt", "data", "ship")
+COMMANDS = ("fit", "sweep", "compare", "evaluate", "export", "adopt", "data", "ship")
 runner = CliRunner()
 
 
@@ -105,6 +106,59 @@ def test_adopt_writes_a_model(tmp_path: Path) -> None:
     words = ("--name", "vad", "--state", "state=stateN@1", "--constant", "rate=16000", "--shape", "x=6")
     assert f"wrote {models / 'vad' / '1'}" in call("adopt", str(path), *words, "--models", str(models))
     assert json.loads((models / "vad" / "1" / "manifest.json").read_text())["description"] == "adopted from vad.onnx"
+
+
+def test_text_and_arrays_become_models(tmp_path: Path) -> None:
+    """One command each; the alphabet and the classes are the output's features."""
+    (tmp_path / "novel.txt").write_text("the cat sat on the mat. " * 40)
+    rng, y = np.random.default_rng(0), np.arange(60) % 2
+    np.savez(tmp_path / "walks.npz", x=rng.normal(size=(60, 5, 3)) + y[:, None, None], y=y, classes=["up", "down"])
+    small = ("--hidden", "4", "--epochs", "1", "--models", str(tmp_path / "models"))
+    told = call("fit", "--text", str(tmp_path / "novel.txt"), "--run", str(tmp_path / "text"), *small)
+    assert all(name in told for name in ("bits", "perplexity", "unigrams", "bigrams"))
+    told = call("fit", "--npz", str(tmp_path / "walks.npz"), "--run", str(tmp_path / "npz"), *small)
+    assert all(name in told for name in ("accuracy", "most frequent class", "class with the nearest mean input"))
+    for name, features in (("novel", [*" .acehmnost", "�"]), ("walks", ["up", "down"])):
+        replay(tmp_path / "models" / name / "1")
+        manifest = json.loads((tmp_path / "models" / name / "1" / "manifest.json").read_text())
+        assert [feature["name"] for feature in manifest["outputs"][0]["features"]] == features
+
+
+def test_a_sweeps_best_is_trained_by_its_file(tmp_path: Path, waves: Path) -> None:
+    """The file holds the data, the point and the limits; what is typed beside it wins; `compare` ranks the runs."""
+    words = ("--csv", str(waves), "--targets", "b", "--inputs", "b", "--window", "32", "--season", "0")
+    swept = ("--cells", "gru3,mgu3", "--hidden", "2:3", "--epochs", "1", "--trials", "2", "--run", str(tmp_path / "s"))
+    told = call("sweep", *words, *swept)
+    assert "the best of 2" in told
+    best = json.loads((tmp_path / "s" / "best.json").read_text())
+    assert best["csv"] == str(waves)
+    config = ("fit", "--config", str(tmp_path / "s" / "best.json"), "--no-export")
+    call(*config, "--run", str(tmp_path / "best"))
+    run = Run.load(tmp_path / "best")
+    assert (run.model.cell, run.model.hidden, run.train.rate) == (best["cell"], best["hidden"], best["rate"])
+    assert (run.train.max_epochs, run.data.own["targets"]) == (1, ["b"])
+    call(*config, "--run", str(tmp_path / "other"), "--hidden", "5")
+    assert Run.load(tmp_path / "other").model.hidden == 5
+    compared = call("compare", str(tmp_path / "best"), str(tmp_path / "other"), "--plot", str(tmp_path / "both.png"))
+    assert "Two Waves: nll" in compared
+    assert (tmp_path / "both.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[]", "is not a file of options"), ('{"size": 3}', "unknown option size"), ("{", "is not a file of options")],
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    """By its name, and by the option that nobody knows."""
+    (tmp_path / "best.json").write_text(content)
+    with pytest.raises(TrainingError, match=rf"best\.json.*{words}"):
+        call("fit", "--config", str(tmp_path / "best.json"))
+
+
+def test_an_option_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """A horizon means nothing to a text."""
+    with pytest.raises(TrainingError, match="--horizon says nothing about a --text: leave it out"):
+        call("fit", "--text", str(tmp_path / "novel.txt"), "--horizon", "3")
 
 
 @pytest.mark.parametrize("words", [[], ["digits", "--csv", "x.csv"]])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from training.config import DataInfo
 from training.data.sequences import DataSet, Item, Reference, Split
+from training.data.splits import SPLITS, check_percentages, percentages
 from training.data.table import Table, name_and_unit, read
 from training.data.windows import scoring_pieces, training_windows
 from training.errors import DataError
@@ -25,7 +26,6 @@ SPACINGS = {60: "minute", 3600: "hour", 86400: "day", 604800: "week"}
 # Seasons to look for, longest first: a day, an hour, a minute; for daily rows a week, weekly a year, monthly a year.
 PERIODS = (86400, 3600, 60)
 CALENDAR = ((86400, 7), (604800, 52), (30.4 * 86400, 12))
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Options:
     is filled, a longer one ends the sequence. Training sequences are `window` rows long.
     """
 
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     horizon: int = 1
     season: int | None = None
-    split: tuple[int, int, int] = (70, 15, 15)
+    split: tuple[int, ...] = (70, 15, 15)
     max_gap: int = 6
     window: int = 192
     time: str | None = None
@@ -54,8 +54,7 @@ class Options:
             raise DataError(f"season must be a number of rows, or 0 for none, not {self.season}")
         if not self.targets:
             raise DataError("a forecast needs --targets: the columns to forecast, separated by commas")
-        if len(self.split) != len(SPLITS) or min(self.split) < 1 or sum(self.split) != 100:
-            raise DataError(f"split must be three percentages of 100 such as 70/15/15, not {self.split}")
+        check_percentages(self.split)
 
 
 @dataclass
@@ -79,7 +78,7 @@ def load(path: Path, options: Options) -> DataSet:
     columns = tuple(dict.fromkeys((*inputs, *options.targets)))
     rows, spacing, notes = even_rows(table, options.max_gap)
     grid = fill(table, columns, inputs, rows, options.max_gap)
-    ends = [len(rows) * percent // 100 for percent in np.cumsum(options.split)]
+    ends = percentages(len(rows), options.split)
     x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in options.targets]
     for index in x + y:
         if len(np.unique(grid.values[: ends[0], index][grid.start[: ends[0]] >= 0])) < 2:

@@ -1,0 +1,149 @@
+"""Sequences in a .npz: a class or values for the whole or for each step, and errors that name the array."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.config import TrainConfig
+from training.data import arrays, own
+from training.data.arrays import Options
+from training.data.sequences import DataSet
+from training.errors import DataError
+from training.trainer import configure, fit
+
+LENGTHS = np.array([3, 1, 5, 4] * 10)
+STEPS = int(LENGTHS.sum())
+X = np.random.default_rng(0).normal(size=(STEPS, 2))
+
+
+def load(folder: Path, **content: Any) -> DataSet:
+    """The data set of a file with these arrays."""
+    np.savez(folder / "made.npz", **content)
+    return arrays.load(folder / "made.npz", Options())
+
+
+def test_a_class_for_a_whole_sequence_is_asked_at_its_last_step(tmp_path: Path) -> None:
+    """Sequences lie end to end and stay whole, one of a single step too; splits are drawn and repeat."""
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 3, classes=["a", "b", "c"], features=["u", "v"])
+    assert data.info.task == "classification"
+    assert data.info.inputs == (("u", ""), ("v", ""))
+    assert data.info.outputs == (("a", ""), ("b", ""), ("c", ""))
+    assert [len(split) for split in data.splits.values()] == [28, 6, 6]
+    everything = [item for split in data.splits.values() for item in split.items]
+    for inputs, targets, predicted in everything:
+        assert predicted.tolist() == [False] * (len(inputs) - 1) + [True]
+        row = next(int(np.flatnonzero((np.float32(X) == first).all(axis=1))[0]) for first in inputs[:1])
+        assert targets[-1] == np.searchsorted(np.cumsum(LENGTHS), row, side="right") % 3
+    again = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 3)
+    for mine, theirs in zip(data.splits["test"].items, again.splits["test"].items, strict=True):
+        np.testing.assert_array_equal(mine[0], theirs[0])
+
+
+def test_values_for_whole_sequences(tmp_path: Path) -> None:
+    """Floats are regression; a padded x is cut to its lengths."""
+    x, lengths = np.zeros((20, 7, 3)), np.arange(20) % 7 + 1
+    x[:, :, 0] = np.arange(20)[:, None]
+    data = load(tmp_path, x=x, lengths=lengths, y=np.arange(20.0), targets=["load"])
+    assert (data.info.task, data.info.head, data.info.outputs) == ("regression", "regression", (("load", ""),))
+    for inputs, targets, predicted in data.splits["train"].items:
+        assert len(inputs) == inputs[0, 0] % 7 + 1
+        assert targets[-1].tolist() == [inputs[0, 0]]
+        assert predicted.sum() == 1
+
+
+@pytest.mark.parametrize("y", [np.arange(STEPS) % 4, np.arange(STEPS * 2.0).reshape(STEPS, 2)])
+def test_an_answer_for_every_step(tmp_path: Path, y: np.ndarray) -> None:
+    """As many as x has steps: every step is asked about."""
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=y)
+    assert all(predicted.all() for _, _, predicted in data.splits["train"].items)
+    assert {len(split) for split in data.splits.values()} == {28, 6}
+
+
+def test_splits_may_be_named(tmp_path: Path) -> None:
+    """Train and test as given; where no valid part is, some of train becomes it."""
+    named = np.array(["train"] * 30 + ["test"] * 10)
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 2, split=named)
+    assert [len(data.splits[name]) for name in ("train", "valid", "test")] == [24, 6, 10]
+    np.testing.assert_array_equal(data.splits["test"][0][0], np.float32(X[LENGTHS[:30].sum() :][: LENGTHS[30]]))
+
+
+def test_baselines_know_no_order(tmp_path: Path) -> None:
+    """Classes that differ in their mean input are told by it, beside the class that is most frequent."""
+    y = np.arange(40) % 2
+    data = load(tmp_path, x=np.repeat(y, LENGTHS)[:, None] + 0.01 * X, lengths=LENGTHS, y=y)
+    found = {one.name: one.value for one in data.references}
+    assert found["class with the nearest mean input"] == 1
+    assert found["most frequent class"] <= 0.5
+    values = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40.0))
+    assert {one.metric for one in values.references} == {"mae", "rmse"}
+
+
+GOOD = {"x": X, "lengths": LENGTHS, "y": np.arange(40) % 3}
+BROKEN = X.copy()
+BROKEN[4, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"y": None}, "no array 'y': it holds x, lengths"),
+        ({"x": BROKEN}, "x of sequence 2 is not finite at step 0"),
+        ({"x": X.astype(str)}, r"x is <U\d+ \[130, 2\], not numbers"),
+        ({"lengths": None}, r"x is \[130, 2\]: give lengths \[N\]"),
+        ({"lengths": LENGTHS[:-1]}, "lengths add up to 126, but x has 130 steps"),
+        ({"lengths": np.append(LENGTHS, 0)}, "sequence 40 has 0 steps"),
+        ({"lengths": LENGTHS * 1.0}, "lengths is float64"),
+        ({"x": np.zeros((40, 4, 2))}, "lengths do not fit x .* at most 4"),
+        ({"y": np.arange(39)}, r"y is int64 \[39\]: it must have an entry for each of 40 sequences"),
+        ({"y": np.zeros((40, 2, 2))}, r"y is \[40, 2, 2\]: an answer is one class, or a row of values"),
+        ({"y": np.arange(40) - 1}, "y holds class -1; classes count from 0"),
+        ({"y": np.full(40, np.inf)}, r"y is not finite at \[0\]"),
+        ({"classes": ["a"]}, "classes names 1, but there are 3"),
+        ({"features": ["a"]}, "features names 1, but there are 2"),
+        ({"split": ["train"] * 39 + ["tests"]}, "split must name train, valid or test for each of 40"),
+        ({"split": ["train"] * 40}, "the test split has none of the 40 sequences"),
+        ({"x": np.zeros((0, 2)), "lengths": np.zeros(0, int), "y": np.zeros(0, int)}, "there are no sequences"),
+    ],
+)
+def test_what_is_wrong_is_told_by_array_and_sequence(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    """So that whoever made the file finds it."""
+    content = {name: value for name, value in (GOOD | change).items() if value is not None}
+    np.savez(tmp_path / "made.npz", **content)
+    with pytest.raises(DataError, match=rf"made\.npz.*{words}"):
+        arrays.load(tmp_path / "made.npz", Options())
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    """Absent, something else, cut short, or with objects in it, which could run code when they are read."""
+    path = tmp_path / "made.npz"
+    with pytest.raises(DataError, match=r"made\.npz cannot be read: No such file"):
+        arrays.load(path, Options())
+    path.write_bytes(b"x,y\n1,2\n")
+    with pytest.raises(DataError, match=r"made\.npz is not a readable \.npz"):
+        arrays.load(path, Options())
+    np.savez(path, **GOOD)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(DataError, match=r"made\.npz is not a readable \.npz"):
+        arrays.load(path, Options())
+    np.savez(path, allow_pickle=True, x=np.array([X, X[:3]], dtype=object), y=[0, 1])
+    with pytest.raises(DataError, match="end to end, with `lengths`"):
+        arrays.load(path, Options())
+
+
+@pytest.mark.data
+def test_japanese_vowels_are_told_apart(latch_data: Path, tmp_path: Path) -> None:
+    """Nine speakers by one utterance each: better than by the mean of its frames, in a few epochs."""
+    xs, y = [], np.repeat(np.tile(np.arange(9), 2), [30] * 9 + [31, 35, 88, 44, 29, 24, 40, 50, 29])
+    for name in ("ae.train", "ae.test"):
+        rows = np.loadtxt(latch_data / "japanese_vowels" / name)
+        ends = np.flatnonzero((rows == 1).all(axis=1))  # a row of ones ends an utterance
+        xs += [rows[a:b] for a, b in zip([0, *ends[:-1] + 1], ends, strict=True)]
+    split = ["train"] * 270 + ["test"] * 370
+    np.savez(tmp_path / "vowels.npz", x=np.concatenate(xs), lengths=[len(x) for x in xs], y=y, split=split)
+    data = own.load("npz", tmp_path / "vowels.npz")
+    run = fit(data, configure(data, "gru", hidden=46), TrainConfig(max_epochs=12), tmp_path / "run")
+    assert run.result is not None
+    accuracy = next(m["value"] for m in run.result["metrics"] if (m["name"], m["split"]) == ("accuracy", "test"))
+    assert accuracy > max(one.value for one in data.references) > 0.89

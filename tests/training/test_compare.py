@@ -1,0 +1,48 @@
+"""Runs side by side: ranked within their data set by the valid score."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from training import compare
+from training.checkpoint import Run
+from training.config import ModelConfig, TrainConfig
+from training.data.sequences import DataSet
+from training.errors import CheckpointError
+
+
+def finished(folder: Path, data: DataSet, valid: float, test: float, **info: str) -> Path:
+    """A run folder that says it scored so."""
+    metrics = [
+        {"name": "nll", "split": split, "value": value, "unit": "nats/frame"}
+        for split, value in (("valid", valid), ("test", test))
+    ]
+    result = {"epochs": 3, "best_epoch": 2, "seconds": 1.5, "metrics": metrics}
+    model = ModelConfig("gru", 6, 6, "bernoulli", hidden=5, layers=2)
+    Run(replace(data.info, **info), model, TrainConfig(), {}, result).save(folder)  # type: ignore[arg-type]
+    return folder
+
+
+def test_the_best_valid_score_comes_first(tiny: DataSet, tmp_path: Path) -> None:
+    """Not the best test score; runs on other data stand by themselves."""
+    folders = [
+        finished(tmp_path / "worse", tiny, 2.0, 0.5),
+        finished(tmp_path / "other", tiny, 0.1, 0.1, name="other"),
+        finished(tmp_path / "better", tiny, 1.0, 0.9),
+    ]
+    rows = compare.compare(folders)
+    assert [row.folder.name for row in rows] == ["other", "better", "worse"]
+    assert rows[1].parameters == 3 * (6 * 5 + 25 + 5) + 3 * (25 + 25 + 5) + 6 * 6
+    cells = dict(zip(compare.COLUMNS, rows[1].cells(), strict=True))
+    assert (cells["hidden"], cells["valid"], cells["test"]) == ("2 x 5", "1.0000", "0.9000")
+    compare.plot(tmp_path / "compare.png", rows)
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_run_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """It has no score to compare."""
+    folder = finished(tmp_path / "run", tiny, 1.0, 1.0)
+    replace(Run.load(folder), result=None).save(folder)
+    with pytest.raises(CheckpointError, match="has not finished: fit it to the end, or leave it out"):
+        compare.compare([folder])

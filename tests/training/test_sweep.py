@@ -1,0 +1,101 @@
+"""A sweep: the valid split decides, and a stopped one goes on where it was."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import sweep as module
+from training.checkpoint import Run, load_tensors
+from training.config import TrainConfig
+from training.data.sequences import DataSet
+from training.errors import CheckpointError, ConfigError, DivergedError
+from training.sweep import Space, folder_of, sweep
+from training.trainer import fit
+
+SPACE = Space(cells=("mgu2", "gru3"), hidden=(2, 4), rate=(0.01, 0.05))
+CONFIG = TrainConfig(max_epochs=2, batch_size=4)
+
+
+def test_the_best_valid_loss_comes_first(tiny: DataSet, tmp_path: Path) -> None:
+    """Each trial is a run of its own in the sweep's folder, of a point inside the space."""
+    told: list[str] = []
+    found = sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=3, tell=told.append)
+    assert [line.split(":")[0] for line in told] == ["1/3", "2/3", "3/3"]
+    assert "min left" in told[0]
+    assert [trial.value for trial in found] == sorted(trial.value or 0 for trial in found)
+    for trial in found:
+        run = Run.load(folder_of(tmp_path, trial.params))
+        assert run.model.cell in SPACE.cells
+        assert 2 <= run.model.hidden <= 4
+        assert run.train == replace(CONFIG, rate=trial.params["rate"])
+        assert load_tensors(folder_of(tmp_path, trial.params) / "best.safetensors")[1]["valid_loss"] == trial.value
+
+
+def test_a_finished_sweep_goes_on_with_more_trials(tiny: DataSet, tmp_path: Path) -> None:
+    """Those that are done count; the same number again runs nothing."""
+    first = sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=2)
+    told: list[str] = []
+    assert {t.number for t in sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=2, tell=told.append)} == {0, 1}
+    assert told == []
+    more = sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=3)
+    assert {trial.number for trial in first} < {trial.number for trial in more}
+    assert len({str(trial.params) for trial in more}) == 3
+
+
+def test_a_stopped_trial_is_taken_up_first(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second trial: its point is run to the end before any other, once."""
+    calls: list[Path] = []
+
+    def interrupted(*args: Any, **options: Any) -> Run:
+        calls.append(args[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*args, **options)
+
+    monkeypatch.setattr(module, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=3)
+    found = sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=3)
+    assert calls[2] == calls[1]
+    assert len(found) == len(set(calls)) == 3
+
+
+def test_a_point_that_diverges_is_given_up(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as tried; a sweep of nothing else says so."""
+
+    def diverge(*_: Any, **__: Any) -> Run:
+        raise DivergedError("the loss became nan")
+
+    monkeypatch.setattr(module, "fit", diverge)
+    with pytest.raises(ConfigError, match="no trial came to its end"):
+        sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=2)
+
+
+def test_another_sweeps_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """Other data, another space or other settings would not be comparable."""
+    sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=1)
+    with pytest.raises(CheckpointError, match="holds a sweep over something else"):
+        sweep(tiny, replace(SPACE, hidden=(2, 8)), {}, CONFIG, tmp_path, trials=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cells": ("gru", "grru")}, "unknown unit 'grru'"),
+        ({"rate": (0.1, 0.01)}, "rate must go from more than 0 up, not from 0.1 to 0.01"),
+        ({"hidden": (0, 8)}, "hidden must go from more than 0 up"),
+    ],
+)
+def test_impossible_spaces_are_refused(settings: dict[str, Any], words: str) -> None:
+    """By name."""
+    with pytest.raises(ConfigError, match=words):
+        Space(**settings)
+
+
+def test_a_sweep_of_nothing_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """Before a folder is made."""
+    with pytest.raises(ConfigError, match="trials must be at least 1, not 0"):
+        sweep(tiny, SPACE, {}, CONFIG, tmp_path / "sweep", trials=0)
+    assert not (tmp_path / "sweep").exists()

@@ -1,0 +1,78 @@
+"""The next character: ids of an alphabet, split by place, beside what counting gives."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.data import text
+from training.data.text import Options
+from training.errors import DataError
+
+
+def written(folder: Path, content: str) -> Path:
+    """A text file."""
+    path = folder / "novel.txt"
+    path.write_bytes(content.encode())
+    return path
+
+
+def test_targets_are_the_next_characters(tmp_path: Path) -> None:
+    """Ids in the order of the output's features; all of the text is in one split, in its order."""
+    data = text.load(written(tmp_path, "abcdefghij" * 30), Options(window=16))
+    names = [name for name, _ in data.info.outputs]
+    assert names == [*"abcdefghij", text.UNKNOWN]
+    assert data.info.vocabulary == len(names)
+    for split in data.splits.values():
+        for inputs, targets, _ in split.items:
+            assert inputs.dtype == np.int64
+            np.testing.assert_array_equal(targets, (inputs + 1) % 10)
+    scored = {name: sum(int(p.sum()) for _, _, p in split.items) for name, split in data.splits.items()}
+    assert (scored["valid"], scored["test"]) == (44, 44)
+
+
+def test_characters_that_did_not_train_are_unknown(tmp_path: Path) -> None:
+    """They are told, and they have an id of their own."""
+    data = text.load(written(tmp_path, "ab" * 50 + "é" * 3 + "ab" * 10), Options())
+    unknown = len(data.info.outputs) - 1
+    assert "é" not in [name for name, _ in data.info.outputs]
+    assert any(unknown in inputs for inputs, _, _ in data.splits["valid"].items)
+    assert data.notes == (
+        "123 characters, 2 different in the training part",
+        "3 characters of valid are not among them",
+    )
+
+
+def test_counting_is_scored_on_the_same_characters(tmp_path: Path) -> None:
+    """Of a text that alternates unigrams know one bit, bigrams nearly all."""
+    data = text.load(written(tmp_path, "ab" * 2000), Options())
+    found = {(one.name, one.metric): one.value for one in data.references}
+    assert found["unigrams", "bits"] == pytest.approx(1, abs=0.01)
+    assert found["bigrams", "bits"] < 0.01
+    assert found["unigrams", "nll"] == pytest.approx(np.log(2), abs=0.01)
+    assert found["unigrams", "perplexity"] == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"split": (98, 1, 1)}, r"novel\.txt: the valid split holds 1 of 120 characters"),
+        ({"split": (50, 50)}, "three percentages of 100 such as 70/15/15, not 50/50"),
+        ({"window": 1}, "window must be at least 2, not 1"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    """With the numbers."""
+    path = written(tmp_path, "ab" * 60)
+    with pytest.raises(DataError, match=words):
+        text.load(path, Options(**options))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """An absent one, and one in another encoding with the line where that shows."""
+    with pytest.raises(DataError, match=r"absent\.txt cannot be read: No such file"):
+        text.load(tmp_path / "absent.txt", Options())
+    (tmp_path / "latin.txt").write_bytes("one\ntwö\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt, line 2: not UTF-8"):
+        text.load(tmp_path / "latin.txt", Options())
