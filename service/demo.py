@@ -3,20 +3,13 @@
 Rule: a client like any other; it knows addresses and messages, nothing of the service's inside.
 """
 
-import json
 import time
-from http.client import HTTPException
-from urllib.error import HTTPError
-from urllib.parse import quote
-from urllib.request import Request, urlopen
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
-from websockets.exceptions import WebSocketException
-from websockets.sync.client import connect
-from websockets.typing import Subprotocol
 
+from service.client import Client, NotLatch, PatienceExhausted
 from service.errors import LatchError
 
 LOWEST_NOTE = 21  # MIDI number of the first of the 88 notes
@@ -57,37 +50,28 @@ def play(url: str, model: str, tempo: float, console: Console) -> None:
     """
     chorale = frames()
     foreseen: list[list[float]] = []
-    url = url.rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise DemoFailed(f"{url!r} is no address: it starts with http:// or https://")
     try:
-        session = _call(url, "/v1/sessions", "POST", {"model": model})["id"]
-        address = url.replace("http", "ws", 1) + f"/v1/sessions/{quote(session)}/stream"
-        with (
-            connect(address, subprotocols=[Subprotocol("latch.json")]) as socket,
-            Live(console=console, auto_refresh=False) as live,
-        ):
-            hello = json.loads(socket.recv())
-            if hello["type"] != "hello":
-                raise DemoFailed(hello["error"])
-            for step, notes in enumerate(chorale, start=hello["step"] + 1):
-                row = [float(LOWEST_NOTE + key in notes) for key in range(88)]
-                socket.send(json.dumps({"inputs": [row], "step": step}))
-                reply = json.loads(socket.recv())
-                if reply["type"] == "error":
-                    raise DemoFailed(reply["error"])
-                foreseen.append(reply["outputs"]["y"][0])
-                live.update(draw(chorale[:step], foreseen), refresh=True)
+        with Client(url, patience=1) as latch, Live(console=console, auto_refresh=False) as live:
+            session = latch.session(model=model)
+            rows = ([float(LOWEST_NOTE + key in notes) for key in range(88)] for notes in chorale)
+            for reply in session.stream(rows):
+                foreseen.append(reply["y"][0].tolist())
+                live.update(draw(chorale[: reply.step], foreseen), refresh=True)
                 if tempo:
                     time.sleep(1 / tempo)
-        console.print()
-        _call(url, f"/v1/sessions/{quote(session)}", "DELETE")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DemoFailed(f"what answers at {url} is not Latch: say --url") from error
-    except (OSError, HTTPException, WebSocketException) as error:
+            session.delete()
+    except PatienceExhausted as error:
         raise DemoFailed(
-            f"no service answers at {url} ({error}): start one with `latch serve`, or say --url"
+            f"no service answers at {url} ({error.__cause__}): start one with `latch serve`, or say --url"
         ) from error
+    except KeyError as error:
+        raise DemoFailed(
+            f"the model {model!r} gives no {error}: it must foresee notes, as the chorale models do"
+        ) from error
+    except NotLatch as error:
+        raise DemoFailed(f"what answers at {url} is not Latch: say --url") from error
+    except LatchError as error:
+        raise DemoFailed(str(error)) from error
 
 
 def draw(played: list[list[int]], foreseen: list[list[float]]) -> Group:
@@ -127,15 +111,3 @@ def _shade(probability: float) -> str:
 
 def _midi(name: str) -> int:
     return NAMES.index(name[:-1]) + 12 * (int(name[-1]) + 1)
-
-
-def _call(url: str, path: str, method: str, body: dict[str, str] | None = None) -> dict[str, str]:
-    content = None if body is None else json.dumps(body).encode()
-    # `play` checked the scheme
-    request = Request(url + path, content, {"Content-Type": "application/json"}, method=method)  # noqa: S310
-    try:
-        with urlopen(request, timeout=10) as reply:  # noqa: S310
-            text = reply.read()
-    except HTTPError as error:
-        raise DemoFailed(json.load(error)["error"]) from error
-    return json.loads(text) if text else {}

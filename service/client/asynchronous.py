@@ -11,20 +11,9 @@ from typing import Any, Self, TypeVar
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
-from service.client.protocol import (
-    Answer,
-    Call,
-    ClientLogic,
-    Dial,
-    Effect,
-    Exchange,
-    Reply,
-    Retry,
-    SessionLogic,
-    Sleep,
-    StreamLogic,
-    Work,
-)
+from service.client.effects import Answer, Call, Dial, Effect, Exchange, Retry, Sleep, Work
+from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing
+from service.client.streams import StreamLogic
 from service.client.transport import FAILURES, Target, failure
 from service.manifest import Array
 
@@ -57,7 +46,7 @@ class AsyncClient:
         return AsyncSession(self._line, await self._line.run(work))
 
     async def restore(self, snapshot: bytes, session_id: str | None = None) -> "AsyncSession":
-        """A session from the bytes that `AsyncSession.snapshot` gave."""
+        """A session from the bytes that `AsyncSession.snapshot` gave; one that has this id already is moved there."""
         return AsyncSession(self._line, await self._line.run(self._logic.restore(snapshot, session_id)))
 
     async def predict(
@@ -77,33 +66,13 @@ class AsyncClient:
         await self.close()
 
 
-class AsyncSession:
+class AsyncSession(Standing):
     """As `Session`. A call that was cancelled may be repeated: what of it was applied is not applied again."""
 
     def __init__(self, line: "_Line", logic: SessionLogic) -> None:
         self._line = line
         self._logic = logic
         self._lock = asyncio.Lock()
-
-    @property
-    def id(self) -> str:
-        """Its id."""
-        return self._logic.info.id
-
-    @property
-    def model(self) -> str:
-        """The name of its model."""
-        return self._logic.info.model
-
-    @property
-    def version(self) -> str:
-        """The version of its model."""
-        return self._logic.info.version
-
-    @property
-    def at(self) -> int:
-        """Steps that the service has acknowledged; the next one is this plus 1."""
-        return self._logic.at
 
     async def step(self, rows: Any, outputs: Iterable[str] | None = None) -> Reply:
         """Advances by one row or by T of them, [T, *shape]: all are applied, or none."""
@@ -220,7 +189,7 @@ class _Line:
             case Sleep(seconds):
                 await asyncio.sleep(seconds)
             case Call():
-                reply = await self._http.request(**self._target.call(effect))
+                reply = await self._http.request(**effect._asdict())
                 return Answer(reply.status_code, reply.headers, reply.content)
             case Dial(path, timeout):
                 await self.hang_up()

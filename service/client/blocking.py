@@ -13,20 +13,9 @@ from typing import Any, Self, TypeVar
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-from service.client.protocol import (
-    Answer,
-    Call,
-    ClientLogic,
-    Dial,
-    Effect,
-    Exchange,
-    Reply,
-    Retry,
-    SessionLogic,
-    Sleep,
-    StreamLogic,
-    Work,
-)
+from service.client.effects import Answer, Call, Dial, Effect, Exchange, Retry, Sleep, Work
+from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing
+from service.client.streams import StreamLogic
 from service.client.transport import FAILURES, Target, failure
 from service.manifest import Array
 
@@ -81,7 +70,7 @@ class Client:
         return Session(self._line, self._line.run(work))
 
     def restore(self, snapshot: bytes, session_id: str | None = None) -> "Session":
-        """A session from the bytes that `Session.snapshot` gave."""
+        """A session from the bytes that `Session.snapshot` gave; one that has this id already is moved there."""
         return Session(self._line, self._line.run(self._logic.restore(snapshot, session_id)))
 
     def predict(
@@ -101,7 +90,7 @@ class Client:
         self.close()
 
 
-class Session:
+class Session(Standing):
     """A session of the service, as `Client.session` gives it.
 
     Steps are numbered from what the service last acknowledged (`at`), so a call that was interrupted or whose patience
@@ -117,26 +106,6 @@ class Session:
         self._line = line
         self._logic = logic
         self._lock = threading.Lock()
-
-    @property
-    def id(self) -> str:
-        """Its id."""
-        return self._logic.info.id
-
-    @property
-    def model(self) -> str:
-        """The name of its model."""
-        return self._logic.info.model
-
-    @property
-    def version(self) -> str:
-        """The version of its model."""
-        return self._logic.info.version
-
-    @property
-    def at(self) -> int:
-        """Steps that the service has acknowledged; the next one is this plus 1."""
-        return self._logic.at
 
     def step(self, rows: Any, outputs: Iterable[str] | None = None) -> Reply:
         """Advances by one row or by T of them, [T, *shape]: all are applied, or none.
@@ -156,7 +125,8 @@ class Session:
     ) -> Iterator[Reply]:
         """Sends what `readings` gives over one WebSocket: one reply for each item, in order, whatever breaks.
 
-        A reply is lost only with a service that is set to keep less than 64 KiB of it; then its outputs are None.
+        After an error go on from the row that comes after step `at`. Outputs are lost (None) only where a row of them
+        has over 64 KiB, or the service is set to keep less than that, and the connection broke before they arrived.
 
         Args:
             readings: rows, or arrays of rows [T, *shape].
@@ -250,7 +220,7 @@ class _Line:
             case Sleep(seconds):
                 time.sleep(seconds)
             case Call():
-                reply = self._http.request(**self._target.call(effect))
+                reply = self._http.request(**effect._asdict())
                 return Answer(reply.status_code, reply.headers, reply.content)
             case Dial(path, timeout):
                 self.hang_up()

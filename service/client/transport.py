@@ -12,8 +12,8 @@ import httpx
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
+from service.client.effects import Later
 from service.client.errors import NotLatch
-from service.client.protocol import Call, Later
 from service.errors import InvalidInput, LatchError, PayloadTooLarge
 
 # Whatever the libraries raise because of the network or the other end. TimeoutError is an OSError.
@@ -36,17 +36,6 @@ class Target:
     def http(self) -> dict[str, Any]:
         """Arguments of an httpx client."""
         return {"base_url": self.url, "headers": self.headers}
-
-    def call(self, call: Call) -> dict[str, Any]:
-        """Arguments of an httpx request."""
-        headers = {"content-type": call.kind} if call.body else {}
-        return {
-            "method": call.method,
-            "url": call.path,
-            "content": call.body,
-            "headers": headers,
-            "timeout": call.timeout,
-        }
 
     def socket(self, path: str, timeout: float) -> dict[str, Any]:
         """Arguments of a websockets connection."""
@@ -73,4 +62,4 @@ def failure(error: Exception) -> Later | LatchError:
         status = error.response.status_code
         if status < 500 and status not in (408, 429):
             return NotLatch(f"the WebSocket was refused with {status}: Latch, or a proxy before it, takes none there")
-    return Later(error if str(error) else type(error)("timed out"))
+    return Later(error)

@@ -158,7 +158,10 @@ def open_store(url: str, *, keep_steps: int, max_expired_ids: int) -> SessionSto
         StoreUnavailable: it cannot be reached, opened or written; the message says what to do.
         StoreInvalid: it was made by a newer version, or is something else; nothing was changed.
     """
-    scheme = urlsplit(url).scheme
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as error:
+        raise SettingsInvalid(f"session store: the address cannot be read: {error}") from error
     if scheme == "memory":
         from service.stores.memory import MemoryStore
 
@@ -171,7 +174,7 @@ def open_store(url: str, *, keep_steps: int, max_expired_ids: int) -> SessionSto
         from service.stores.redis import RedisStore
 
         return RedisStore(url, keep_steps=keep_steps)
-    raise SettingsInvalid(
-        f"store {url!r}: unknown kind {scheme!r}; "
+    raise SettingsInvalid(  # the rest of the address may hold a password
+        f"session store: unknown kind {scheme!r}; "
         "known are memory://, sqlite:///path, redis://, rediss:// and redis+cluster://"
     )

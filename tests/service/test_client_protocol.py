@@ -12,33 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from service.client.effects import Answer, Call, Dial, Exchange, Later, Retry, Sleep, Work
 from service.client.errors import LostSteps, NotLatch, OutputsNotKept, PatienceExhausted, refusal
-from service.client.protocol import (
-    PACKED,
-    REPLY_BYTES,
-    Answer,
-    Call,
-    ClientLogic,
-    Dial,
-    Exchange,
-    Later,
-    Reply,
-    Retry,
-    SessionLogic,
-    Sleep,
-    StreamLogic,
-    Work,
-)
+from service.client.protocol import PACKED, ClientLogic, Reply, SessionLogic
+from service.client.streams import INPUT_BYTES, MAX_STEPS, REPLY_BYTES, StreamLogic
 from service.errors import (
     Draining,
     InvalidInput,
     LatchError,
+    Malformed,
     Overloaded,
     SessionExists,
     SessionNotFound,
     StepConflict,
     StoreUnavailable,
 )
+from service.settings import Settings
 from service.slab import Kept
 from service.steps import Decision, decide
 from service.wire import StepReply, StepRequest, frames
@@ -183,17 +172,17 @@ class Latch:
             raise Later(ConnectionRefusedError("nobody there"))
         if self.answers:
             return self.answers.popleft()
-        url = urlsplit(call.path)
+        url = urlsplit(call.url)
         try:
             if fate == "overloaded":
                 raise Overloaded("full", retry_after_ms=300)
             if url.path.endswith("/steps"):
                 query = parse_qs(url.query)
                 names = tuple(query["outputs"][0].split(","))
-                assert call.kind == PACKED
-                reply = self.apply(int(query["step"][0]), call.body, names)
+                assert call.headers == {"content-type": PACKED}
+                reply = self.apply(int(query["step"][0]), call.content, names)
                 if fate == "twice":
-                    reply = self.apply(int(query["step"][0]), call.body, names)
+                    reply = self.apply(int(query["step"][0]), call.content, names)
                 headers = {"latch-step": str(reply.step)}
                 headers |= {"latch-replayed": "true"} if reply.replayed else {}
                 headers |= {"latch-already-applied": "true"} if reply.data is None else {}
@@ -372,7 +361,7 @@ def test_pauses_grow_to_a_bound_and_are_what_the_service_asks_for() -> None:
     session = latch.session()
     latch.fates += ["unsent"] * 9
     latch.run(session.step([1.0], None))
-    assert latch.naps == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert latch.naps == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
     latch.naps.clear()
     latch.fates.append("overloaded")
     latch.run(session.step([1.0], None))
@@ -386,7 +375,7 @@ def test_patience_is_a_bound_and_the_error_says_what_was_last() -> None:
     latch = Latch()
     session = latch.session()
     latch.fates += ["unsent"] * 100
-    with pytest.raises(PatienceExhausted, match=r"step 1 to 2 may or may not be applied.*nobody there") as caught:
+    with pytest.raises(PatienceExhausted, match=r"steps 1 to 2 may or may not be applied.*nobody there") as caught:
         latch.run(session.step([[1.0], [1.0]], None))
     assert 50 < latch.now < 60
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
@@ -419,8 +408,8 @@ def test_a_fork_that_an_earlier_try_made_is_found() -> None:
     session = latch.session()
     latch.answers.append(refused(SessionExists("taken")))
     assert latch.run(session.fork(None, 1.5, {"a": "b"})).info.id == "s"
-    asked = json.loads(latch.calls[-2].body)
-    assert asked == {"id": latch.calls[-1].path.rpartition("/")[2], "idle_ttl_ms": 1500, "metadata": {"a": "b"}}
+    asked = json.loads(latch.calls[-2].content)
+    assert asked == {"id": latch.calls[-1].url.rpartition("/")[2], "idle_ttl_ms": 1500, "metadata": {"a": "b"}}
     latch.answers.append(refused(SessionExists("taken")))
     with pytest.raises(SessionExists):
         latch.run(session.fork("mine", None, None))
@@ -456,12 +445,36 @@ def test_a_reply_of_another_length_is_not_taken_for_rows() -> None:
         latch.run(session.step([[1.0]] * 3, None))
 
 
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("{}", NotLatch),
+        (b"\x81", Malformed),
+        (frames.stepped(0, StepReply(("y",), bytes(4), 2, 2)), NotLatch),
+        (frames.stepped(0, StepReply(("y",), bytes(8), 1, 2)), NotLatch),
+    ],
+    ids=["text", "cut short", "another step", "two steps"],
+)
+def test_a_message_that_is_no_answer_is_none(message: bytes | str, error: type[LatchError]) -> None:
+    """Whatever else comes over the socket is refused, and the session stays where it is."""
+    latch = Latch()
+    session = latch.session()
+    logic = StreamLogic(session, None)
+    work = logic.exchange(next(logic.requests([[1.0]])))
+    assert isinstance(next(work), Dial)
+    work.send(None)
+    work.send(frames.notice(Kind.HELLO, 0, latch.info()))
+    with pytest.raises(error):
+        work.send(message)
+    assert session.at == 0
+
+
 def test_the_rows_of_a_model_are_asked_for_once() -> None:
     """A second session of the same version makes one call less."""
     latch = Latch()
     latch.session()
     latch.session()
-    assert [call.path for call in latch.calls] == ["/v1/sessions/s", "/v1/models/sum/versions/1", "/v1/sessions/s"]
+    assert [call.url for call in latch.calls] == ["/v1/sessions/s", "/v1/models/sum/versions/1", "/v1/sessions/s"]
 
 
 def test_a_refusal_is_of_the_class_of_its_code() -> None:
@@ -471,6 +484,28 @@ def test_a_refusal_is_of_the_class_of_its_code() -> None:
     assert type(refusal(Draining("bye").to_dict())) is Draining
     unknown = refusal({"error": "new", "code": "from_the_future", "retryable": False})
     assert (type(unknown), unknown.to_dict()["code"]) == (LatchError, "from_the_future")
+
+
+def test_a_hello_below_what_was_acknowledged_ends_the_stream_before_anything_is_sent() -> None:
+    """A store that lost steps is found out when the connection is made again."""
+    latch = Latch()
+    session = latch.session()
+    latch.run(session.step([[1.0], [2.0]], None))
+    logic = StreamLogic(session, None)
+    work = logic.exchange(next(logic.requests([[3.0]])))
+    assert isinstance(next(work), Dial)
+    assert work.send(None).message is None
+    with pytest.raises(LostSteps) as caught:
+        work.send(frames.notice(Kind.HELLO, 0, latch.info() | {"step": 1}))
+    assert (caught.value.acknowledged, caught.value.found) == (2, 1)
+
+
+def test_requests_of_a_stream_fit_a_service_as_it_comes() -> None:
+    """Their replies are kept, and none is refused for its size."""
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert defaults["keep_reply_bytes"] >= REPLY_BYTES
+    assert defaults["max_steps"] >= MAX_STEPS
+    assert defaults["max_body_bytes"] >= INPUT_BYTES + frames.HEADER.size
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 20), st.integers(1, 64))

@@ -14,7 +14,7 @@ from tests.service.test_stores import Record, made, saved, token
 
 pytestmark = pytest.mark.anyio
 
-SHORT = "?timeout_ms=400"
+SHORT = "?timeout_ms=1500"
 PATIENT = "?timeout_ms=20000"
 
 
