@@ -70,6 +70,11 @@ class Program:
         except subprocess.TimeoutExpired:
             self._process.kill()
 
+    def kill(self) -> None:
+        """As a crash does, without a last word."""
+        self._process.kill()
+        self._process.wait()
+
     def memory(self) -> int:
         """Bytes resident."""
         return resident(self.pid)

@@ -81,13 +81,15 @@ class Committer:
                 self.drop(slot, outcome)
                 self._resume(slot)
             return
-        overtaken = [b for b, saved in enumerate(outcome) if not saved and slots[b].is_live]
-        rows = [b for b in range(len(slots)) if b not in overtaken]
+        commits, state = arrival.commits, arrival.state
+        rows: Sequence[int] = range(len(slots))
+        overtaken: list[int] = []
+        if not all(outcome):
+            overtaken = [b for b in rows if not outcome[b] and slots[b].is_live]
+            rows = [b for b in rows if b not in overtaken]
+            commits, state = _some(commits, rows), [values[rows] for values in state]
         for b in rows:
             slots[b].token = token
-        commits, state = arrival.commits, arrival.state
-        if overtaken:
-            commits, state = _some(commits, rows), [values[rows] for values in state]
         arrival.settle(rows, self._slab.commit(commits, state), written.seconds)
         for b in rows:
             self._resume(slots[b])
