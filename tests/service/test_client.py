@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import signal
 import socket
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def test_a_session_that_did_not_survive_is_told(
             list(replies)
 
 
-class Killed:
+class Mortal:
     """`latch serve` in a process of its own, on one port and one file, through all its lives."""
 
     def __init__(self, models: Path, folder: Path) -> None:
@@ -303,26 +304,26 @@ class Killed:
         """Starts it, and does not wait."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
 
-    def kill(self) -> None:
-        """`kill -9`."""
+    def end(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """Ends it: as a crash does, or with its own goodbye."""
         assert self._process is not None
         assert self._process.poll() is None, "it has ended by itself"
-        self._process.kill()
+        self._process.send_signal(how)
         self._process.wait(20)
 
 
-def test_a_kill_in_the_middle_of_a_stream_costs_time_only(
+def test_a_service_that_dies_in_the_middle_of_a_stream_costs_time_only(
     repository: Path, tmp_path: Path, client: Callable[..., Any]
 ) -> None:
-    """The service dies twice at moments of nobody's choice: each reply once, in order, with the bits of no death."""
-    server = Killed(repository, tmp_path)
+    """Killed and stopped, at moments of nobody's choice: each reply once, in order, with the bits of no death."""
+    server = Mortal(repository, tmp_path)
     server.start()
     due, dead = ([threading.Event(), threading.Event()] for _ in range(2))
 
     def reap() -> None:
-        for asked, done in zip(due, dead, strict=True):
+        for asked, done, how in zip(due, dead, (signal.SIGKILL, signal.SIGTERM), strict=True):
             asked.wait(60)
-            server.kill()
+            server.end(how)
             done.set()
             server.start()
 
@@ -346,7 +347,7 @@ def test_a_kill_in_the_middle_of_a_stream_costs_time_only(
         for asked in due:
             asked.set()
         reaper.join()
-        server.kill()
+        server.end()
 
 
 def test_sessions_branch_return_and_move(start: Callable[..., Server], client: Callable[..., Any]) -> None:
@@ -400,8 +401,8 @@ def test_what_answers_instead_of_the_service(
     """Silence and a proxy's 502 may pass, so they are waited for as long as patience has it; a 403 will not."""
     with stranger(answer) as port, network(server.url, []) as proxy:
         with pytest.raises(error):
-            client(f"http://127.0.0.1:{port}", timeout=0.05, patience=0.2).session(model="toy")
-        session = client(proxy.url, timeout=1, patience=1).session(model="toy")
+            client(f"http://127.0.0.1:{port}", timeout=0.5, patience=1).session(model="toy")
+        session = client(proxy.url, timeout=2, patience=2).session(model="toy")
         replies = session.stream(ROWS)
         next(replies)
         proxy.move(port)
