@@ -84,7 +84,7 @@ class AsyncSession(Standing):
         *,
         window: int = 1,
         outputs: Iterable[str] | None = None,
-    ) -> AsyncIterator[Reply]:
+    ) -> AsyncGenerator[Reply]:
         """Sends what `readings` gives over one WebSocket: one reply for each item, in order, whatever breaks.
 
         Who leaves the loop early closes its socket with `contextlib.aclosing`, or leaves that to asyncio.

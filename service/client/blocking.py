@@ -5,7 +5,7 @@ Rule: it performs what `protocol.py` asks for, and decides nothing.
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any, Self, TypeVar
@@ -122,7 +122,7 @@ class Session(Standing):
 
     def stream(
         self, readings: Iterable[Any], *, window: int = 1, outputs: Iterable[str] | None = None
-    ) -> Iterator[Reply]:
+    ) -> Generator[Reply]:
         """Sends what `readings` gives over one WebSocket: one reply for each item, in order, whatever breaks.
 
         After an error go on from the row that comes after step `at`. Outputs are lost (None) only where a row of them

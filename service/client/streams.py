@@ -58,7 +58,7 @@ class StreamLogic:
         self._parts: list[tuple[bytes | None, int, bool]] = []
         # A socket of one session gives the prediction; for anything else a channel is opened on the other kind.
         self._path, self._opening = f"{session.path}/stream", None
-        if outputs is not None:
+        if self._names != session.rows.default:
             self._path = "/v1/stream"
             self._opening = frames.notice(Kind.OPEN, 0, {"session": session.info.id, "outputs": self._names})
 

@@ -102,7 +102,7 @@ def test_a_session_is_made_found_and_stepped(server: Server, client: Callable[..
 
 
 @pytest.mark.parametrize("window", [1, 64])
-@pytest.mark.parametrize("outputs", [None, ["y"]], ids=["one session's socket", "a channel"])
+@pytest.mark.parametrize("outputs", [None, ["h", "y"]], ids=["one session's socket", "a channel"])
 def test_a_stream_is_the_whole_sequence(
     server: Server, client: Callable[..., Any], window: int, outputs: list[str] | None
 ) -> None:
