@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training import kernels
 from training.cells import Cell, Fused, State, make_cell
 from training.config import ModelConfig
 
@@ -137,23 +138,17 @@ class RecurrentModel(nn.Module):
         return torch.cat((last + change * self.change, spread + self.change.log()), dim=-1)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """A whole sequence: the input products of all steps at once, then the recurrence."""
-        value = encoded = self.encode(x)
-        batch, steps = x.shape[:2]
-        state = self.init_state(batch) if state is None else state
+        """A whole sequence, layer by layer."""
+        value = encoded = self.encode(x.transpose(0, 1))
+        state = self.init_state(len(x)) if state is None else state
         after: list[Tensor] = []
         width = len(state) // len(self.cells)
-        for layer, (cell, fused) in enumerate(zip(self.layers, self.fuse(), strict=True)):
-            projected = cell.project(fused, value.flatten(0, 1)).view(batch, steps, -1)
-            current, outputs = state[layer * width : (layer + 1) * width], []
-            for now in projected.unbind(1):
-                current, _ = cell.step(fused, now, current)
-                outputs.append(current[0])
-            value = torch.stack(outputs, dim=1)
-            after.extend(current)
+        for layer, cell in enumerate(self.layers):
+            value, last = kernels.run(cell, value, state[layer * width : (layer + 1) * width])
+            after.extend(last)
             if layer + 1 < len(self.cells):
                 value = self.dropout(value)
-        return self.decode(value, encoded), tuple(after)
+        return self.decode(value.transpose(0, 1), encoded.transpose(0, 1)), tuple(after)
 
     def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:
         """One step in evaluation: x [B, I] -> (head values [B, O or 2 O], gate activations, next state)."""
