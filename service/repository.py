@@ -52,7 +52,7 @@ class Repository:
         self._interval = interval
         self._decided = {key: stamp for key, stamp in seen.items() if key not in engines.broken}
         self._seen = seen
-        self._lock = asyncio.Lock()  # of who may decide
+        self._lock = asyncio.Lock()  # one fate is decided at a time: calls wait for a version that loads
         self._removals: dict[ModelKey, asyncio.Task[None]] = {}
         self._watch: asyncio.Task[None] | None = None
 

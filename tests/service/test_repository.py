@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from service.engine import Engine, load_engine, load_engines
 from service.errors import (
@@ -26,14 +26,17 @@ from service.errors import (
     ModelInUse,
     ModelNotFound,
 )
+from service.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import ModelFiles, ModelKey, scan, stamps
 from service.repository import Repository
 from service.sessions import IdleLimits, Session, SessionManager
+from service.stores import SessionStore
 from service.stores.memory import MemoryStore
 from service.wire import StepRequest
 from tests.service import toys
 from tests.service.conftest import OPTIONS
+from tests.service.replicas import SharedStore
 
 pytestmark = pytest.mark.anyio
 
@@ -41,21 +44,23 @@ pytestmark = pytest.mark.anyio
 class Watched:
     """A repository of one model `toy`, version 1, that is looked at when the test says so."""
 
-    def __init__(self, root: Path, metrics: Metrics) -> None:
+    def __init__(self, root: Path, metrics: Metrics, store: SessionStore | None = None) -> None:
         self.root, self.metrics = root, metrics
+        self.ledger = None if store is None else Ledger(store, metrics)
         toys.save_leaky(root)
         seen, found = stamps(root), scan(root)
         self.options = replace(OPTIONS, max_sessions=100)
-        self.engines = load_engines(found.found, found.broken, self.options, metrics)
+        self.engines = load_engines(found.found, found.broken, self.options, metrics, ledger=self.ledger)
         self.made: list[weakref.ref[Any]] = []
         self.repository = Repository(root, self.engines, seen, self.make, metrics, interval=0)
         idle = IdleLimits(60.0, 10.0, 100.0)
-        self.manager = SessionManager(self.engines, MemoryStore(max_expired_ids=10), idle=idle, metrics=metrics)
+        store = store or MemoryStore(max_expired_ids=10)
+        self.manager = SessionManager(self.engines, store, ledger=self.ledger, idle=idle, metrics=metrics)
 
     def make(self, files: ModelFiles) -> Engine:
         """As the app makes them."""
         self.made.append(weakref.ref(files))
-        engine = load_engine(files, self.options, self.metrics)
+        engine = load_engine(files, self.options, self.metrics, ledger=self.ledger)
         self.made.append(weakref.ref(engine))
         return engine
 
@@ -439,7 +444,7 @@ async def test_a_broken_version_whose_folder_is_gone_is_forgotten(watched: Watch
 
 
 async def test_the_loop_serves_while_a_version_loads(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are answered between the beginning and the end of a load, and a removal waits for neither."""
+    """Steps are answered, and sessions made, between the beginning and the end of a load."""
     entered, go = threading.Event(), threading.Event()
     make = watched.repository._make
 
@@ -468,6 +473,46 @@ async def test_a_sweep_outlives_versions_that_come_and_go(watched: Watched) -> N
     await watched.repository.look()
     await watched.repository.unload("toy", "1", drain=False)
     assert [engine.key.name for engine in walk] == ["toy"]
+
+
+async def test_stored_sessions_wait_for_their_version(
+    tmp_path: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are in the store alone hold no version back; their steps are refused while it is away, and go on where
+    they stood when it is loaded again.
+    """
+    monkeypatch.setattr("service.repository._EMPTY_SECONDS", 0.01)
+    store = SharedStore()
+    watched = Watched(tmp_path, metrics, store)
+    assert watched.ledger is not None
+    watched.ledger.start()
+    watched.repository.start()
+    session, _ = await watched.manager.create("toy", session_id="mine")
+    assert (await watched.manager.step(session, ones())).step == 1
+    other = Watched(tmp_path / "other", Metrics(CollectorRegistry()), store)  # a replica that holds no copy of it
+    other.repository.start()
+    assert await other.repository.unload("toy", "1", drain=False) is None
+    with pytest.raises(ModelNotFound, match="toy/1"):
+        await other.manager.find("mine")
+    await other.repository.load("toy", "1")
+    assert (await other.manager.find("mine")).step == 1
+    assert await other.repository.unload("toy", "1", drain=True) is not None
+    assert (await watched.manager.step(session, ones())).step == 2
+    for each in (other, watched):
+        await each.repository.close()
+    await watched.ledger.close()
+
+
+async def test_a_draining_version_takes_its_stored_sessions_back(tmp_path: Path, metrics: Metrics) -> None:
+    """A session that had to make room is no new one: it is loaded again while its version is still there."""
+    watched = Watched(tmp_path, metrics, SharedStore())
+    watched.repository.start()
+    first, second = [(await watched.manager.create("toy", session_id=name))[0] for name in ("a", "b")]
+    watched.manager._forget(first)
+    assert await watched.repository.unload("toy", "1", drain=True) is second.engine
+    assert (await watched.manager.find("a")).engine is second.engine
+    assert second.engine.sessions == 2
+    await watched.repository.close()
 
 
 async def test_nothing_of_a_removed_version_stays(watched: Watched) -> None:
