@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from math import inf
 from typing import Any
 from uuid import uuid4
@@ -423,9 +424,10 @@ class SessionManager:
         except CapacityExceeded:
             if not self._store.is_durable:
                 raise
-            for other in engine.slab.oldest(len(engine.slab) // 16 + 1):
-                if isinstance(other, Session) and not engine.batcher.is_busy(other):
-                    self._forget(other)
+            slab, batcher = engine.slab, engine.batcher
+            idle = (slot for slot in slab.oldest() if isinstance(slot, Session) and not batcher.is_busy(slot))
+            for other in islice(idle, len(slab) // 16 + 1):
+                self._forget(other)
             engine.slab.acquire(slot, idle_ttl)
 
     async def _is_known(self, session_id: str) -> bool:

@@ -5,7 +5,7 @@ It knows neither sessions nor the runtime. What it keeps of a row beside the sta
 a million idle sessions cost little more than their states, and a run moves its rows with a few array operations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -148,11 +148,13 @@ class StateSlab:
         """Has the slot idle out after `seconds`, if nobody uses it before."""
         self._deadline[slot.row] = self._clock() + seconds
 
-    def oldest(self, count: int) -> list[Slot]:
-        """Up to `count` slots, those first that were not used for longest."""
-        used = np.where(np.isfinite(self._deadline), self._deadline - self._idle_ttl, np.inf)[: self._fresh]
-        rows = np.argsort(used, kind="stable")[:count]
-        return [slot for row in rows.tolist() if (slot := self._owners[row]) is not None]
+    def oldest(self) -> Iterator[Slot]:
+        """The slots, those first that were not used for longest."""
+        with np.errstate(invalid="ignore"):  # rows that may idle for ever, and those of nobody, come last
+            used = (self._deadline - self._idle_ttl)[: self._fresh]
+        for row in np.argsort(used, kind="stable").tolist():
+            if (slot := self._owners[row]) is not None:
+                yield slot
 
     def steps(self, slots: Sequence[Slot]) -> list[int]:
         """Steps committed so far, of live slots."""

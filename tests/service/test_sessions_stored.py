@@ -1,0 +1,212 @@
+"""Sessions that a store has: what a process lets go, loads again, and finds out from the others."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.errors import (
+    CapacityExceeded,
+    SessionCorrupt,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+    StepConflict,
+    StoreUnavailable,
+)
+from service.stores import Save, Saved
+from service.wire import StepRequest
+from tests.service import toys
+from tests.service.replicas import Replica, SharedStore
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def replicas(repository: Path) -> AsyncIterator[list[Replica]]:
+    """Two processes with room for four sessions each."""
+    store = SharedStore(keep_steps=2)
+    both = [Replica(repository, store, max_sessions=4) for _ in range(2)]
+    for replica in both:
+        await replica.start()
+    yield both
+    for replica in both:
+        await replica.close()
+
+
+def store(replicas: list[Replica]) -> SharedStore:
+    """What they share."""
+    found = replicas[0].ledger.store
+    assert isinstance(found, SharedStore)
+    return found
+
+
+def ones(steps: int = 1, first: int | None = None) -> StepRequest:
+    """Steps for `toy`."""
+    return StepRequest(np.ones((steps, toys.INPUTS), np.float32).tobytes(), steps, ("y",), first)
+
+
+async def test_a_run_is_one_save(replicas: list[Replica]) -> None:
+    """What runs together is written together."""
+    manager = replicas[0].manager
+    sessions = [(await manager.create("toy"))[0] for _ in range(4)]
+    await asyncio.gather(*(manager.step(session, ones()) for session in sessions))
+    assert store(replicas).saves == [4]
+    assert replicas[0].metrics.registry.get_sample_value("latch_store_rows_sum") == 4
+
+
+async def test_busy_sessions_and_sequences_do_not_make_room(replicas: list[Replica]) -> None:
+    """The one used least recently goes, if nobody needs it now; when all are needed, there is no room."""
+    manager = replicas[0].manager
+    engine = replicas[0].engines.get("toy")
+    sessions = [(await manager.create("toy", session_id=f"s{i}"))[0] for i in range(4)]
+    async with engine.batcher.hold(sessions[0]):
+        await manager.create("toy", session_id="s4")
+        assert [session.is_live for session in sessions] == [True, False, True, True]
+        [reply] = await manager.predict(engine, [ones(3)])
+        assert reply.step == 3
+        async with (
+            engine.batcher.hold(await manager.find("s1")),
+            engine.batcher.hold(await manager.find("s2")),
+            engine.batcher.hold(await manager.find("s3")),
+        ):
+            with pytest.raises(CapacityExceeded):
+                await manager.create("toy", session_id="s5")
+    assert (await manager.find("s4")).step == 0
+    assert len(engine.slab) == 4
+    labels = {"model": "toy", "version": "1"}
+    assert replicas[0].metrics.registry.get_sample_value("latch_sessions", labels) == 4
+
+
+async def test_another_replica_is_believed_about_the_end(replicas: list[Replica]) -> None:
+    """Deleted there, it is gone here: for a step, a look and a delete; and its id is free."""
+    here, there = (replica.manager for replica in replicas)
+    for call in (here.inspect, here.delete, here.turn, here.step):
+        session, _ = await here.create("toy", session_id="a")
+        await there.delete("a")
+        with pytest.raises(SessionNotFound):
+            await (call(session, ones()) if call == here.step else call(session if call == here.turn else "a"))
+    await here.create("toy", session_id="a")
+    await there.delete("a")
+    _, created = await here.create("counter", session_id="a")
+    assert created
+    assert (await there.find("a")).model == "counter"
+
+
+async def test_an_id_made_anew_is_another_session(replicas: list[Replica]) -> None:
+    """Who still has the old one does not step the new one."""
+    here, there = (replica.manager for replica in replicas)
+    old, _ = await here.create("toy", session_id="a")
+    await there.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.create("toy", session_id="a")
+    with pytest.raises(SessionNotFound, match="made anew"):
+        await here.step(old, ones())
+    assert (await here.find("a")).step == 0
+
+
+async def test_a_session_lives_where_it_was_used_last(replicas: list[Replica]) -> None:
+    """A copy that idled out ends nothing if another replica has used the session since."""
+    here, there = (replica.manager for replica in replicas)
+    session, _ = await here.create("toy", session_id="a", idle_ttl=0.05)
+    moved = await there.find("a")
+    await there.step(moved, ones())
+    session.engine.slab.expire_in(session, 0)
+    assert await here.sweep() == 0
+    assert not session.is_live
+    assert (await here.find("a")).step == 1
+    again = await here.find("a")
+    for each, manager in ((again, here), (moved, there)):
+        each.engine.slab.expire_in(each, 0)
+        await manager.sweep()
+    with pytest.raises(SessionExpired):
+        await here.find("a")
+
+
+async def test_a_replica_without_its_store_refuses(replicas: list[Replica]) -> None:
+    """Steps, looks and new sessions alike; what was acknowledged is there when the store is."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    await manager.step(session, ones(first=1))
+    store(replicas).faults.extend(["before"] * 4)
+    for call in (
+        lambda: manager.step(session, ones(first=2)),
+        lambda: manager.find("a"),
+        lambda: manager.create("toy"),
+        lambda: manager.inspect("a"),
+    ):
+        with pytest.raises(StoreUnavailable):
+            await call()
+    reply = await manager.step(await manager.find("a"), ones(first=2))
+    assert (reply.step, reply.replayed) == (2, False)
+
+
+async def test_everybody_behind_a_failed_save_is_told(replicas: list[Replica]) -> None:
+    """Pipelined steps fail together; sent again, they are applied once, in order."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    store(replicas).faults.append("after")
+    failed = await asyncio.gather(
+        *(manager.step(session, ones(first=number)) for number in (1, 2, 3)), return_exceptions=True
+    )
+    assert [type(error) for error in failed] == [StoreUnavailable] * 3
+    replies = [await manager.step(await manager.find("a"), ones(first=number)) for number in (1, 2, 3)]
+    assert [(reply.step, reply.replayed) for reply in replies] == [(1, True), (2, False), (3, False)]
+
+
+async def test_a_refusal_comes_from_what_the_store_says(replicas: list[Replica]) -> None:
+    """A copy that is behind refuses no step that is next in truth, and names the step that is expected in truth."""
+    here, there = (replica.manager for replica in replicas)
+    session, _ = await here.create("toy", session_id="a")
+    moved = await there.find("a")
+    for number in (1, 2, 3):
+        await there.step(moved, ones(first=number))
+    assert (await here.step(session, ones(first=4))).step == 4
+    with pytest.raises(StepConflict) as caught:
+        await there.step(moved, ones(first=9))
+    assert caught.value.extras["expected_step"] == 5
+
+
+async def test_a_stored_state_that_cannot_be_read_is_left_alone(replicas: list[Replica]) -> None:
+    """The session says so, and what is in the store stays for somebody to look at."""
+    here, there = (replica.manager for replica in replicas)
+    session, _ = await here.create("toy", session_id="a")
+    broken = Saved(7, b"not a snapshot")
+    assert await store(replicas).save([Save("a", session.token, b"t" * 16, broken)]) == [True]
+    for call in (lambda: here.step(session, ones()), lambda: there.find("a"), lambda: here.reset("a")):
+        with pytest.raises(SessionCorrupt, match="session 'a' cannot be read"):
+            await call()
+    assert (await store(replicas).load("a")).saved == broken
+    await here.delete("a")
+
+
+async def test_two_that_make_the_same_session_get_the_same(replicas: list[Replica]) -> None:
+    """At two replicas at once: it is made once; of another model, it is taken."""
+    here, there = (replica.manager for replica in replicas)
+    made = await asyncio.gather(*(manager.create("toy", session_id="a") for manager in (here, there, here)))
+    assert sorted(created for _, created in made) == [False, False, True]
+    assert len({session.created_at for session, _ in made}) == 1
+    with pytest.raises(SessionExists):
+        await there.create("counter", session_id="a")
+
+
+async def test_callers_who_leave_leave_nothing_behind(replicas: list[Replica]) -> None:
+    """Cancelled at any moment, a step is applied once or not at all, and the session goes on."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    for turns in range(12):
+        store(replicas).faults.append("slow")
+        before = (await store(replicas).load("a")).step
+        for call in (manager.step(session, ones()), manager.reset("a"), manager.turn(session)):
+            task = asyncio.create_task(call)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        session = await manager.find("a")
+        await manager.turn(session)
+        assert session.step == (await store(replicas).load("a")).step <= before + 1
+        await manager.step(session, ones())
+    assert not session.engine.batcher.is_busy(session)
