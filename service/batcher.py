@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from service.commits import Committer
+from service.commits import Arrival, Committer
 from service.errors import (
     Draining,
     InferenceFailed,
@@ -155,6 +155,7 @@ class Batcher:
         self._ledger = ledger
         self._committer = Committer(slab, self._queues, snapshots, ledger)
         self._is_shared = ledger is not None and ledger.store.is_shared
+        self._running: dict[Slot, None] = {}  # those that get back in line when their run has ended, oldest first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
         metrics.queue_depth.set_function(lambda: self._queues.depth)
 
@@ -231,7 +232,6 @@ class Batcher:
                     await self._serve_block(work)
                 elif work:
                     await self._serve_chunks(work)
-                queues.admit()
                 # Inline runs never wait for anything: let the doors write, and read what came, before the next.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
@@ -240,17 +240,20 @@ class Batcher:
             queues.close(Draining("the service is stopping"))
 
     async def _serve_chunks(self, batch: list[_Chunk]) -> None:
+        self._running = dict.fromkeys([chunk.slot for chunk in batch])
         try:
             await self._advance(batch)
         except Exception:
             log.exception("a batch of %d failed outside the runtime", len(batch))
             for chunk in batch:
-                chunk.settle(InferenceFailed("the batch failed; the state did not move"))
+                if chunk.slot in self._running:  # the others are being saved, or were
+                    chunk.settle(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            self._resume([chunk.slot for chunk in batch])
+            self._queues.resume(self._running)
 
     async def _serve_block(self, work: _Block) -> None:
         self._queues.began(work)
+        self._running = dict.fromkeys(work.slots)
         try:
             if not await self._advance_block(work):
                 for i, slot in enumerate(work.slots):
@@ -265,12 +268,7 @@ class Batcher:
             log.exception("a block of %d failed outside the runtime", len(work.slots))
             work.refuse(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            self._resume(work.slots)
-
-    def _resume(self, slots: list[Slot]) -> None:
-        if self._ledger is not None:
-            slots = [slot for slot in slots if slot not in self._committer]
-        self._queues.resume(slots)
+            self._queues.resume(self._running)
 
     def _collect(self) -> list[_Chunk] | _Block:
         """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
@@ -343,7 +341,8 @@ class Batcher:
                 batch[0].settle(error)
             else:  # one bad row fails the whole run: alone, each meets its own fate, with the same bits
                 for chunk in batch:
-                    await self._advance([chunk])
+                    if chunk.answer is not None:  # nobody left meanwhile, and no session was deleted
+                        await self._advance([chunk])
             return
         ended = time.perf_counter()
         sound = self._sound(batch, outputs, state)
@@ -379,7 +378,12 @@ class Batcher:
             if len(rows) < len(batch):
                 chunks = [batch[b] for b in rows]
             own = state if chunks is batch else [values[rows] for values in state]
-            self._committer.commit(_Chunks(chunks, own, ended, self._keep_reply_bytes, self._metrics))
+            self._pass_on(_Chunks(chunks, own, ended, self._keep_reply_bytes, self._metrics))
+
+    def _pass_on(self, arrival: Arrival) -> None:
+        if self._committer.commit(arrival):
+            for slot in arrival.commits.slots:
+                del self._running[slot]
 
     def _cap(self, steps: int, rows: int) -> int:
         """Of the steps that a run could take, those that keep it short: whoever comes meanwhile waits for its end.
@@ -404,7 +408,7 @@ class Batcher:
         slots, block = work.slots, work.block
         count, steps = block.inputs.shape[:2]
         start = time.perf_counter()
-        if not np.isfinite(block.inputs).all():
+        if not np.isfinite(block.inputs).all() or not all(slot.is_live for slot in slots):
             return False
         try:
             outputs, state = await self._run(block.inputs, self._slab.gather(slots), block.outputs)
@@ -419,7 +423,7 @@ class Batcher:
         data = self._rows.pack(outputs, block.outputs)
         size = len(data) // count
         replies = [data[b * size : (b + 1) * size] for b in range(count)]
-        self._committer.commit(
+        self._pass_on(
             _BlockRun(
                 work,
                 state,

@@ -61,17 +61,22 @@ class Committer:
         """Whether the slot is on its way through the store; it gets back in line from here."""
         return slot in self._writing
 
-    def commit(self, arrival: Arrival) -> None:
-        """Applies and answers, now or when it is saved. What is not stored must not come with what is."""
+    def commit(self, arrival: Arrival) -> bool:
+        """Applies and answers, now or when it is saved. What is not stored must not come with what is.
+
+        Returns:
+            Whether it is to be saved first: then the slots get back in line from here, maybe soon.
+        """
         commits, state = arrival.commits, arrival.state
         slots = commits.slots
         if self._ledger is None or not isinstance(slots[0], StoredSlot):
             arrival.settle(range(len(slots)), self._slab.commit(commits, state), 0.0)
-            return
-        self._writing.update(slots)
+            return False
         token = self._ledger.token()
         saved = [*map(Saved, commits.steps, self._snapshots.pack(commits, state))]
         self._ledger.write(_stored(slots), token, saved, partial(self._written, arrival, token))
+        self._writing.update(slots)
+        return True
 
     def _written(self, arrival: Arrival, token: bytes, written: Written) -> None:
         slots, outcome = _stored(arrival.commits.slots), written.outcome

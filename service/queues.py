@@ -199,6 +199,7 @@ class Queues(Generic[G]):
             else:
                 self._line.append(slot)
                 self.work.set()
+        self._admit()
 
     def waiting(self, slot: Slot) -> list[Ticket]:
         """Whoever waits for a slot."""
@@ -239,12 +240,6 @@ class Queues(Generic[G]):
             self._outside.append(future)
             await future
 
-    def admit(self) -> None:
-        """Tells those who wait outside that there is room, as many as there is room for."""
-        if self._outside and not self._is_full:
-            for _ in range(min(len(self._outside), self._max_queue - self._depth)):
-                _open(self._outside.popleft())
-
     def close(self, error: LatchError) -> None:
         """Takes nothing more, and tells whoever waits."""
         self._closed = True
@@ -256,6 +251,14 @@ class Queues(Generic[G]):
         for entry in self._line:
             if isinstance(entry, Group):
                 entry.refuse(error)
+
+    def _admit(self) -> None:
+        """Tells those who wait outside that there is room, as many as there is room for."""
+        room = 0 if self._is_full else self._max_queue - self._depth
+        while room and self._outside:
+            future = self._outside.popleft()
+            room -= not future.done()  # who has left needs none
+            _open(future)
 
     @property
     def _is_full(self) -> bool:

@@ -1,0 +1,103 @@
+"""The way of a run through the store: what comes up while others are still being saved."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.errors import InferenceFailed
+from service.ledger import Ledger, StoredSlot
+from service.metrics import Metrics
+from service.stores import Save, Saved
+from tests.service.bench import Bench, last, serving
+from tests.service.replicas import Record, SharedStore
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate(SharedStore):
+    """A store whose saves wait until they may go on."""
+
+    is_shared = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def save(self, saves: Sequence[Save]) -> Sequence[bool]:
+        """See `SharedStore`."""
+        await self.open.wait()
+        return await super().save(saves)
+
+
+class StoredBench(Bench):
+    """A bench whose slots are in a store."""
+
+    def __init__(self, metrics: Metrics, **limits: int) -> None:
+        self.store = Gate()
+        self.ledger = Ledger(self.store, metrics)
+        super().__init__(metrics, ledger=self.ledger, **limits)
+
+    async def create(self, name: str) -> StoredSlot:
+        """A new session's slot."""
+        slot = StoredSlot(id=name, created_at=0.0, token=self.ledger.token())
+        self.slab.acquire(slot)
+        await self.store.create(Record(name, "m", "1", 9.0, 0.0, {}), slot.token, Saved(0, b""))
+        return slot
+
+
+@asynccontextmanager
+async def stored(bench: StoredBench) -> AsyncIterator[None]:
+    """Runs the batcher's task and the ledger's."""
+    bench.ledger.start()
+    async with serving(bench):
+        yield
+    await bench.ledger.close()
+
+
+async def test_sessions_that_were_saved_before_their_batch_has_ended_go_on(metrics: Metrics) -> None:
+    """Where a batch meets its fate row by row, the first rows are saved, answered and asked for more meanwhile."""
+    bench = StoredBench(metrics)
+    slots = [await bench.create(name) for name in "abc"]
+    bench.runner.poison, bench.runner.short = 3, False
+    async with stored(bench):
+        replies = await asyncio.gather(
+            *[bench.step(slot, i + 1) for i, slot in enumerate(slots)], return_exceptions=True
+        )
+        assert isinstance(replies[2], InferenceFailed)
+        assert [last(reply) for reply in replies[:2]] == [1, 2]
+        more = [bench.step(slot, digit) for slot in slots[:2] for digit in (4, 5)]
+        assert [last(await reply) for reply in more] == [14, 145, 24, 245]
+
+
+async def test_room_is_told_when_what_was_saved_leaves_it(metrics: Metrics) -> None:
+    """Who waits for room of the model is let in after a save, although nobody stands in line."""
+    bench = StoredBench(metrics, max_queue=2)
+    slots = [await bench.create(name) for name in "abc"]
+    bench.store.open.clear()
+    async with stored(bench):
+        first = [bench.step(slot, 1) for slot in slots[:2]]
+        waiting = asyncio.create_task(bench.batcher.room(slots[2]))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        bench.store.open.set()
+        await asyncio.gather(*first)
+        await asyncio.wait_for(waiting, 5)
+
+
+async def test_who_left_takes_no_room_from_who_still_waits(metrics: Metrics) -> None:
+    """Two wait for the room of one; the first of them goes, and the second is let in."""
+    bench = StoredBench(metrics, max_queue=1)
+    slots = [await bench.create(name) for name in "abc"]
+    bench.store.open.clear()
+    async with stored(bench):
+        step = bench.step(slots[0], 1)
+        gone, waiting = [asyncio.create_task(bench.batcher.room(slot)) for slot in slots[1:]]
+        await asyncio.sleep(0)
+        gone.cancel()
+        bench.store.open.set()
+        await step
+        await asyncio.wait_for(waiting, 5)
