@@ -408,7 +408,7 @@ class Batcher:
         slots, block = work.slots, work.block
         count, steps = block.inputs.shape[:2]
         start = time.perf_counter()
-        if not np.isfinite(block.inputs).all() or not all(slot.is_live for slot in slots):
+        if not np.isfinite(block.inputs).all() or -1 in [slot.row for slot in slots]:
             return False
         try:
             outputs, state = await self._run(block.inputs, self._slab.gather(slots), block.outputs)
