@@ -59,7 +59,7 @@ def wrap(graph: bytes, manifest: Manifest, *, hoist: bool = True, operator: bool
         Exception: of `onnx`, where the step graph does not fit into a loop.
         ValueError: the recurrence is not one operator.
     """
-    model = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(graph))
+    model = onnx.shape_inference.infer_shapes(graph)  # of bytes: a model would be written out for it and read again
     step, x, states = model.graph, manifest.input.name, manifest.state
     values = {value.name: value for value in (*step.value_info, *step.output, *step.input)}
     wanted = list(dict.fromkeys([tensor.name for tensor in manifest.outputs] + [pair.output for pair in states]))
@@ -108,8 +108,8 @@ def wrap(graph: bytes, manifest: Manifest, *, hoist: bool = True, operator: bool
     )
     wrapped = helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version)
     wrapped.functions.extend(model.functions)
-    onnx.checker.check_model(wrapped)
     content: bytes = wrapped.SerializeToString()
+    onnx.checker.check_model(content)
     return content
 
 
