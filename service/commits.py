@@ -18,6 +18,12 @@ from service.snapshot import Snapshot, SnapshotCodec
 from service.stores import Saved
 
 
+class MadeAnew(SessionNotFound):
+    """There is a session of that id, but it is another one than the copy here was of."""
+
+    retryable = True
+
+
 class Arrival(Protocol):
     """Requests that were run and are not applied yet, one a slot."""
 
@@ -141,7 +147,7 @@ class Committer:
         try:
             stored = await self._ledger.load(slot)
             if stored.created_at != slot.created_at:
-                raise SessionNotFound("the session was deleted, and made anew: open it again")
+                raise MadeAnew("the session was deleted, and made anew: open it again")
             if stored.token != slot.token:
                 self._slab.commit(*self._snapshots.unpack(stored.saved.snapshot).commits(slot))
                 slot.token = stored.token

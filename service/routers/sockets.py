@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from service.errors import LatchError, Overloaded, SessionNotFound, SlowReader
+from service.commits import MadeAnew
+from service.errors import LatchError, Overloaded, SlowReader
 from service.metrics import Metrics
 from service.queues import Answer
 from service.sessions import Session, SessionManager
@@ -245,7 +246,7 @@ class Socket:
         """The session, loaded again where this process has let it go. Raises as `SessionManager.find`."""
         found = await self.manager.find(session.id)
         if found is not session and found.created_at != session.created_at:
-            raise SessionNotFound("the session was deleted, and made anew: open it again")
+            raise MadeAnew("the session was deleted, and made anew: open it again")
         return found
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
 
+from service.commits import MadeAnew
 from service.errors import Internal, InvalidInput, LatchError
 from service.metrics import Metrics
 from service.routers import JSON, PACKED, error_response, read_body
@@ -61,15 +62,15 @@ class StepDoor:
     async def answer(self, session_id: str, scope: Scope, receive: Receive) -> Answer:
         """Reads a request, has it applied, and says what came of it. Raises LatchError; then nothing has changed."""
         kind, body = await read_body(scope, receive, self._max_body_bytes, (JSON, PACKED))
-        session = self._manager.resident(session_id) or await self._manager.find(session_id)
-        packed = kind == PACKED
-        if packed:
-            request = self._packed_request(session, scope["query_string"], body)
-        else:
-            if scope["query_string"]:
-                raise InvalidInput("a JSON step has `step` and `outputs` in its body, not in the query", path="query")
-            request = session.engine.codec.decode_step(body)
-        reply = await self._manager.step(session, request)
+        query = scope["query_string"]
+        while True:
+            session = self._manager.resident(session_id) or await self._manager.find(session_id)
+            request = self._request(session, kind, query, body)
+            try:
+                reply = await self._manager.step(session, request)
+                break
+            except MadeAnew:  # the caller means whichever session has the id now
+                continue
         headers = [
             (
                 b"server-timing",
@@ -77,7 +78,7 @@ class StepDoor:
                 % (reply.queue_seconds * 1e3, reply.compute_seconds * 1e3, reply.store_seconds * 1e3),
             ),
         ]
-        if packed:
+        if kind == PACKED:
             content = reply.data or b""
             headers += [(b"content-type", PACKED.encode()), *_facts(reply)]
         else:
@@ -85,6 +86,13 @@ class StepDoor:
             headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", b"%d" % len(content)))
         return Answer(content, headers)
+
+    def _request(self, session: Session, kind: str, query: bytes, body: bytes) -> StepRequest:
+        if kind == PACKED:
+            return self._packed_request(session, query, body)
+        if query:
+            raise InvalidInput("a JSON step has `step` and `outputs` in its body, not in the query", path="query")
+        return session.engine.codec.decode_step(body)
 
     def _packed_request(self, session: Session, query: bytes, body: bytes) -> StepRequest:
         """T packed rows, and `?step=` and `&outputs=` beside them."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.types import Message
 
 from service.errors import (
     CapacityExceeded,
@@ -16,6 +17,7 @@ from service.errors import (
     StepConflict,
     StoreUnavailable,
 )
+from service.routers.steps import StepDoor
 from service.stores import Save, Saved
 from service.wire import StepRequest
 from tests.service import toys
@@ -105,6 +107,23 @@ async def test_an_id_made_anew_is_another_session(replicas: list[Replica]) -> No
     with pytest.raises(SessionNotFound, match="made anew"):
         await here.step(old, ones())
     assert (await here.find("a")).step == 0
+
+
+async def test_a_call_by_id_means_the_session_that_is_there(replicas: list[Replica]) -> None:
+    """Over HTTP nobody holds on to the old one: the step goes to the session that has the id now."""
+    here, there = replicas
+    door = StepDoor(here.manager, here.metrics, max_body_bytes=10**6, max_steps=100)
+    await here.manager.create("counter", session_id="a")
+    await there.manager.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.manager.create("counter", session_id="a")
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b'{"inputs": [2], "step": 1}', "more_body": False}
+
+    scope = {"headers": [(b"content-type", b"application/json")], "query_string": b""}
+    assert b'"step":1' in (await door.answer("a", scope, receive)).body
+    assert (await there.manager.inspect("a")).step == 1
 
 
 async def test_a_session_lives_where_it_was_used_last(replicas: list[Replica]) -> None:
