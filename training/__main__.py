@@ -44,6 +44,7 @@ def fit(
     csv: options.Csv = None,
     text: options.Text = None,
     npz: options.Npz = None,
+    wav: options.Wav = None,
     targets: options.Targets = None,
     inputs: options.Inputs = None,
     horizon: options.Horizon = None,
@@ -88,7 +89,7 @@ def fit(
 
     `latch-train fit --csv plant.csv --targets temperature,flow --horizon 6`
 
-    `latch-train fit --text novel.txt` · `latch-train fit --npz utterances.npz --cell mgu`
+    `latch-train fit --text novel.txt` · `latch-train fit --npz utterances.npz` · `latch-train fit --wav words/`
 
     `latch-train fit chorales --cell mgu2 --seed 2 --run runs/mine`
 
@@ -96,7 +97,7 @@ def fit(
     """
     asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
     asked |= {"time": time, "split": split, "window": window, "licence": licence}
-    data_set = options.data_set(name, {"csv": csv, "text": text, "npz": npz}, asked)
+    data_set = options.data_set(name, {"csv": csv, "text": text, "npz": npz, "wav": wav}, asked)
     for note in data_set.notes:
         console.print(f"{data_set.info.source}: {note}")
     settings: dict[str, Any] = {
@@ -162,6 +163,7 @@ def sweep_command(
     csv: options.Csv = None,
     text: options.Text = None,
     npz: options.Npz = None,
+    wav: options.Wav = None,
     targets: options.Targets = None,
     inputs: options.Inputs = None,
     horizon: options.Horizon = None,
@@ -195,7 +197,7 @@ def sweep_command(
     """
     asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
     asked |= {"time": time, "split": split, "window": window, "licence": licence}
-    files = {"csv": csv, "text": text, "npz": npz}
+    files = {"csv": csv, "text": text, "npz": npz, "wav": wav}
     data_set = options.data_set(name, files, asked)
     settings, config = options.settings_for(
         data_set.info, {"seed": seed, "max_epochs": epochs, "patience": patience, "hidden": None}

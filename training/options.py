@@ -37,6 +37,7 @@ Name = Annotated[str | None, typer.Argument(help=f"A data set: {one_of(data.LOAD
 Csv = Annotated[Path | None, option("A CSV with a header: forecast some of its columns.", panel=OWN)]
 Text = Annotated[Path | None, option("A text in UTF-8: the next character.", panel=OWN)]
 Npz = Annotated[Path | None, option("Arrays x and y: a class or values for each sequence or step.", panel=OWN)]
+Wav = Annotated[Path | None, option("A folder of folders of .wav files, named by their labels.", panel=OWN)]
 Targets = Annotated[str | None, option("Columns to forecast, separated by commas.", panel=OWN)]
 Inputs = Annotated[str | None, option("Columns that a client sends; all number columns when left out.", panel=OWN)]
 Horizon = Annotated[int | None, option("Rows ahead of the forecast; 1 when left out.", panel=OWN)]
@@ -49,7 +50,9 @@ MaxGap = Annotated[
 ]
 Time = Annotated[str | None, option("The column of times; the first of ISO dates when left out.", panel=OWN)]
 Split = Annotated[str | None, option("Percent of the data for train/valid/test; 70/15/15 when left out.", panel=OWN)]
-Window = Annotated[int | None, option("Steps of a training sequence; 192 of a CSV, 128 of a text.", panel=OWN)]
+Window = Annotated[
+    int | None, option("Steps of a training sequence; 192 of a CSV, 128 of a text, 200 of sound.", panel=OWN)
+]
 Licence = Annotated[str | None, option("What the manifest says of the data's licence.", panel=OWN)]
 
 CellName = Annotated[str, option(f"The unit: {one_of(UNITS)}.", "--cell", panel=MODEL)]
@@ -70,10 +73,11 @@ Rate = Annotated[float, option("Learning rate.", panel=TRAINING)]
 WeightDecay = Annotated[
     float | None, option("L2 penalty in the gradient; 0.0003, for a CSV 0.003, for a text 0.", panel=TRAINING)
 ]
-BatchSize = Annotated[int | None, option("Sequences in a batch; 8, for a text 32.", panel=TRAINING)]
+BatchSize = Annotated[int | None, option("Sequences in a batch; 8, for text and sound 32.", panel=TRAINING)]
 Epochs = Annotated[int, option("At most this many epochs in all.", panel=TRAINING)]
 Patience = Annotated[
-    int | None, option("Epochs without a better valid loss before stopping; 15, for a text 3.", panel=TRAINING)
+    int | None,
+    option("Epochs without a better valid loss before stopping; 15, for a text 3, for sound 8.", panel=TRAINING),
 ]
 Clip = Annotated[float, option("Largest gradient norm.", panel=TRAINING)]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from scipy.io import wavfile
 from typer.testing import CliRunner
 
 from tests.training import strangers
@@ -122,6 +123,21 @@ def test_text_and_arrays_become_models(tmp_path: Path) -> None:
         replay(tmp_path / "models" / name / "1")
         manifest = json.loads((tmp_path / "models" / name / "1" / "manifest.json").read_text())
         assert [feature["name"] for feature in manifest["outputs"][0]["features"]] == features
+
+
+def test_recordings_become_a_model(tmp_path: Path) -> None:
+    """The input's features are the bands, the output's the folders."""
+    for label, hertz in (("high", 2000), ("low", 300)):
+        (tmp_path / "sounds" / label).mkdir(parents=True)
+        for take in range(7):
+            wave = 9000 * np.sin(2 * np.pi * hertz * np.arange(800 + 80 * take) / 8000)
+            wavfile.write(tmp_path / "sounds" / label / f"{take}.wav", 8000, wave.astype(np.int16))
+    small = ("--hidden", "4", "--epochs", "1", "--models", str(tmp_path / "models"), "--run", str(tmp_path / "run"))
+    assert "14 recordings at 8000 Hz" in call("fit", "--wav", str(tmp_path / "sounds"), *small)
+    replay(tmp_path / "models" / "sounds" / "1")
+    manifest = json.loads((tmp_path / "models" / "sounds" / "1" / "manifest.json").read_text())
+    assert len(manifest["input"]["features"]) == 40
+    assert [feature["name"] for feature in manifest["outputs"][0]["features"]] == ["high", "low"]
 
 
 def test_a_sweeps_best_is_trained_by_its_file(tmp_path: Path, waves: Path) -> None:

@@ -1,6 +1,7 @@
 """Fitting: it learns, resumes exactly, survives interruption and kill, and refuses what it cannot do."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from training.checkpoint import Run, load_tensors
 from training.config import ModelConfig, TrainConfig
 from training.data.sequences import DataSet, Split
 from training.errors import CheckpointError, ConfigError, DivergedError
+from training.progress import short
 from training.trainer import configure, fit
 
 CONFIG = TrainConfig(seed=5, rate=0.02, batch_size=4, max_epochs=6, patience=3)
@@ -271,6 +273,25 @@ def test_progress_is_one_line_of_80_columns(
     logged = np.genfromtxt(tmp_path / "logs" / "version_0" / "metrics.csv", delimiter=",", names=True)
     train, valid = (logged[name][~np.isnan(logged[name])] for name in ("train_loss", "valid_loss"))
     assert lines[-1].endswith(f"3/3, train={train[-1]:.4g}, valid={valid[-1]:.4g}, best={valid.min():.4g}")
+
+
+def test_progress_tells_how_long_it_may_take(
+    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the second epoch on, between patience's first chance to stop and the last epoch; not at the end."""
+    monkeypatch.setenv("COLUMNS", "80")
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=3), tmp_path, progress=True)
+    lines = [line for line in capsys.readouterr().out.split("\r") if "train=" in line]
+    told = {line.split(":")[0] for line in lines if re.search(r", left=\d+s-\d+s, train=", line)}
+    assert "Epoch 2/3" in told
+    assert "Epoch 1/3" not in told
+    assert "left=" not in lines[-1]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(44.6, "45s"), (119, "2m"), (5900, "98m"), (7200 * 2, "4h")])
+def test_durations_are_short(seconds: float, words: str) -> None:
+    """Two digits are enough for an estimate."""
+    assert short(seconds) == words
 
 
 @pytest.mark.parametrize("threads", [0, -2])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import DataInfo
-from training.data import arrays, forecast, text
+from training.data import arrays, forecast, text, wav
 from training.data.sequences import DataSet
 from training.errors import DataError
 
@@ -30,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "csv": Kind(forecast.Options, forecast.load, {"weight_decay": 3e-3}),
     "text": Kind(text.Options, text.load, {"weight_decay": 0.0, "batch_size": 32, "hidden": 128, "patience": 3}),
     "npz": Kind(arrays.Options, arrays.load, {}),
+    "wav": Kind(wav.Options, wav.load, {"batch_size": 32, "patience": 8}),
 }
 
 
