@@ -85,6 +85,7 @@ def main(name: str) -> None:
     limit = load_settings().max_body_bytes
     config = configure(ECHOES[name], host="127.0.0.1", port=0, max_message_bytes=limit)
     config.lifespan = "off"
+    config.timeout_graceful_shutdown = 5
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)  # noqa: T201 - the address is its output
     gc.collect()
     gc.freeze()  # what was imported and is not served must not cost it anything

@@ -62,7 +62,13 @@ def build(settings: Settings) -> uvicorn.Server:
     """The server around the app, as `latch serve` runs it."""
     app = create_app(settings)
     return make_server(
-        app, app.app.state.stop, host=settings.host, port=settings.port, max_message_bytes=settings.max_body_bytes
+        app,
+        app.app.state.drain,
+        patience=settings.drain_ms / 1000,
+        delay=settings.drain_delay_ms / 1000,
+        host=settings.host,
+        port=settings.port,
+        max_message_bytes=settings.max_body_bytes,
     )
 
 

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from starlette.exceptions import HTTPException
 
+from service.drain import Drain
 from service.engine import EngineOptions, load_engine, load_engines
 from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound
 from service.ledger import Ledger
@@ -79,10 +80,6 @@ def create_app(settings: Settings) -> FrontDoor:
         sweep_interval=settings.sweep_interval_ms / 1000,
     )
 
-    def stop() -> None:
-        for engine in engines:
-            engine.stop()
-
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -109,7 +106,6 @@ def create_app(settings: Settings) -> FrontDoor:
     app.state.repository = repository
     app.state.metrics = metrics
     app.state.max_body_bytes = settings.max_body_bytes
-    app.state.stop = stop
     app.state.steps = StepDoor(manager, metrics, max_body_bytes=settings.max_body_bytes, max_steps=settings.max_steps)
     for router in (models.router, sessions.router, sessions.steps, states.router, states.snapshots, ops.router):
         app.include_router(router)
@@ -124,7 +120,9 @@ def create_app(settings: Settings) -> FrontDoor:
         max_steps=settings.max_steps,
         slow_reader=settings.slow_reader_ms / 1000,
     )
-    return FrontDoor(app, app.state.steps, StreamDoor(sockets))
+    front = FrontDoor(app, app.state.steps, StreamDoor(sockets))
+    app.state.drain = Drain(manager, sockets, front)
+    return front
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

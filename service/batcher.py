@@ -217,6 +217,11 @@ class Batcher:
         """Whether requests of this slot wait, run, or are being saved."""
         return slot in self._queues
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits, runs, or is being saved."""
+        return not self._queues
+
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
         self._committer.release(slot, SessionNotFound("the session was deleted while this request was waiting"))

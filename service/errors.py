@@ -228,6 +228,9 @@ class Draining(LatchError):
     ws_close = 1012
     retryable = True
 
+    def __init__(self, message: str = "the service is stopping", **extras: Any) -> None:
+        super().__init__(message, **({"retry_after_ms": 100} | extras))
+
 
 class SettingsInvalid(LatchError):
     """A setting has a value, or a name, that the service does not know. Raised at start only."""

@@ -106,6 +106,10 @@ class Queues(Generic[G]):
         """Whether the slot is busy."""
         return slot in self._queues
 
+    def __len__(self) -> int:
+        """How many slots are busy."""
+        return len(self._queues)
+
     def check(self, slot: Slot) -> None:
         """Raises what keeps one more request of a session from being taken: Draining, Overloaded."""
         if self._closed:

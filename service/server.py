@@ -5,7 +5,9 @@ Rule: how uvicorn is set up, and what it lacks, is here and nowhere else.
 
 import asyncio
 import gc
+import logging
 import socket
+import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
@@ -16,11 +18,16 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState
 from websockets.frames import Frame
 
+from service.drain import Drain
 from service.errors import SettingsInvalid
 from service.routers.sockets import ABORT_SECONDS
 
-# Open requests get this long when the service stops: less than most orchestrators wait before they kill.
-STOP_SECONDS = 10
+log = logging.getLogger(__name__)
+
+# A request that is on its way when its idle connection is about to be closed has this long to come in.
+SETTLE_SECONDS = 0.1
+# Whoever is told at the deadline that the service stops has this long to take it.
+GOODBYE_SECONDS = 1.0
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
@@ -72,12 +79,6 @@ class _WebSocket(WebSocketsSansIOProtocol):
         # A peer that says goodbye and does not read what is on its way must not keep the connection.
         self.loop.call_later(ABORT_SECONDS, self.transport.abort)
 
-    def shutdown(self) -> None:
-        try:
-            super().shutdown()
-        except InvalidState:  # the peer was about to close
-            self.transport.abort()
-
     def write(self, message: bytes, *, text: bool) -> None:
         """Sends a message, whether the peer reads or not; to one that has left, nothing."""
         if self.close_sent or self.disconnected or self.transport.is_closing():
@@ -87,7 +88,8 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
     def pause(self) -> None:
         """Reads no more."""
-        self.transport.pause_reading()
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
 
     def resume(self) -> None:
         """Reads again."""
@@ -105,16 +107,57 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Says where to look once it listens, and answers who still waits over HTTP when it stops; sockets get a 1012."""
+    """Says where to look once it listens; when it is to stop, finishes what it has before it goes.
 
-    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]) -> None:
+    A second SIGINT (Ctrl-C) makes the deadline now; a second SIGTERM, which some supervisors send, changes nothing.
+
+    Args:
+        config: how the app is served.
+        drain: tells the app, stage by stage.
+        patience: seconds that what is in flight may take.
+        delay: seconds before that, in which everything is served as before, but the service is not ready.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, *, patience: float, delay: float) -> None:
         super().__init__(config)
-        self._stop = stop
+        self._drain = drain
+        self._patience = patience
+        self._delay = delay
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # uvicorn cancels what is left after STOP_SECONDS, without an answer: answer before that.
-        asyncio.get_running_loop().call_later(0.8 * STOP_SECONDS, self._stop)
-        await super().shutdown(sockets)
+        """Instead of uvicorn's, which closes sockets unanswered and cancels what takes long."""
+        start, before = time.perf_counter(), self.server_state.total_requests
+        self._drain.begin()
+        await self._until(lambda: self.force_exit, self._delay)
+        for listener in (*self.servers, *(sockets or ())):
+            listener.close()
+        told = self._drain.go_away()
+        await asyncio.sleep(SETTLE_SECONDS)
+        for connection in list(self.server_state.connections):
+            if not isinstance(connection, _WebSocket):
+                connection.shutdown()
+        await self._until(lambda: self.force_exit or self._is_quiet, self._patience)
+        cut = len(self.server_state.connections)
+        if not self._is_quiet:
+            await self._drain.cut()
+            await self._until(lambda: self._is_quiet, GOODBYE_SECONDS)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        answered = self.server_state.total_requests - before
+        await self.lifespan.shutdown()
+        seconds = time.perf_counter() - start
+        what = "stopped in %.1f s: %d sockets told, %d requests answered, %d connections cut at the deadline"
+        log.info(what, seconds, told, answered, cut)
+
+    @property
+    def _is_quiet(self) -> bool:
+        return not self.server_state.connections and not self.server_state.tasks and self._drain.is_done
+
+    @staticmethod
+    async def _until(condition: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:  # noqa: ASYNC110 - uvicorn sets no event for any of them
+            await asyncio.sleep(0.01)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -172,10 +215,12 @@ def configure(app: Any, *, host: str, port: int, max_message_bytes: int) -> uvic
         proxy_headers=False,
         access_log=False,
         log_config=None,
-        timeout_graceful_shutdown=STOP_SECONDS,
     )
 
 
-def make_server(app: Any, stop: Callable[[], None], *, host: str, port: int, max_message_bytes: int) -> uvicorn.Server:
-    """The server of `app`; `stop` answers whoever still waits when it ends."""
-    return _Server(configure(app, host=host, port=port, max_message_bytes=max_message_bytes), stop)
+def make_server(
+    app: Any, drain: Drain, *, patience: float, delay: float, host: str, port: int, max_message_bytes: int
+) -> uvicorn.Server:
+    """The server of `app`; see `_Server`."""
+    config = configure(app, host=host, port=port, max_message_bytes=max_message_bytes)
+    return _Server(config, drain, patience=patience, delay=delay)

@@ -20,6 +20,7 @@ from uuid import uuid4
 from service.engine import Engine, Engines
 from service.errors import (
     CapacityExceeded,
+    Draining,
     InvalidInput,
     LatchError,
     ModelBroken,
@@ -108,6 +109,9 @@ class SessionManager:
         metrics: where to count.
         sweep_interval: seconds between two sweeps.
         wall: the clock, in seconds since the epoch. Idle time is measured by the slabs, on a clock that no one sets.
+
+    Attributes:
+        is_draining: the service is about to end, and makes no more sessions.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class SessionManager:
         self._metrics = metrics
         self._sweep_interval = sweep_interval
         self._wall = wall
+        self.is_draining = False
         self._live: dict[str, Session] = {}
         self._restoring: dict[str, asyncio.Task[Session]] = {}
         if ledger is not None:
@@ -155,6 +160,7 @@ class SessionManager:
             InvalidInput: an id, a state or `idle_ttl` (seconds) out of bounds.
             SessionExists: the id belongs to a session of another model or version.
             CapacityExceeded: the model has all the sessions it may have.
+            Draining: the service is stopping.
             StoreUnavailable: the store cannot be asked.
         """
         try:
@@ -377,6 +383,8 @@ class SessionManager:
         metadata: Mapping[str, Any],
     ) -> Session:
         """Makes a session that stands at `start`. Raises SessionExists where one of that id lives."""
+        if self.is_draining and not (session_id and await self._is_known(session_id)):
+            raise Draining
         ttl = self._idle.default if idle_ttl is None else idle_ttl
         if not self._idle.shortest <= ttl <= self._idle.longest:
             raise InvalidInput(

@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     keep_reply_bytes: int = Field(
         65_536, ge=0, description="Largest reply kept for a duplicate; beyond it, a duplicate gets already_applied"
     )
+    drain_ms: int = Field(
+        8_000, ge=0, le=3_600_000, description="What is in flight has this long to finish when the service stops"
+    )
+    drain_delay_ms: int = Field(
+        0, ge=0, le=3_600_000, description="Before that, a stopping service serves on for this long, but is not ready"
+    )
     intra_op_threads: int = Field(1, ge=1, le=256, description="Threads that one run of a model may use")
 
     def model_post_init(self, _context: Any) -> None:

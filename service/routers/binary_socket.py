@@ -152,3 +152,7 @@ class BinarySocket(Socket):
     def error(self, error: LatchError) -> bytes:
         """See `Socket`."""
         return frames.notice(Kind.ERROR, 0, error.to_dict())
+
+    def going_away(self, facts: dict[str, Any]) -> bytes:
+        """See `Socket`."""
+        return frames.notice(Kind.GOING_AWAY, 0, facts)

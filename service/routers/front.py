@@ -6,7 +6,7 @@ Rule: a shortcut, never another behaviour. A step costs microseconds; FastAPI's 
 from collections.abc import Awaitable
 
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.routers.steps import StepDoor
 from service.routers.stream import StreamDoor
@@ -21,9 +21,13 @@ class FrontDoor:
         app: everything but steps and sockets.
         steps: `POST /v1/sessions/{id}/steps`.
         streams: every WebSocket.
+
+    Attributes:
+        is_leaving: every answer over HTTP is the last one on its connection.
     """
 
     def __init__(self, app: FastAPI, steps: StepDoor, streams: StreamDoor) -> None:
+        self.is_leaving = False
         self.app = app
         self._steps = steps
         self._streams = streams
@@ -32,6 +36,8 @@ class FrontDoor:
         """One call, socket or lifespan."""
         kind = scope["type"]
         if kind == "http":
+            if self.is_leaving:
+                send = _last(send)
             path: str = scope["path"]
             if scope["method"] == "POST" and path.startswith(_BEFORE) and path.endswith(_AFTER):
                 session_id = path[len(_BEFORE) : -len(_AFTER)]
@@ -40,3 +46,14 @@ class FrontDoor:
         elif kind == "websocket":
             return self._streams.serve(scope, receive, send)
         return self.app(scope, receive, send)
+
+
+def _last(send: Send) -> Send:
+    """The same `send`; the client, or a proxy of its, is told to come again on another connection."""
+
+    async def send_last(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return send_last

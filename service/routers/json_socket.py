@@ -64,6 +64,10 @@ class JsonSocket(Socket):
         """See `Socket`."""
         return native.encode({"type": "error"} | error.to_dict())
 
+    def going_away(self, facts: dict[str, Any]) -> bytes:
+        """See `Socket`."""
+        return native.encode({"type": "going_away"} | facts)
+
 
 _NO_NAME: dict[str, str] = {}
 

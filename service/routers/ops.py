@@ -12,8 +12,8 @@ router = APIRouter(tags=["operations"])
 
 
 class Readiness(BaseModel):
-    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did. `broken` says why; what is
-    `draining` takes no new sessions and goes when its last one ends.
+    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did; `draining` (503): the service
+    stops. `broken` says why; what is in `draining` takes no new sessions and goes when its last one ends.
     """
 
     status: str
@@ -38,7 +38,9 @@ async def ready(response: Response, manager: Manager) -> Readiness:
     draining = ["/".join(engine.key) for engine in engines.draining()]
     broken = {"/".join(key): error.to_dict() for key, error in engines.broken.items()}
     status = "degraded" if broken else "ready"
-    if not models and not draining:  # sessions that stay on a draining version need their service
+    if manager.is_draining:
+        response.status_code, status = 503, "draining"
+    elif not models and not draining:  # sessions that stay on a draining version need their service
         response.status_code, status = 503, "unavailable"
     return Readiness(status=status, models=models, draining=draining, broken=broken)
 

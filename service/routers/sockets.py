@@ -3,7 +3,8 @@
 Rule: reading stops while too many replies are owed or a session's queue is full, and a client that does not read for
 `slow_reader` seconds is closed with 4408, so neither a flood nor a slow reader costs memory. No task and no future a
 message: it is handled where it arrives (`take_now`) unless something must be waited for (`take`), and an answer is
-written where it comes up, those of one run of the model in one write.
+written where it comes up, those of one run of the model in one write. When the service ends, nothing more is read,
+what was read is answered, and `going_away` is the last message.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 from starlette.types import Receive, Scope, Send
 
 from service.commits import MadeAnew
-from service.errors import LatchError, Overloaded, SlowReader
+from service.errors import Draining, LatchError, Overloaded, SlowReader
 from service.metrics import Metrics
 from service.queues import Answer
 from service.sessions import Session, SessionManager
@@ -50,6 +51,34 @@ class Shared:
     max_steps: int
     slow_reader: float
     _unsent: list["Socket"] = field(default_factory=list)
+    _open: set["Socket"] = field(default_factory=set)
+    _is_leaving: bool = False
+
+    def came(self, socket: "Socket") -> None:
+        """A socket begins to read."""
+        self._open.add(socket)
+        if self._is_leaving:
+            socket.go_away()
+
+    def left(self, socket: "Socket") -> None:
+        """A socket has ended."""
+        self._open.discard(socket)
+
+    def go_away(self) -> int:
+        """Tells every socket to go, each when what was read from it is answered, and whoever comes from now on.
+
+        Returns:
+            How many there are now.
+        """
+        self._is_leaving = True
+        for socket in self._open:
+            socket.go_away()
+        return len(self._open)
+
+    def cut(self) -> None:
+        """Tells those that are left to go, whatever they wait for."""
+        for socket in self._open:
+            socket.end(Draining())
 
     def flush_later(self, socket: "Socket") -> None:
         """Writes what the socket has to say once all answers of a run are there."""
@@ -125,10 +154,13 @@ class Socket:
         self._backlog: deque[bytes | str] = deque()
         self._behind: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._going: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     async def run(self, session_id: str | None = None) -> None:
-        """Until the client leaves; or the one session of the socket is gone, or the client does not read (raised)."""
+        """Until the client leaves; or, raised: the one session of the socket is gone, the client does not read, or the
+        service ends.
+        """
         if session_id is not None:
             self.single = await self.manager.find(session_id)
             self._max_owed = self.shared.max_waiting
@@ -136,6 +168,7 @@ class Socket:
         self._behind = asyncio.create_task(self._start())
         self._wire.on_message, self._wire.on_full = self._on_message, self._watch
         left = asyncio.create_task(self._left())
+        self.shared.came(self)
         try:
             await asyncio.wait((left, self._ended), return_when=asyncio.FIRST_COMPLETED)
             if left.done() and self._behind is not None:
@@ -145,15 +178,20 @@ class Socket:
                 raise self._ended.result()
         finally:
             self._wire.on_message, self._wire.on_full = _ignore, None
-            for task in (left, self._behind, self._draining):
+            self.shared.left(self)
+            for task in (left, self._behind, self._draining, self._going):
                 if task is not None:
                     task.cancel()
 
     async def fail(self, error: LatchError) -> None:
         """Tells why, and closes with the error's code, even if the client does not read: then it is dropped."""
-        self.shared.metrics.errors.labels(error.code).inc()
+        if isinstance(error, Draining):
+            last = self.going_away({"reason": error.code} | error.extras)
+        else:
+            self.shared.metrics.errors.labels(error.code).inc()
+            last = self.error(error)
         with suppress(OSError, RuntimeError):  # how uvicorn says that the client has left
-            for message in (*self._said, self.error(error)):
+            for message in (*self._said, last):
                 self._wire.write(message, text=self.text)
             self._said = []
             self._wire.resume()
@@ -196,7 +234,22 @@ class Socket:
         except Exception as error:  # noqa: BLE001 - as above
             self.end(error)
         self._behind = None
-        self._wire.resume()
+        if self._going is None:
+            self._wire.resume()
+
+    def go_away(self) -> None:
+        """Reads no more, and ends the socket when what was read is answered."""
+        if self._going is None:
+            self._wire.pause()
+            self._going = asyncio.create_task(self._go())
+
+    async def _go(self) -> None:
+        while self._behind is not None:
+            await asyncio.wait((self._behind,))
+        while self._owed:
+            self._room.clear()
+            await self._room.wait()
+        self.end(Draining())
 
     async def room(self) -> None:
         """Waits while too many replies are owed."""
@@ -322,4 +375,8 @@ class Socket:
 
     def error(self, error: LatchError) -> bytes:
         """The message that says an error of the socket itself."""
+        raise NotImplementedError
+
+    def going_away(self, facts: dict[str, Any]) -> bytes:
+        """The last message before the service closes the socket because it stops."""
         raise NotImplementedError

@@ -12,10 +12,14 @@ described in `service/wire/frames.py`. In `latch.json` a message is one JSON obj
     client             {"type": "open", "session"}: answered with that session's hello; it need not come first
                        {"session", "inputs", "step"?, "outputs"?}
     server             the same messages, each with its "session"; in order for each session
+    either, when the service stops
+    server, at last    {"type": "going_away", "reason", "retry_after_ms"}, and then it closes with 1012
 
 Messages may be sent without waiting for replies. A refused message changes nothing and the socket stays open, unless
 it is a socket of one session and that is gone. After a broken connection, connect again and go on from the hello's
-`step`. A message over the size limit closes the socket with 1009, before it is read.
+`step`. A service that stops answers what it has read before it says `going_away`: what has no answer by then was not
+read, unless the service ran out of time; send it again on another connection, with its number. A message over the size
+limit closes the socket with 1009, before it is read.
 
 Rule: the addresses and the agreement on a subprotocol; how a socket is read and written is in `sockets.py`.
 """

@@ -10,19 +10,21 @@ A message holds one or more frames, one after another. All numbers are little-en
          8     8  first step   number of the first step, counted from 1; 0 where there is none
         16        payload
 
-    type           from    payload
-      1  STEP      client  T packed input rows; first step 0 runs next in order
-      2  OPEN      client  JSON {"session": id, "outputs"?: [names]}: binds the channel, or binds it anew
-      3  CLOSE     client  none: unbinds the channel; the session lives on
-    129  STEPPED   server  T packed output rows, of the outputs that the channel was opened with
-                           flags 1: replayed, a duplicate, nothing ran
-                           flags 2: already applied, a duplicate whose reply was too large to keep: no rows follow
-    130  HELLO     server  JSON {"session", "model", "version", "step", "expires_at", ...}: the channel is bound
-    131  ERROR     server  JSON {"error", "code", "retryable", ...}; first step: that of the refused STEP
+    type             from    payload
+      1  STEP        client  T packed input rows; first step 0 runs next in order
+      2  OPEN        client  JSON {"session": id, "outputs"?: [names]}: binds the channel, or binds it anew
+      3  CLOSE       client  none: unbinds the channel; the session lives on
+    129  STEPPED     server  T packed output rows, of the outputs that the channel was opened with
+                             flags 1: replayed, a duplicate, nothing ran
+                             flags 2: already applied, a duplicate whose reply was too large to keep: no rows follow
+    130  HELLO       server  JSON {"session", "model", "version", "step", "expires_at", ...}: the channel is bound
+    131  ERROR       server  JSON {"error", "code", "retryable", ...}; first step: that of the refused STEP
+    132  GOING_AWAY  server  JSON {"reason", "retry_after_ms"}, on channel 0: the last frame, the service stops
 
 A packed row is one step's values of the model's page in C order, float32 or int64, without padding; of several outputs
 one after another. A client's flags are 0. Frames of one session run in order and are answered in order; OPEN and CLOSE
-wait until what was sent on their channel is answered.
+wait until what was sent on their channel is answered. A frame that is not answered before GOING_AWAY was not read,
+unless the service ran out of time: send it again on another connection, with its step's number.
 
 Rule: a message is read frame by frame. One that cannot be told apart from the next (unknown type or channel, cut
 short) ends the message: the frames before it count, it and the rest are refused in one ERROR.
@@ -56,6 +58,7 @@ class Kind(IntEnum):
     STEPPED = 129
     HELLO = 130
     ERROR = 131
+    GOING_AWAY = 132
 
 
 _STEP, _STEPPED = int(Kind.STEP), int(Kind.STEPPED)  # an enum's member compares several times slower
@@ -229,7 +232,7 @@ def stepped_block(channels: list[int], steps: int, first_steps: list[int], repli
 
 
 def notice(kind: Kind, channel: int, document: dict[str, Any], first_step: int = 0) -> bytes:
-    """A HELLO or an ERROR."""
+    """A HELLO, an ERROR or a GOING_AWAY."""
     payload = encode(document)
     return HEADER.pack(kind, 0, channel, len(payload), first_step) + payload
 

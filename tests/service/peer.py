@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-STEP, OPEN, CLOSE, STEPPED, HELLO, ERROR = 1, 2, 3, 129, 130, 131
+STEP, OPEN, CLOSE, STEPPED, HELLO, ERROR, GOING_AWAY = 1, 2, 3, 129, 130, 131, 132
 REPLAYED, ALREADY_APPLIED = 1, 2
 
 

@@ -38,8 +38,7 @@ def test_stopping_answers_who_still_waits(
     start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A step that outlasts the patience of a stopping service is told 503 draining, in JSON, without a traceback."""
-    monkeypatch.setattr("service.server.STOP_SECONDS", 1)
-    server = start()
+    server = start(drain_ms=100)
     session = server.create()
     entered, go = threading.Event(), threading.Event()
     runner = server.app.state.manager.engines.get("toy")._runner

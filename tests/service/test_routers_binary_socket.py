@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 from tests.service import peer
 from tests.service.conftest import Server
-from tests.service.peer import ALREADY_APPLIED, ERROR, HELLO, REPLAYED, STEPPED, Peer
+from tests.service.peer import ALREADY_APPLIED, ERROR, GOING_AWAY, HELLO, REPLAYED, STEPPED, Peer
 
 ROW = np.array([[1, 2, 3]], np.float32)
 
@@ -464,13 +464,17 @@ def test_replies_written_together_are_no_large_message(server: Server, together:
 
 
 def test_a_stopping_service_closes_with_1012(start: Callable[..., Server]) -> None:
-    """Sockets of both kinds and both subprotocols are told to come again elsewhere."""
+    """Sockets of both subprotocols that wait for nothing are told to go, and to come again elsewhere."""
     server = start()
     with many(server) as binary, many(server, subprotocols=["latch.json"]) as plain:
         binary.open(1, server.create())
         plain.socket.send(json.dumps({"type": "open", "session": server.create()}))
         assert json.loads(plain.socket.recv())["type"] == "hello"
         server.uvicorn.should_exit = True
+        farewell = {"reason": "draining", "retry_after_ms": 100}
+        last = binary.next()
+        assert (last.kind, last.channel, last.document) == (GOING_AWAY, 0, farewell)
+        assert json.loads(plain.socket.recv(timeout=30)) == {"type": "going_away"} | farewell
         for client in (binary, plain):
             with pytest.raises(ConnectionClosed):
                 client.socket.recv(timeout=30)

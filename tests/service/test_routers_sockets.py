@@ -25,7 +25,7 @@ from service.sessions import IdleLimits, SessionManager
 from service.stores.memory import MemoryStore
 from tests.service import peer
 from tests.service.conftest import OPTIONS
-from tests.service.peer import ERROR, HELLO, STEPPED
+from tests.service.peer import ERROR, GOING_AWAY, HELLO, STEPPED
 from tests.service.wires import Client
 
 pytestmark = pytest.mark.anyio
@@ -393,16 +393,70 @@ async def test_a_fault_while_writing_ends_that_socket_alone(house: House, caplog
 
 
 async def test_a_service_that_stops_ends_its_sockets(house: House) -> None:
-    """What waits is told `draining`, and what is sent afterwards too; the close code says to come again."""
+    """Without a drain, a socket ends with the first thing it is refused; the last message says to come again."""
     client, idle = await house.single("a"), await house.single("b", BINARY)
     for engine in house.manager.engines:
         client.send(message(1))
         await engine.close()
     await client.task
-    assert (client.closed["code"], documents(client)[-1]["code"]) == (1012, "draining")
+    farewell = {"reason": "draining", "retry_after_ms": 100}
+    assert (client.closed["code"], documents(client)) == (1012, [{"type": "going_away"} | farewell])
     idle.send(peer.step(0, ROW))
     await idle.task
-    assert (idle.closed["code"], replies(idle)[-1].document["code"]) == (1012, "draining")
+    [last] = replies(idle)
+    assert (idle.closed["code"], last.kind, last.channel, last.document) == (1012, GOING_AWAY, 0, farewell)
+
+
+@pytest.mark.parametrize("subprotocol", [JSON, BINARY])
+async def test_what_was_read_is_answered_before_a_socket_goes(house: House, subprotocol: str) -> None:
+    """Behind a full queue too; what was not read stays unread, and unapplied; `going_away` is the last message."""
+    client = await house.single("a", subprotocol)
+    idle = await house.many("b", "c")
+    client.send(*[message(i) if subprotocol == JSON else peer.step(0, ROW, i) for i in range(1, 101)])
+    assert client.wire.paused
+    assert house.shared.go_away() == 2
+    await asyncio.wait_for(asyncio.gather(client.task, idle.task), 20)
+    read = house.at("a")
+    assert 4 < read < 100
+    if subprotocol == JSON:
+        *told, last = [document.get("step", document["type"]) for document in documents(client)]
+    else:
+        *told, last = [reply.first or reply.kind for reply in replies(client)]
+    assert (told, last) == ([*range(1, read + 1)], "going_away" if subprotocol == JSON else GOING_AWAY)
+    assert [reply.kind for reply in replies(idle)] == [GOING_AWAY]
+    assert client.closed == idle.closed == {"type": "websocket.close", "code": 1012, "reason": "draining"}
+    assert house.errors("draining") == 0
+
+
+async def test_a_socket_that_comes_while_all_go_is_told_at_once(house: House) -> None:
+    """After its hello; of a message that it has sent already, nothing is lost unsaid."""
+    await house.session("a")
+    assert house.shared.go_away() == 0
+    client = Client(house.door, "/v1/sessions/a/stream", JSON)
+    client.early(message(1))
+    await asyncio.wait_for(client.task, 20)
+    assert [document["type"] for document in documents(client)] == ["hello", "step", "going_away"]
+    assert client.closed["code"] == 1012
+
+
+async def test_a_slow_reader_gets_all_replies_before_it_goes(house: House) -> None:
+    """As long as it may take; at the deadline it is told, and not waited for."""
+    client, never = await house.single("a"), await house.single("b")
+    for each in (client, never):
+        each.wire.reads = False
+        each.send(message(1))
+        await each.until(lambda each=each: each.wire.received)
+        each.send(message(2), message(3))
+    house.shared.go_away()
+    await house.quiet()
+    assert [len(documents(each)) for each in (client, never)] == [1, 1]
+    client.read()
+    await asyncio.wait_for(client.task, 20)
+    assert [document.get("step") for document in documents(client)] == [1, 2, 3, None]
+    assert not never.task.done()
+    house.shared.cut()
+    await asyncio.wait_for(never.task, 20)
+    assert (documents(never)[-1]["type"], never.closed["code"]) == ("going_away", 1012)
 
 
 async def test_sockets_that_come_and_go_leave_nothing_behind(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

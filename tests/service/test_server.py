@@ -1,4 +1,4 @@
-"""What the server does beside ASGI: peers that do not read, and a stop that meets one that is leaving."""
+"""What the server does beside ASGI: peers that do not read. How it stops is in `test_drain.py`."""
 
 import asyncio
 import socket as std_socket
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from websockets.exceptions import InvalidState
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
@@ -38,20 +37,6 @@ def test_pongs_do_not_pile_up_for_a_peer_that_does_not_read() -> None:
     socket.writable.set()
     socket.handle_ping()
     assert done.written == [b"pong"]
-
-
-def test_a_stop_that_meets_a_closing_socket_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library refuses a second close; the stop of the whole service goes on."""
-    socket, done = a_socket()
-
-    def closing(_self: object) -> None:
-        raise InvalidState("connection is closing")
-
-    monkeypatch.setattr(
-        "uvicorn.protocols.websockets.websockets_sansio_impl.WebSocketsSansIOProtocol.shutdown", closing
-    )
-    socket.shutdown()
-    assert done.aborted
 
 
 def test_a_peer_that_says_goodbye_and_does_not_read_is_dropped(
