@@ -203,6 +203,8 @@ class Batcher:
         async with self._queues.hold(slot):
             if self._is_shared and isinstance(slot, StoredSlot):
                 await self._committer.refresh(slot)
+            if not slot.is_live:  # its turn came, and before its caller woke it was deleted
+                raise _deleted()
             yield self._committer
 
     async def room(self, slot: Slot) -> None:
@@ -590,7 +592,7 @@ class _BlockRun:
 
 
 def _deleted() -> SessionNotFound:
-    return SessionNotFound("the session was deleted while this step ran")
+    return SessionNotFound("the session was deleted while this request was under way")
 
 
 def _finite_rows(rows: Array) -> Array:

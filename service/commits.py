@@ -117,6 +117,8 @@ class Committer:
         Raises:
             LatchError: it could not be saved, or the session is gone; the copy is dropped.
         """
+        if not slot.is_live:  # what is known of where it stands is somebody else's
+            raise SessionNotFound("the session was deleted while this request was under way")
         commits, state = snapshot.commits(slot)
         if self._ledger is not None and isinstance(slot, StoredSlot):
             token, future = self._ledger.token(), asyncio.get_running_loop().create_future()

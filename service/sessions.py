@@ -194,7 +194,8 @@ class SessionManager:
         async with session.engine.batcher.hold(session):
             standing = snapshot(session.engine.slab, session)
         ttl = session.idle_ttl if idle_ttl is None else idle_ttl
-        return await self._make(session.engine, standing, fork_id, ttl, metadata or session.metadata)
+        facts = session.metadata if metadata is None else metadata
+        return await self._make(session.engine, standing, fork_id, ttl, facts)
 
     async def state(self, session_id: str) -> bytes:
         """The snapshot of a session, after what it has waiting. Raises as `find`."""
@@ -310,10 +311,11 @@ class SessionManager:
 
     async def delete(self, session_id: str) -> None:
         """Ends a session; whoever waits for it is told. Raises SessionExpired, SessionNotFound, StoreUnavailable."""
-        await self.inspect(session_id)
-        if (session := self._live.get(session_id)) is not None:
+        found = await self.inspect(session_id)
+        await self._store.delete(session_id)  # first: a copy that was loaded meanwhile goes, too
+        session = self._live.get(session_id)
+        if session is not None and session.created_at == found.created_at:
             self._forget(session)
-        await self._store.delete(session_id)
 
     async def page(self, model: str | None, after: str, limit: int) -> tuple[list[Session | Stored], str | None]:
         """Live sessions in order of id, above `after`; and the id to go on after, if there are more."""
@@ -458,10 +460,14 @@ class SessionManager:
         if not self._store.is_durable:
             await self._store.load(session_id)  # raises what became of it
         task = self._restoring.get(session_id)
-        if task is None:
+        if task is None or task.done():  # what was loaded may be gone again before its callers wake
             task = self._restoring[session_id] = asyncio.create_task(self._restore(session_id))
-            task.add_done_callback(lambda _: self._restoring.pop(session_id))
+            task.add_done_callback(partial(self._restoring_ended, session_id))
         return await asyncio.shield(task)
+
+    def _restoring_ended(self, session_id: str, task: asyncio.Task[Session]) -> None:
+        if self._restoring[session_id] is task:
+            del self._restoring[session_id]
 
     async def _restore(self, session_id: str) -> Session:
         stored = await self._store.load(session_id)

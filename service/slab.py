@@ -75,6 +75,7 @@ class StateSlab:
         self._kept_digest = np.zeros(rows, _DIGEST)
         self._idle_ttl = np.zeros(rows)
         self._deadline = np.full(rows, np.inf)
+        self._used = np.zeros(rows)
         self._kept_reply: list[bytes | None] = [None] * rows
         self._owners: list[Slot | None] = [None] * rows
         self._view()
@@ -125,7 +126,8 @@ class StateSlab:
 
     def touch(self, slot: Slot) -> None:
         """The slot was used just now."""
-        self._deadline[slot.row] = self._clock() + self._idle_ttl[slot.row]
+        self._used[slot.row] = now = self._clock()
+        self._deadline[slot.row] = now + self._idle_ttl[slot.row]
 
     def idle_ttl(self, slot: Slot) -> float:
         """Seconds that the slot may be idle."""
@@ -149,10 +151,8 @@ class StateSlab:
         self._deadline[slot.row] = self._clock() + seconds
 
     def oldest(self) -> Iterator[Slot]:
-        """The slots, those first that were not used for longest."""
-        with np.errstate(invalid="ignore"):  # rows that may idle for ever, and those of nobody, come last
-            used = (self._deadline - self._idle_ttl)[: self._fresh]
-        for row in np.argsort(used, kind="stable").tolist():
+        """The slots, those first that were not used here for longest; one that was just acquired was used."""
+        for row in np.argsort(self._used[: self._fresh], kind="stable").tolist():
             if (slot := self._owners[row]) is not None:
                 yield slot
 
@@ -197,7 +197,8 @@ class StateSlab:
             self._step[rows] = commits.steps
             self._kept_first[rows] = commits.first_steps
             self._kept_digest[rows] = np.frombuffer(b"".join(commits.digests), _DIGEST)
-            self._deadline[rows] = self._clock() + self._idle_ttl[rows]
+            self._used[rows] = now = self._clock()
+            self._deadline[rows] = now + self._idle_ttl[rows]
             for slot, reply in zip(commits.slots, commits.replies, strict=True):
                 self._kept_reply[slot.row] = reply
         return live
@@ -218,7 +219,7 @@ class StateSlab:
         self._state = [_longer(column, more) for column in self._state]
         self._step, self._kept_first = _longer(self._step, more), _longer(self._kept_first, more)
         self._kept_digest, self._idle_ttl = _longer(self._kept_digest, more), _longer(self._idle_ttl, more)
-        self._deadline = _longer(self._deadline, more)
+        self._deadline, self._used = _longer(self._deadline, more), _longer(self._used, more)
         self._deadline[rows:] = np.inf
         self._kept_reply += [None] * more
         self._owners += [None] * more

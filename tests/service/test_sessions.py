@@ -273,3 +273,30 @@ async def test_predict_that_fails_leaves_no_trace(manager: SessionManager) -> No
     with pytest.raises(InferenceFailed):
         await manager.predict(engine, [good, bad])
     assert len(engine.slab) == 0
+
+
+async def test_who_is_deleted_in_its_turn_shows_nobody_elses_state(manager: SessionManager) -> None:
+    """Whenever the delete comes, a copy is of the session itself, or there is none."""
+    engine = manager.engines.get("toy")
+    for other in [(await manager.create("toy"))[0] for _ in range(2)]:
+        await manager.step(other, ones(3))
+    fates: set[int | str] = set()
+    for turns in range(8):
+        session, _ = await manager.create("toy", session_id="a")
+        await manager.step(session, ones())
+        copy = asyncio.create_task(manager.state("a"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await manager.delete("a")
+        try:
+            fates.add(engine.snapshots.unpack(await copy).step)
+        except SessionNotFound:
+            fates.add("gone")
+    assert fates == {"gone", 1}
+
+
+async def test_a_fork_may_have_no_metadata(manager: SessionManager) -> None:
+    """None given are those of the session; given as none, there are none."""
+    session, _ = await manager.create("toy", metadata={"who": "me"})
+    assert (await manager.fork(session.id)).metadata == {"who": "me"}
+    assert (await manager.fork(session.id, metadata={})).metadata == {}

@@ -229,3 +229,34 @@ async def test_callers_who_leave_leave_nothing_behind(replicas: list[Replica]) -
         assert session.step == (await store(replicas).load("a")).step <= before + 1
         await manager.step(session, ones())
     assert not session.engine.batcher.is_busy(session)
+
+
+async def test_what_is_gone_before_its_caller_wakes_is_looked_for_again(replicas: list[Replica]) -> None:
+    """A session that was just loaded is deleted, and everybody who was about to get it is told."""
+    here, there = (replica.manager for replica in replicas)
+    await there.create("toy", session_id="a")
+    first = asyncio.create_task(here.find("a"))
+    while here.resident("a") is None:  # noqa: ASYNC110 - it is the turn that counts
+        await asyncio.sleep(0)
+    await here.delete("a")
+    for found in (here.find("a"), first):
+        with pytest.raises(SessionNotFound):
+            await found
+
+
+async def test_a_copy_that_was_loaded_during_a_delete_goes_too(replicas: list[Replica]) -> None:
+    """Whoever asks while the store deletes has an old copy at most until that is done."""
+    here, there = (replica.manager for replica in replicas)
+    await there.create("toy", session_id="a")
+    deletion = here._store.delete
+
+    async def delete(session: str) -> None:
+        await here.find("a")
+        await deletion(session)
+
+    here._store.delete = delete  # type: ignore[method-assign]
+    try:
+        await here.delete("a")
+    finally:
+        here._store.delete = deletion  # type: ignore[method-assign]
+    assert here.resident("a") is None

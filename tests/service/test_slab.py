@@ -140,6 +140,22 @@ def test_idle_slots_are_found_by_their_own_time() -> None:
     assert slab.idle() == [short, long]
 
 
+def test_who_was_acquired_last_is_the_last_to_go() -> None:
+    """However little time it has left: it was loaded for somebody who is about to use it."""
+    now = 0.0
+    slab = StateSlab(PAIRS, 4, lambda: now)
+    slots = [Slot() for _ in range(3)]
+    for slot in slots:
+        now += 1
+        slab.acquire(slot, 60.0)
+    slab.expire_in(slots[2], 5.0)
+    now += 1
+    slab.touch(slots[0])
+    assert list(slab.oldest()) == [slots[1], slots[2], slots[0]]
+    slab.commit(at(1, slots[1]), rows(1.0))
+    assert next(slab.oldest()) is slots[2]
+
+
 def test_a_reset_keeps_nothing() -> None:
     """The initial state at step 0, and no reply to repeat."""
     slab = make_slab(10)
