@@ -141,6 +141,9 @@ class _Server(uvicorn.Server):
         if not self._is_quiet:
             await self._drain.cut()
             await self._until(lambda: self._is_quiet, GOODBYE_SECONDS)
+            for task in list(self.server_state.tasks):
+                task.cancel()  # the doors answer for what it waits for
+            await self._until(lambda: not self.server_state.tasks, GOODBYE_SECONDS)
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
         answered = self.server_state.total_requests - before

@@ -3,11 +3,14 @@
 Rule: a shortcut, never another behaviour. A step costs microseconds; FastAPI's way to a route costs a hundred.
 """
 
+import asyncio
 from collections.abc import Awaitable
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
+from service.errors import Draining
+from service.routers import error_response
 from service.routers.steps import StepDoor
 from service.routers.stream import StreamDoor
 
@@ -43,9 +46,16 @@ class FrontDoor:
                 session_id = path[len(_BEFORE) : -len(_AFTER)]
                 if session_id and "/" not in session_id:
                     return self._steps.serve(session_id, scope, receive, send)
-        elif kind == "websocket":
+            return self._call(scope, receive, send)
+        if kind == "websocket":
             return self._streams.serve(scope, receive, send)
         return self.app(scope, receive, send)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:  # by the server, when its time is over: the call waits for a store, say
+            await error_response(Draining())(scope, receive, send)
 
 
 def _last(send: Send) -> Send:

@@ -3,6 +3,7 @@
 Rule: the hot path of HTTP; raw ASGI, nothing per call that a step does not need.
 """
 
+import asyncio
 import logging
 import re
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from urllib.parse import parse_qs
 from starlette.types import Receive, Scope, Send
 
 from service.commits import MadeAnew
-from service.errors import Internal, InvalidInput, LatchError
+from service.errors import Draining, Internal, InvalidInput, LatchError
 from service.metrics import Metrics
 from service.routers import JSON, PACKED, error_response, read_body
 from service.sessions import Session, SessionManager
@@ -52,6 +53,8 @@ class StepDoor:
             answer = await self.answer(session_id, scope, receive)
         except LatchError as error:
             await self._refuse(error, scope, receive, send)
+        except asyncio.CancelledError:  # as in the front door
+            await self._refuse(Draining(), scope, receive, send)
         except Exception:
             log.exception("a step of session %s failed", session_id)
             await self._refuse(Internal("the service failed on this call; its log says why"), scope, receive, send)

@@ -24,11 +24,12 @@ limit closes the socket with 1009, before it is read.
 Rule: the addresses and the agreement on a subprotocol; how a socket is read and written is in `sockets.py`.
 """
 
+import asyncio
 import logging
 
 from starlette.types import Receive, Scope, Send
 
-from service.errors import Internal, LatchError, NotFound
+from service.errors import Draining, Internal, LatchError, NotFound
 from service.routers.binary_socket import BinarySocket
 from service.routers.json_socket import JsonSocket
 from service.routers.sockets import BINARY, JSON, Shared
@@ -61,6 +62,8 @@ class StreamDoor:
                 await socket.run(session_id)
         except LatchError as error:
             await socket.fail(error)
+        except asyncio.CancelledError:  # as in the front door
+            await socket.fail(Draining())
         except Exception:
             log.exception("the stream at %s failed", path)
             await socket.fail(Internal("the service failed on this socket; its log says why"))

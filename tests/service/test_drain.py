@@ -1,5 +1,6 @@
 """How the service stops: real processes and real sockets, with work in flight at the moment of the signal."""
 
+import asyncio
 import json
 import os
 import re
@@ -299,6 +300,33 @@ def test_at_the_deadline_whoever_waits_is_told(
     assert "Traceback" not in caplog.text
 
 
+def test_at_the_deadline_who_waits_for_a_store_is_told(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store that does not answer holds up no end: a call, a step and a socket are told, and the log is clean."""
+    server = start(drain_ms=100)
+    entered = threading.Semaphore(0)
+
+    async def hang(*_: Any) -> None:
+        entered.release()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(server.app.state.manager, "inspect", hang)
+    monkeypatch.setattr(server.app.state.manager, "find", hang)
+    with ThreadPoolExecutor() as pool, server.socket("a") as socket:
+        calls = [
+            pool.submit(httpx.get, f"{server.url}/v1/sessions/a", timeout=PATIENCE),
+            pool.submit(httpx.post, f"{server.url}/v1/sessions/a/steps", json={"inputs": []}, timeout=PATIENCE),
+        ]
+        for _ in range(3):
+            assert entered.acquire(timeout=PATIENCE)
+        with closing(server):
+            replies = [call.result(PATIENCE) for call in calls]
+            assert [(reply.status_code, reply.json()["code"]) for reply in replies] == [(503, "draining")] * 2
+            assert [json.loads(message)["type"] for message in received(socket)] == ["going_away"]
+    assert "Traceback" not in caplog.text
+
+
 def test_a_client_that_never_reads_is_cut_at_the_deadline(repository: Path, tmp_path: Path) -> None:
     """More replies than buffers hold lie there untaken; the process ends all the same, with 0 and without complaint."""
     with Latch(repository, tmp_path, drain_ms=200) as latch:
@@ -334,7 +362,7 @@ def test_a_client_that_never_reads_is_cut_at_the_deadline(repository: Path, tmp_
 def test_a_request_that_does_not_come_whole_holds_nobody_up(
     repository: Path, tmp_path: Path, sent: bytes, cut: int
 ) -> None:
-    """A connection without a request is closed; a body that stops in the middle is cut at the deadline."""
+    """A connection without a request is closed; a body that stops in the middle gets 503 at the deadline."""
     with Latch(repository, tmp_path, drain_ms=200) as latch:
         host, _, port = latch.url.removeprefix("http://").rpartition(":")
         with std_socket.create_connection((host, int(port)), timeout=PATIENCE) as raw:
@@ -343,6 +371,6 @@ def test_a_request_that_does_not_come_whole_holds_nobody_up(
             latch.signal()
             log = latch.ends()
             with suppress(ConnectionResetError):
-                assert raw.recv(100) == b""
-    assert re.search(rf"0 sockets told, 0 requests answered, {cut} connections cut", log)
+                assert raw.recv(12) == b"HTTP/1.1 503"[: 12 * cut]
+    assert re.search(rf"0 sockets told, \d requests answered, {cut} connections cut", log)
     assert re.findall(r"(?m)^(WARNING|ERROR|Traceback).*", log) == []
