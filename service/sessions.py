@@ -112,6 +112,7 @@ class SessionManager:
 
     Attributes:
         is_draining: the service is about to end, and makes no more sessions.
+        store_error: why the store could not be asked when that was last tried.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class SessionManager:
         self._sweep_interval = sweep_interval
         self._wall = wall
         self.is_draining = False
+        self.store_error: StoreUnavailable | None = None
         self._live: dict[str, Session] = {}
         self._restoring: dict[str, asyncio.Task[Session]] = {}
         if ledger is not None:
@@ -366,13 +368,17 @@ class SessionManager:
         return count
 
     async def serve(self) -> None:
-        """Sweeps until cancelled."""
+        """Sweeps, and sees whether the store is there, until cancelled."""
         while True:
             await asyncio.sleep(self._sweep_interval)
             try:
                 await self.sweep()
+                await self._store.ping()
+                self.store_error = None
             except StoreUnavailable as error:
-                log.warning("%s; the next sweep tries again", error)
+                if self.store_error is None:  # said once, and then by readiness
+                    log.warning("%s", error)
+                self.store_error = error
             except Exception:
                 log.exception("a sweep failed; the next one tries again")
 

@@ -12,14 +12,16 @@ router = APIRouter(tags=["operations"])
 
 
 class Readiness(BaseModel):
-    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did; `draining` (503): the service
-    stops. `broken` says why; what is in `draining` takes no new sessions and goes when its last one ends.
+    """`ready`: every model loaded; `degraded`: some did; `unavailable` (503): none did, or the session store cannot be
+    asked (`store` says why); `draining` (503): the service stops. `broken` says why; of the models, what is `draining`
+    takes no new sessions and goes when its last one ends.
     """
 
     status: str
     models: dict[str, list[str]]
     draining: list[str]
     broken: dict[str, dict[str, Any]]
+    store: dict[str, Any] | None
 
 
 @router.head("/health/live", include_in_schema=False)
@@ -40,9 +42,10 @@ async def ready(response: Response, manager: Manager) -> Readiness:
     status = "degraded" if broken else "ready"
     if manager.is_draining:
         response.status_code, status = 503, "draining"
-    elif not models and not draining:  # sessions that stay on a draining version need their service
+    elif manager.store_error is not None or not (models or draining):  # the sessions of a draining version need it
         response.status_code, status = 503, "unavailable"
-    return Readiness(status=status, models=models, draining=draining, broken=broken)
+    store = None if manager.store_error is None else manager.store_error.to_dict()
+    return Readiness(status=status, models=models, draining=draining, broken=broken, store=store)
 
 
 @router.get("/metrics", response_class=Response)

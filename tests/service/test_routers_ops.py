@@ -4,6 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from service.errors import StoreUnavailable
 from tests.service import toys
 from tests.service.conftest import Server
 from tests.service.servers import until
@@ -18,6 +21,7 @@ def test_live_and_ready(server: Server) -> None:
     assert ready.status_code == 200
     assert ready.json() == {
         "status": "ready", "models": {"toy": ["1"], "counter": ["1"], "exploding": ["1"]}, "draining": [], "broken": {},
+        "store": None,
     }  # fmt: skip
 
 
@@ -98,3 +102,23 @@ def test_the_first_page_leads_on(server: Server) -> None:
     """Every address on it answers."""
     for path in list(server.http.get("/").json().values())[1:]:
         assert server.http.get(path).status_code == 200, path
+
+
+def test_a_service_without_its_store_is_not_ready(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the store cannot be asked, and no longer: a balancer sends the calls to a replica that reaches it."""
+    server = start(store_url=f"sqlite:///{tmp_path}/s.db", sweep_interval_ms=10)
+    assert server.http.get("/health/ready").status_code == 200
+
+    async def cut() -> None:
+        raise StoreUnavailable("the wire is cut")
+
+    monkeypatch.setattr(server.app.state.manager._store, "ping", cut)
+    until(lambda: server.http.get("/health/ready").status_code == 503)
+    ready = server.http.get("/health/ready").json()
+    assert (ready["status"], ready["store"]["error"]) == ("unavailable", "the wire is cut")
+    assert server.http.get("/health/live").status_code == 200
+    monkeypatch.undo()
+    until(lambda: server.http.get("/health/ready").status_code == 200)
+    assert server.http.get("/health/ready").json()["store"] is None
