@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from xxhash import xxh3_128_digest
@@ -26,6 +27,8 @@ from service.slab import Commits, Kept, Slot, StateSlab
 FORMAT, VERSION = "latch-snapshot", 1
 _STATE = "state."
 _HASH = "xxh3"
+_MAX_HEADER = 2**20  # bytes; more tensors than any model has would keep the loop busy
+_LAST_STEP = 2**53  # the numbers that JSON has for sure; all that may follow fit into a store
 
 
 class Snapshot(NamedTuple):
@@ -113,20 +116,17 @@ class SnapshotCodec:
                 model=model,
             )
         tensors = load(data)
-        try:
-            step, first_step = tensors["position"].tolist()
-            state = [tensors[_STATE + pair.name] for pair in self._pairs]
-            reply = tensors["reply"].tobytes() if "reply" in tensors else None
-            kept = Kept(first_step, tensors["digest"].tobytes(), reply) if first_step else None
-        except (KeyError, ValueError) as error:
-            raise SnapshotInvalid(f"the snapshot lacks a value or has it in another shape: {error}") from error
+        step, first_step = _value(tensors, "position", np.int64, (2,)).tolist()
+        if not 0 <= first_step <= step <= _LAST_STEP:
+            raise SnapshotInvalid(f"the snapshot is at step {step}, and its last request began at {first_step}")
+        digest, reply = _value(tensors, "digest", np.uint8, (16,)), None
+        if (rows := tensors.get("reply")) is not None:
+            reply = _value(tensors, "reply", np.uint8, (rows.size,)).tobytes()
+        state = [_value(tensors, _STATE + pair.name, pair.dtype, pair.shape) for pair in self._pairs]
         for pair, value in zip(self._pairs, state, strict=True):
-            if (value.shape, value.dtype) != (pair.shape, np.dtype(pair.dtype)):
-                raise SnapshotInvalid(
-                    f"state {pair.name} of the snapshot is {value.dtype}{list(value.shape)}, "
-                    f"the model takes {pair.dtype}{list(pair.shape)}"
-                )
-        return Snapshot(step, kept, state)
+            if not np.isfinite(value).all():
+                raise SnapshotInvalid(f"state {pair.name} of the snapshot is not finite: no step could follow")
+        return Snapshot(step, Kept(first_step, digest.tobytes(), reply) if first_step else None, state)
 
     def start(self, values: Mapping[str, Any]) -> Snapshot:
         """Where a session begins: the state tensors of `values` (nested lists of `shape`), the others as always.
@@ -143,7 +143,8 @@ class SnapshotCodec:
             if pair.name in values:
                 path = f"$.state.{pair.name}"
                 try:
-                    value = np.array(values[pair.name], pair.dtype)
+                    with np.errstate(over="ignore"):  # infinite, then
+                        value = np.array(values[pair.name], pair.dtype)
                 except (ValueError, TypeError, OverflowError) as error:
                     raise InvalidInput(f"{path} is not {pair.dtype}{list(pair.shape)}: {error}", path=path) from error
                 if value.shape != pair.shape or not np.isfinite(value).all():
@@ -175,6 +176,8 @@ def origin(data: bytes) -> tuple[tuple[str, str], str]:
         SnapshotInvalid: damaged, cut short, of a newer version, or no snapshot.
     """
     try:
+        if int.from_bytes(data[:8], "little") > _MAX_HEADER:
+            raise ValueError(f"its header has over {_MAX_HEADER} bytes")
         load(data)
         metadata = orjson.loads(_header(data))["__metadata__"]
         if metadata["format"] != FORMAT:
@@ -192,6 +195,17 @@ def origin(data: bytes) -> tuple[tuple[str, str], str]:
     if xxh3_128_digest(data[: place.start] + bytes(16) + data[place.stop :]) != data[place]:
         raise SnapshotInvalid("the snapshot is damaged: its checksum differs; take it again, or another copy")
     return (name, number), sha256
+
+
+def _value(tensors: Mapping[str, Array], name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Array:
+    """One tensor of a file. Raises SnapshotInvalid where it is missing, or another than it must be."""
+    if (value := tensors.get(name)) is None:
+        raise SnapshotInvalid(f"the snapshot lacks {name}")
+    if (value.shape, value.dtype) != (shape, np.dtype(dtype)):
+        raise SnapshotInvalid(
+            f"{name} of the snapshot is {value.dtype}{list(value.shape)}: {np.dtype(dtype)}{list(shape)} is needed"
+        )
+    return value
 
 
 def _header(data: bytes) -> bytes:

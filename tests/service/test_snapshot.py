@@ -1,10 +1,13 @@
 """A slot as bytes: nothing is lost on the way, and nothing that is not whole gets in."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
+from xxhash import xxh3_128_digest
 
 from service.errors import InvalidInput, SnapshotInvalid, SnapshotMismatch
 from service.manifest import StatePair
@@ -125,11 +128,49 @@ def test_a_state_of_another_shape_is_refused() -> None:
     """A hash that says yes is not enough."""
     [data] = packed([b""])[2]
     wider = [StatePair(name="h", input="h", output="h2", dtype="float32", shape=(2, 4), batch_axis=1), *PAIRS[1:]]
-    with pytest.raises(SnapshotInvalid, match=r"state h of the snapshot is float32\[2, 3\]"):
+    with pytest.raises(SnapshotInvalid, match=r"state\.h of the snapshot is float32\[2, 3\]"):
         SnapshotCodec("m/3", "a" * 64, wider).unpack(data)
     more = StatePair(name="more", input="a", output="b", dtype="float32", shape=(1,), batch_axis=0)
-    with pytest.raises(SnapshotInvalid, match="lacks a value"):
+    with pytest.raises(SnapshotInvalid, match=r"lacks state\.more"):
         SnapshotCodec("m/3", "a" * 64, [*PAIRS, more]).unpack(data)
+
+
+def forged(**changes: np.ndarray) -> bytes:
+    """A snapshot whose values somebody has changed, and whose checksum is right."""
+    [data] = packed([b"reply"])[2]
+    metadata = {"format": "latch-snapshot", "version": "1", "model": "m/3", "sha256": "a" * 64}
+    tensors = load(data) | {name.replace("_", "."): value for name, value in changes.items()}
+    blank = save(tensors | {"xxh3": np.zeros(16, np.uint8)}, metadata)
+    start = 8 + int.from_bytes(blank[:8], "little")
+    first, last = (start + offset for offset in json.loads(blank[8:start])["xxh3"]["data_offsets"])
+    return blank[:first] + xxh3_128_digest(blank) + blank[last:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"position": np.array([-5, -9])}, "step -5"),
+        ({"position": np.array([2**63 - 2, 1])}, f"step {2**63 - 2}"),
+        ({"position": np.array([3, 900])}, "began at 900"),
+        ({"position": np.array([3, -1])}, "began at -1"),
+        ({"position": np.array([3.5, np.nan])}, r"position of the snapshot is float64\[2\]"),
+        ({"position": np.array([[3], [1]])}, r"position of the snapshot is int64\[2, 1\]"),
+        ({"digest": np.zeros(32, np.uint8)}, r"digest of the snapshot is uint8\[32\]"),
+        ({"reply": np.zeros((2, 2))}, "reply of the snapshot is float64"),
+        ({"state_h": np.full((2, 3), np.nan, np.float32)}, "state h of the snapshot is not finite"),
+    ],
+)
+def test_values_that_no_session_has_are_refused(changes: dict[str, np.ndarray], problem: str) -> None:
+    """A checksum keeps nobody from making a snapshot; what it says would be saved beside what others have."""
+    assert CODEC.unpack(forged()).step == 10
+    with pytest.raises(SnapshotInvalid, match=problem):
+        CODEC.unpack(forged(**changes))
+
+
+def test_more_tensors_than_any_model_has_are_not_looked_at() -> None:
+    """The header alone is refused by its size."""
+    with pytest.raises(SnapshotInvalid, match="header"):
+        origin(save({f"t{i}": np.zeros(0, np.uint8) for i in range(20_000)}))
 
 
 def test_a_session_may_begin_somewhere_else() -> None:
@@ -148,6 +189,7 @@ def test_a_session_may_begin_somewhere_else() -> None:
         ({"h": [[1, 2, 3], [4, 5, "six"]]}, r"\$\.state\.h is not float32"),
         ({"h": [[1, 2, 3], [4, 5, float("inf")]]}, "all finite"),
         ({"h": None}, r"\$\.state\.h"),
+        ({"h": [[1, 2, 3], [4, 5, 1e39]]}, "all finite"),
         ({"count": 2**70}, r"\$\.state\.count"),
     ],
 )
