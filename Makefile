@@ -13,10 +13,10 @@ SERVICE := .venv/.service-installed
 ALL := .venv/.all-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check demo setup test lint faults bench train image lock clean
+.PHONY: help serve check demo setup test lint faults bench bench-training train image lock clean
 
 help:  ## Say what the targets do
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
 
 serve: $(SERVICE)  ## Install the service with the CPU runtime and serve models/ on 127.0.0.1:8000
 	@exec $(BIN)/latch serve
@@ -44,6 +44,9 @@ lint: $(ALL)  ## Style, types and the walls between the layers
 
 bench: $(ALL)  ## Measure the service beside its limits and write benchmarks/results.md; ARGS="doors --quick" for a part
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-training: $(ALL)  ## Measure training's kernels beside torch.nn.GRU and write benchmarks/training.md
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 train: $(ALL)  ## Train the shipped models again and export them to models/
 	$(BIN)/latch-train ship

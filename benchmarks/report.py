@@ -45,17 +45,24 @@ def at_most(goal: float, what: str, against: str, value: float, detail: str = ""
     return Row(what, against, f"<= {goal:g}", f"{value:.2f}", value <= goal, detail)
 
 
+def provenance(libraries: Sequence[str]) -> list[str]:
+    """The machine and the versions that figures are of."""
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    return [
+        f"- Machine: {_processor()}, {os.cpu_count()} cores, {_memory()} GiB; {platform.platform()}",
+        f"- Python {platform.python_version()}, {versions}",
+    ]
+
+
 def markdown(rows: Sequence[Row], command: str, seconds: float) -> str:
     """The page: where it ran, then the table."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     lines = [
         "# Measured",
         "",
         f"`{command}` on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds / 60:.0f} minutes; one machine, one run. The",
         "server has one core to itself and the load another; contenders take turns. Written by `benchmarks/report.py`.",
         "",
-        f"- Machine: {_processor()}, {os.cpu_count()} cores, {_memory()} GiB; {platform.platform()}",
-        f"- Python {platform.python_version()}, {libraries}",
+        *provenance(LIBRARIES),
         "",
         "| what | measured against | goal | measured | | how it went |",
         "|---|---|---|---|---|---|",

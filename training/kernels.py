@@ -37,7 +37,9 @@ def _project_backward(wanted: bool, d: Tensor, x: Tensor, w: Tensor) -> Gradient
     """The gradients of x (where wanted), w and b from that of `_project`'s result."""
     flat = d.flatten(0, 1)
     fed = flat[:, -len(w) :]
-    return (fed @ w).view_as(x) if wanted else None, fed.T @ x.flatten(0, 1), flat.sum(0)
+    # In this order, because for a few inputs MKL takes eight times as long in the other.
+    d_w = (x.flatten(0, 1).T @ fed).T
+    return (fed @ w).view_as(x) if wanted else None, d_w, flat.sum(0)
 
 
 def _states(first: Tensor, steps: int) -> Tensor:
