@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,49 @@ def test_the_sessions_do_what_the_readme_says(shipped: Server) -> None:
         program = block("python", marker).replace("//127.0.0.1:8000", shipped.url.removeprefix("http:"))
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
         assert run.stdout == block("text", marker)
+
+
+def test_sessions_last_as_the_readme_says(tmp_path: Path) -> None:
+    """The service is killed between the calls, and started again on the same file."""
+    commands = block("sh", "<!-- tested: lasting -->").strip().splitlines()
+    expected = iter(block("json", "<!-- tested: lasting -->").strip().splitlines())
+    environment = {"LATCH_STORE_URL": f"sqlite:///{tmp_path}/sessions.db", "LATCH_KEEP_STEPS": "8"}
+    process = None
+    try:
+        for command in commands:
+            if process is None:
+                process, url = serve(environment)
+            if command.startswith("kill -9"):
+                process.kill()
+                process.wait()
+                process = None
+                continue
+            here = command.replace("http://127.0.0.1:8000", url)
+            run = subprocess.run(
+                ["bash", "-c", here], capture_output=True, text=True, check=True, timeout=30, cwd=tmp_path
+            )
+            if run.stdout:
+                assert close(json.loads(run.stdout), json.loads(next(expected))), run.stdout
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+    assert next(expected, None) is None
+
+
+def serve(environment: dict[str, str]) -> tuple[subprocess.Popen[str], str]:
+    """`latch serve` as a process of its own, on a free port, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", "serve", "--port", "0"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    found = re.search(r"http://[0-9.:]+", process.stdout.readline())
+    assert found is not None
+    return process, found[0]
 
 
 def test_every_setting_is_in_the_table() -> None:
