@@ -61,6 +61,12 @@ def test_an_answer_for_every_step(tmp_path: Path, y: np.ndarray) -> None:
     assert {len(split) for split in data.splits.values()} == {28, 6}
 
 
+def test_yes_and_no_are_classes(tmp_path: Path) -> None:
+    """Bools are 0 and 1."""
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 2 == 0)
+    assert (data.info.task, len(data.info.outputs)) == ("classification", 2)
+
+
 def test_splits_may_be_named(tmp_path: Path) -> None:
     """Train and test as given; where no valid part is, some of train becomes it."""
     named = np.array(["train"] * 30 + ["test"] * 10)
@@ -99,6 +105,9 @@ BROKEN[4, 1] = np.nan
         ({"y": np.arange(39)}, r"y is int64 \[39\]: it must have an entry for each of 40 sequences"),
         ({"y": np.zeros((40, 2, 2))}, r"y is \[40, 2, 2\]: an answer is one class, or a row of values"),
         ({"y": np.arange(40) - 1}, "y holds class -1; classes count from 0"),
+        ({"y": np.arange(40) * 10**12}, "y holds class 39000000000000 among 40 answers"),
+        ({"y": np.array(3)}, "y is the single value 3, not an array"),
+        ({"lengths": np.append(LENGTHS[:-2], [12, -3])}, "sequence 39 has -3 steps"),
         ({"y": np.full(40, np.inf)}, r"y is not finite at \[0\]"),
         ({"classes": ["a"]}, "classes names 1, but there are 3"),
         ({"features": ["a"]}, "features names 1, but there are 2"),

@@ -193,6 +193,12 @@ def test_what_cannot_be_forecast_is_refused(csv: Csv, options: dict[str, Any], w
         load(csv(), **options)
 
 
+def test_a_file_too_short_to_split_is_refused(csv: Csv) -> None:
+    """Three rows leave nothing to choose by."""
+    with pytest.raises(DataError, match=r"made\.csv: the valid split \(none of 3\) holds no row"):
+        load(csv(3))
+
+
 def test_a_column_that_never_changes_is_refused(csv: Csv) -> None:
     """Its deviation is no unit to measure in."""
     path = csv()

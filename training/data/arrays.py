@@ -3,7 +3,7 @@
 Its one rule: sequences are never cut, so a split is of whole ones. It must not know units or training.
 
     x        [sum of lengths, I] with `lengths`, or [N, T, I] (then `lengths`, if given, says how many steps count)
-    y        [N] integers: a class for each sequence; [N] or [N, O] floats: values for each; both at its last step;
+    y        [N] integers or bools: a class for each sequence; [N] or [N, O] floats: values; both at its last step;
              the same with one entry a step ([sum of lengths], [N, T], ... as x is laid out): asked at every step
     lengths  [N], optional for [N, T, I]
     split    [N] of train, valid, test, optional; without it sequences are drawn by chance, and so is a valid part
@@ -88,13 +88,19 @@ def load(path: Path, options: Options) -> DataSet:
 def _open(path: Path) -> tuple[bytes, dict[str, Array]]:
     try:
         content = path.read_bytes()
+        if not content.startswith(b"PK"):
+            raise ValueError("it is no archive; np.savez writes one")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            return content, {name: file[name] for name in file.files}
+            found = {name: file[name] for name in file.files}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, BadZipFile, EOFError, AttributeError, TypeError) as error:
+    except (ValueError, BadZipFile, EOFError) as error:
         hint = "; lists of arrays of different lengths go end to end, with `lengths`" if "pickle" in str(error) else ""
         raise DataError(f"{path} is not a readable .npz of plain arrays: {error}{hint}") from error
+    # Yes and no are two classes.
+    return content, {
+        name: value.astype(np.int64) if value.dtype == np.bool_ else value for name, value in found.items()
+    }
 
 
 def sequences(path: Path, arrays: dict[str, Array]) -> tuple[list[Array], list[slice] | list[tuple[int, slice]]]:
@@ -134,6 +140,8 @@ def sequences(path: Path, arrays: dict[str, Array]) -> tuple[list[Array], list[s
 def answers(path: Path, arrays: dict[str, Array], xs: list[Array], places: Any) -> tuple[list[Array], bool]:
     """What is asked of each step: ids [T] or values [T, O]; and whether it is one answer for the whole sequence."""
     x, y = arrays["x"], arrays["y"]
+    if y.ndim == 0:
+        raise DataError(f"{path}: y is the single value {y}, not an array")
     classes = np.issubdtype(y.dtype, np.integer)
     steps = x.shape[:-1]
     whole = len(y) == len(xs) and (y.shape[: len(steps)] != steps or y.ndim < len(steps))
@@ -146,6 +154,10 @@ def answers(path: Path, arrays: dict[str, Array], xs: list[Array], places: Any) 
         raise DataError(f"{path}: y is {list(y.shape)}: an answer is one class, or a row of values")
     if classes and y.min() < 0:
         raise DataError(f"{path}: y holds class {y.min()}; classes count from 0")
+    if classes and y.max() >= y.size:
+        raise DataError(
+            f"{path}: y holds class {y.max()} among {y.size} answers; number the classes from 0, without gaps"
+        )
     if not np.isfinite(y).all():
         raise DataError(f"{path}: y is not finite at {np.argwhere(~np.isfinite(y))[0].tolist()}")
     found = []

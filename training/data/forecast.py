@@ -95,8 +95,9 @@ def load(path: Path, options: Options) -> DataSet:
     for name, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
         parts[name], errors = cut(grid, x, y, (begin, end), options, back, scored=name != "train")
         if not parts[name]:
+            rows_of = f"rows {begin + 1} to {end}" if end > begin else "none"
             raise DataError(
-                f"{path}: the {name} split (rows {begin + 1} to {end} of {len(rows)}) holds no row whose target "
+                f"{path}: the {name} split ({rows_of} of {len(rows)}) holds no row whose target "
                 f"{options.horizon} rows later is known and that has {max(back.values())} rows before it: take a "
                 f"smaller --horizon or --season, another --split, or fill the gaps"
             )

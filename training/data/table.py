@@ -98,7 +98,7 @@ def _cells(path: Path) -> tuple[list[str], list[list[str]], list[int], str]:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
     first = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count), strict=True)
     header: list[str] = []
     rows: list[list[str]] = []
     lines: list[int] = []
