@@ -81,7 +81,7 @@ def test_sessions_last_as_the_readme_says(tmp_path: Path) -> None:
                 process, url = serve(environment)
             if command.startswith("kill -9"):
                 process.kill()
-                process.wait()
+                process.communicate()
                 process = None
                 continue
             here = command.replace("http://127.0.0.1:8000", url)
@@ -93,7 +93,7 @@ def test_sessions_last_as_the_readme_says(tmp_path: Path) -> None:
     finally:
         if process is not None:
             process.kill()
-            process.wait()
+            process.communicate()
     assert next(expected, None) is None
 
 
