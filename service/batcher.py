@@ -244,7 +244,7 @@ class Batcher:
                 await asyncio.sleep(0)
         finally:
             self._worker.shutdown(wait=False)
-            queues.close(Draining("the service is stopping"))
+            queues.close(Draining("the service is stopping"), saving=self._committer)
 
     async def _serve_chunks(self, batch: list[_Chunk]) -> None:
         self._running = dict.fromkeys([chunk.slot for chunk in batch])

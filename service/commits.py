@@ -63,7 +63,7 @@ class Committer:
         self._writing: set[Slot] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __contains__(self, slot: Slot) -> bool:
+    def __contains__(self, slot: object) -> bool:
         """Whether the slot is on its way through the store; it gets back in line from here."""
         return slot in self._writing
 

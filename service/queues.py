@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Container, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
@@ -93,7 +93,7 @@ class Queues(Generic[G]):
         self._line: deque[Slot | G] = deque()  # oldest first
         self._depth = self._bytes = 0
         self._outside: deque[asyncio.Future[None]] = deque()
-        self._closed = False
+        self._closed: LatchError | None = None  # what whoever waits is told
         self.work = asyncio.Event()
         """Set while somebody may stand in line."""
 
@@ -112,7 +112,7 @@ class Queues(Generic[G]):
 
     def check(self, slot: Slot) -> None:
         """Raises what keeps one more request of a session from being taken: Draining, Overloaded."""
-        if self._closed:
+        if self._closed is not None:
             raise Draining("the service is stopping")
         queue = self._queues.get(slot)
         if not (
@@ -131,7 +131,7 @@ class Queues(Generic[G]):
 
     def put(self, ticket: Ticket) -> Ticket:
         """Puts a ticket at the end of its session's queue. Raises Draining, SessionNotFound."""
-        if self._closed:
+        if self._closed is not None:
             raise Draining("the service is stopping")
         slot = ticket.slot
         if slot.row < 0:
@@ -156,7 +156,11 @@ class Queues(Generic[G]):
     def put_group(self, group: G) -> bool:
         """Puts idle slots in line as one, or does nothing where one of them is busy or there is no room."""
         slots = group.slots
-        if self._closed or self._depth + len(slots) > self._max_queue or not self._queues.keys().isdisjoint(slots):
+        if (
+            self._closed is not None
+            or self._depth + len(slots) > self._max_queue
+            or not self._queues.keys().isdisjoint(slots)
+        ):
             return False
         for slot in slots:
             self._queues[slot] = []
@@ -198,6 +202,9 @@ class Queues(Generic[G]):
     def resume(self, slots: Iterable[Slot]) -> None:
         """Puts slots that are out of line at its back, where more waits for them; the others are busy no longer."""
         for slot in slots:
+            if self._closed is not None:
+                for ticket in self.waiting(slot):
+                    ticket.settle(self._closed)
             if self.head(slot) is None:
                 del self._queues[slot]
             else:
@@ -234,7 +241,7 @@ class Queues(Generic[G]):
         Raises:
             Draining, SessionNotFound: as `put`.
         """
-        if self._closed:
+        if self._closed is not None:
             raise Draining("the service is stopping")
         if len(self._queues.get(slot, ())) >= self._max_session_queue:
             async with self.hold(slot):
@@ -244,13 +251,15 @@ class Queues(Generic[G]):
             self._outside.append(future)
             await future
 
-    def close(self, error: LatchError) -> None:
-        """Takes nothing more, and tells whoever waits."""
-        self._closed = True
+    def close(self, error: LatchError, saving: Container[Slot] = ()) -> None:
+        """Takes nothing more, and tells whoever waits; but not the first of the slots that are `saving`: what it has
+        asked for may be done, and who saves it tells.
+        """
+        self._closed = error
         for future in self._outside:
             _open(future)
-        for queue in self._queues.values():
-            for ticket in list(queue):
+        for slot, queue in self._queues.items():
+            for ticket in queue[1 if slot in saving else 0 :]:
                 ticket.settle(error)
         for entry in self._line:
             if isinstance(entry, Group):

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from math import inf
 from typing import Any
 from uuid import uuid4
 
+from service.commits import Committer, MadeAnew
 from service.engine import Engine, Engines
 from service.errors import (
     CapacityExceeded,
@@ -192,8 +194,7 @@ class SessionManager:
             SessionExists: `fork_id` is taken.
             As `find` and `create`.
         """
-        session = await self.find(session_id)
-        async with session.engine.batcher.hold(session):
+        async with self._held(session_id) as (session, _):
             standing = snapshot(session.engine.slab, session)
         ttl = session.idle_ttl if idle_ttl is None else idle_ttl
         facts = session.metadata if metadata is None else metadata
@@ -201,9 +202,8 @@ class SessionManager:
 
     async def state(self, session_id: str) -> bytes:
         """The snapshot of a session, after what it has waiting. Raises as `find`."""
-        session = await self.find(session_id)
-        engine = session.engine
-        async with engine.batcher.hold(session):
+        async with self._held(session_id) as (session, _):
+            engine = session.engine
             return engine.snapshots.pack(*snapshot(engine.slab, session).commits(session))[0]
 
     async def restore(self, session_id: str, data: bytes) -> tuple[Session, bool]:
@@ -456,10 +456,20 @@ class SessionManager:
     async def _move(self, session_id: str, where: Callable[[Session], Awaitable[tuple[Snapshot, int]]]) -> Session:
         """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left."""
         while True:
-            session = await self.find(session_id)
-            async with session.engine.batcher.hold(session) as committer:
+            async with self._held(session_id) as (session, committer):
                 if await committer.move(session, *await where(session)):
                     return session
+
+    @asynccontextmanager
+    async def _held(self, session_id: str) -> AsyncIterator[tuple[Session, Committer]]:
+        """The session that has an id now, in its turn; see `Batcher.hold`. Raises as `find`."""
+        async with AsyncExitStack() as stack:
+            while True:
+                session = await self.find(session_id)
+                with suppress(MadeAnew):
+                    committer = await stack.enter_async_context(session.engine.batcher.hold(session))
+                    break
+            yield session, committer
 
     async def _restored(self, session_id: str) -> Session:
         """The session, loaded once for all who ask for it now."""

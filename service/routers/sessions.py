@@ -28,7 +28,9 @@ class CreateSession(BaseModel):
     version: str | None = Field(None, description="The default version when absent")
     idle_ttl_ms: int | None = Field(None, ge=1, le=10**12, description="The service's default when absent")
     metadata: Metadata = Field({}, max_length=16, description="Your own names and values, returned with the session")
-    state: dict[str, Any] | None = Field(None, description="Initial state by name, nested lists; else the model's own")
+    state: dict[Annotated[str, Field(max_length=256)], Any] | None = Field(
+        None, description="Initial state by name, nested lists; else the model's own"
+    )
 
 
 class SessionInfo(BaseModel):

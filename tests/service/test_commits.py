@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.errors import InferenceFailed
+from service.errors import Draining, InferenceFailed
 from service.ledger import Ledger, StoredSlot
 from service.metrics import Metrics
 from service.stores import Save, Saved
@@ -101,3 +101,25 @@ async def test_who_left_takes_no_room_from_who_still_waits(metrics: Metrics) -> 
         bench.store.open.set()
         await step
         await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_step_that_is_being_saved_at_the_end_is_answered_by_its_save(metrics: Metrics) -> None:
+    """It may be applied: "stopping, nothing was done" is for those behind it."""
+    bench = StoredBench(metrics)
+    slot = await bench.create("a")
+    bench.ledger.start()
+    bench.store.open.clear()
+    task = asyncio.create_task(bench.batcher.serve())
+    saved, behind = bench.step(slot, 1), bench.step(slot, 2)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(Draining):
+        await behind
+    assert not saved.done()
+    bench.store.open.set()
+    assert (await saved).step == 1
+    with pytest.raises(Draining):
+        bench.step(slot, 2)
+    assert not bench.batcher.is_busy(slot)
+    await bench.ledger.close()

@@ -260,3 +260,19 @@ async def test_a_copy_that_was_loaded_during_a_delete_goes_too(replicas: list[Re
     finally:
         here._store.delete = deletion  # type: ignore[method-assign]
     assert here.resident("a") is None
+
+
+async def test_calls_by_id_mean_the_session_that_has_it_now(replicas: list[Replica]) -> None:
+    """Where the copy here is of one that was deleted elsewhere, and made anew, the new one is looked at and moved."""
+    here, there = (replica.manager for replica in replicas)
+    for call in (here.state, here.fork, here.reset):
+        old, _ = await here.create("toy", session_id="a")
+        await here.step(old, ones(3))
+        await there.delete("a")
+        await asyncio.sleep(0.001)  # the clock of creation has moved on
+        new, _ = await there.create("toy", session_id="a")
+        await there.step(new, ones())
+        got = await call("a")
+        step = old.engine.snapshots.unpack(got).step if isinstance(got, bytes) else got.step
+        assert step == (0 if call == here.reset else 1)
+        await here.delete("a")
