@@ -5,17 +5,20 @@ another replica was faster, loads the session again and goes by the step table o
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from service.errors import LatchError, SessionCorrupt, SessionNotFound, SnapshotInvalid, SnapshotMismatch
+from service.errors import Internal, LatchError, SessionCorrupt, SessionNotFound, SnapshotInvalid, SnapshotMismatch
 from service.ledger import Ledger, StoredSlot, Written
 from service.manifest import Array
 from service.queues import Queues
 from service.slab import Commits, Slot, StateSlab
 from service.snapshot import Snapshot, SnapshotCodec
 from service.stores import Saved
+
+log = logging.getLogger(__name__)
 
 
 class MadeAnew(SessionNotFound):
@@ -160,6 +163,11 @@ class Committer:
         except LatchError as error:
             self.drop(slot, error)
             raise
+        except Exception as error:
+            log.exception("session %r could not be loaded", slot.id)
+            failed = Internal("the service failed to load the session; its log says why")
+            self.drop(slot, failed)
+            raise failed from error
 
     def refresh_later(self, slot: StoredSlot) -> None:
         """Refreshes a slot that is out of line, and puts it back; whoever waits is told where that fails."""

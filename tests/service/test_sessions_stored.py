@@ -10,6 +10,7 @@ from starlette.types import Message
 
 from service.errors import (
     CapacityExceeded,
+    Internal,
     SessionCorrupt,
     SessionExists,
     SessionExpired,
@@ -18,7 +19,7 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.routers.steps import StepDoor
-from service.stores import Save, Saved
+from service.stores import Save, Saved, Stored
 from service.wire import StepRequest
 from tests.service import toys
 from tests.service.replicas import Replica, SharedStore
@@ -276,3 +277,19 @@ async def test_calls_by_id_mean_the_session_that_has_it_now(replicas: list[Repli
         step = old.engine.snapshots.unpack(got).step if isinstance(got, bytes) else got.step
         assert step == (0 if call == here.reset else 1)
         await here.delete("a")
+
+
+async def test_a_copy_that_cannot_be_brought_up_to_date_is_given_up(replicas: list[Replica]) -> None:
+    """Whatever the reason: the caller is told, and the step is not tried for ever."""
+    here, there = (replica.manager for replica in replicas)
+    old, _ = await here.create("toy", session_id="a")
+    await there.step(await there.find("a"), ones())
+
+    async def load(_session: str) -> Stored:
+        raise ValueError("nobody thought of this")
+
+    store(replicas).load = load  # type: ignore[method-assign]
+    with pytest.raises(Internal):
+        await asyncio.wait_for(here.step(old, ones()), 5)
+    assert not old.is_live
+    assert not old.engine.batcher.is_busy(old)
