@@ -16,7 +16,7 @@ ALL := .venv/.all-installed
 .PHONY: help serve check demo setup test lint faults bench bench-training train image lock clean
 
 help:  ## Say what the targets do
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s %s\n' "$$target" "$$text"; done
 
 serve: $(SERVICE)  ## Install the service with the CPU runtime and serve models/ on 127.0.0.1:8000
 	@exec $(BIN)/latch serve

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ["help", "serve", "check", "demo", "setup", "test", "lint", "bench", "train", "image", "lock", "clean"]
+TARGETS = [
+    "help", "serve", "check", "demo", "setup", "test", "faults", "lint", "bench", "bench-training", "train", "image",
+    "lock", "clean",
+]  # fmt: skip
 MAKE = shutil.which("make") or "make"
 
 
