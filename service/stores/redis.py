@@ -110,7 +110,8 @@ class RedisStore:
                 rows += (_ROW.pack(expected, left, token, step, len(snapshot)), snapshot)
             calls.append(Call(keys, [self._keep_steps, b"".join(rows)]))
         done = [False] * len(saves)
-        for part, reply in zip(parts, await self._link.run(SAVE, calls), strict=True):
+        replies = await self._link.run(SAVE, calls, is_unsure=_lacks_one)
+        for part, reply in zip(parts, replies, strict=True):
             for number, digit in zip(part, reply, strict=True):
                 done[number] = digit == ord("1")
         return done
@@ -170,6 +171,11 @@ class RedisStore:
         else:
             wholes = [list(range(len(ids)))]
         return [whole[start : start + most] for whole in wholes for start in range(0, len(whole), most)]
+
+
+def _lacks_one(replies: Sequence[bytes]) -> bool:
+    """Whether a save was not done: on a second try, because it lost, or because the first one won and was followed."""
+    return any(b"0" in reply for reply in replies)
 
 
 async def _check(url: str) -> None:

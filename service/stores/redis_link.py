@@ -5,7 +5,7 @@ Rule: a call is repeated until it is answered or its time is over, which is safe
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -127,8 +127,15 @@ class Link:
         )
         self._turns = asyncio.Semaphore(_CALLS)
 
-    async def run(self, script: str, calls: Sequence[Call]) -> list[Any]:
+    async def run(
+        self, script: str, calls: Sequence[Call], is_unsure: Callable[[list[Any]], bool] = lambda _: False
+    ) -> list[Any]:
         """What the script gives for each call; all go out together, and those to one server are run in order.
+
+        Args:
+            script: what to run.
+            calls: its keys and arguments.
+            is_unsure: whether replies to a second try do not tell if the first one was done.
 
         Raises:
             StoreUnavailable: no answer in time, a refusal, or fewer replicas than asked that confirm; what was called
@@ -142,7 +149,12 @@ class Link:
                 async with asyncio.timeout_at(min(end, clock() + self._timeout / 2)), self._turns:
                     if failure is not None:
                         await self._look_again()
-                    return await self._try(script, calls)
+                    replies = await self._try(script, calls)
+                    if failure is not None and is_unsure(replies):
+                        raise StoreUnavailable(
+                            f"the session store {self.address} broke off, and others have moved a session meanwhile"
+                        ) from failure
+                    return replies
             except _FAILURES as error:
                 failure = _root(error)
             if isinstance(failure, _LASTING) or not isinstance(failure, _PASSING) or clock() + pause >= end:

@@ -2,13 +2,16 @@
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.errors import SessionExpired, SessionNotFound, SettingsInvalid, StoreInvalid, StoreUnavailable
 from service.stores import Save, SessionStore, open_store, redis_scripts
+from service.stores.redis import RedisStore
+from service.stores.redis_link import Call
 from tests.service.servers import RedisServer, cluster, cluster_url, free_port, is_whole, running, until
 from tests.service.test_stores import Record, made, saved, token
 
@@ -357,3 +360,28 @@ async def test_of_two_that_save_at_once_one_wins(server: RedisServer, servers: l
             assert all(await stores[0].save(agreed))
         for store in stores:
             await store.close()
+
+
+async def test_a_save_that_may_have_been_done_is_no_lost_one(server: RedisServer, store: SessionStore) -> None:
+    """Its answer is lost, and before the second try another service has gone on from it: nobody may do it again."""
+    assert isinstance(store, RedisStore)
+    other = opened(server.url)
+    await made(store, "a", "b")
+    link, tries = store._link, 0
+    attempt = link._try
+
+    async def broken(script: str, calls: Sequence[Call]) -> list[Any]:
+        nonlocal tries
+        tries += 1
+        replies = await attempt(script, calls)
+        if tries == 1:
+            assert await other.save([Save("a", token(2), token(3), saved(2))]) == [True]
+            raise ConnectionError("the reply is lost")
+        return replies
+
+    link._try = broken  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable, match="broke off"):
+        await store.save([Save(name, token(1), token(2), saved(1)) for name in ("a", "b")])
+    assert [(await store.load(name)).token for name in ("a", "b")] == [token(3), token(2)]
+    assert await store.save([Save("a", token(2), token(4), saved(2))]) == [False]
+    await other.close()
