@@ -1,4 +1,4 @@
-"""The command line: `latch-train fit | sweep | compare | evaluate | export | adopt | data | ship`.
+"""The command line: `latch-train fit | sweep | compare | evaluate | export | adopt | data | reproduce | ship`.
 
 The options that name data and settings are in `options.py`.
 
@@ -14,11 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from training import adopt, compare, data, options, ship, sweep
+from training import adopt, compare, data, experiments, findings, options, reproduce, ship, sweep
 from training.cells import UNITS
 from training.checkpoint import Run, replace
 from training.config import TrainConfig
-from training.data import polymusic
 from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
 from training.export import export as export_run
@@ -344,8 +343,7 @@ def data_command(
     if name is None:
         table = Table("name", "from", "licence")
         for known in data.LOADERS:
-            rolls = polymusic.SETS.get(known)
-            table.add_row(known, rolls.file if rolls else "made or bundled", rolls.licence if rolls else "free to use")
+            table.add_row(known, *data.FILES.get(known, ("made or bundled", "free to use")))
         console.print(table)
         return
     data_set = data.load(name)
@@ -354,6 +352,48 @@ def data_command(
         table.add_row(split, str(len(items)), str(sum(len(inputs) for inputs, _, _ in items.items)))
     console.print(table)
     console.print(f"source: {data_set.info.source}\nsha256: {data_set.info.sha256}\nlicence: {data_set.info.licence}")
+
+
+@app.command(name="reproduce")
+def reproduce_command(
+    name: Annotated[str, typer.Argument(help=f"The experiment: {options.one_of(experiments.EXPERIMENTS)}.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: few sequences, units and epochs.")] = False,
+    arms: Annotated[str | None, typer.Option(help="Only these data sets of it, separated by commas.")] = None,
+    cells: Annotated[str | None, typer.Option(help="Only these units.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds, such as 1,2.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most so many epochs; the report calls it reduced.")] = None,
+    results: Annotated[Path, typer.Option(help="Where NAME.json, .md and .png go.")] = Path("training/results"),
+    runs: Annotated[Path, typer.Option(help="Where the run folders go.")] = Path("runs/reproduce"),
+    threads: options.Threads = 1,
+) -> None:
+    """Run a paper's experiment and set its figures beside ours. The same command goes on where it was stopped.
+
+    Every run that has ended is a record in NAME.json; a run that has a record is not run again. The report is written
+    anew each time, so that a part of an experiment has one too.
+
+    **Examples**
+
+    `latch-train reproduce music --quick`
+
+    `latch-train reproduce music --arms chorales --cells gru,mgu2 --seeds 1,2,3`
+    """
+    experiment = experiments.find(name)
+    if quick:
+        experiment, name = experiment.quick(), f"{name}-quick"
+    choice = reproduce.Choice(
+        options.names(arms) or None, options.names(cells) or None, options.numbers(seeds) or None, epochs
+    )
+    try:
+        records = reproduce.reproduce(
+            name, experiment, choice, results / f"{name}.json", runs,
+            threads=threads, progress=sys.stdout.isatty(), tell=console.print,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted; the same command goes on from the last whole epoch; records: {results / name}.json"
+        )
+        raise typer.Exit(130) from None
+    console.print(f"wrote {', '.join(map(str, findings.write(results, name, experiment, records)))}")
 
 
 @app.command(name="ship")

@@ -134,6 +134,14 @@ def names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
+def numbers(text: str | None) -> tuple[int, ...]:
+    """`1, 2` -> (1, 2)."""
+    try:
+        return tuple(int(name) for name in names(text))
+    except ValueError:
+        raise ConfigError(f"{text!r} are not whole numbers separated by commas") from None
+
+
 def percentages(text: str) -> tuple[int, ...]:
     """`70/15/15` -> (70, 15, 15)."""
     try:

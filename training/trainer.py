@@ -32,7 +32,7 @@ from training.progress import EpochBar
 from training.scores import score_all
 
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
-    "csv": lambda folder: CSVLogger(folder, name="logs"),
+    "csv": lambda folder: CSVLogger(folder, name="logs", flush_logs_every_n_steps=1),  # a kill loses no epoch of it
     "tensorboard": lambda folder: TensorBoardLogger(folder, name="logs"),
 }
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}

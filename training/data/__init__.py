@@ -6,7 +6,7 @@ Its one rule: adding a set is one module and one line here. It must not know uni
 from collections.abc import Callable
 
 from training.config import DataInfo
-from training.data import adding, digits, own, polymusic, sensors
+from training.data import adding, digits, imdb, mnist, own, polymusic, sensors, speech
 from training.data.sequences import DataSet
 from training.errors import DataError
 
@@ -15,6 +15,17 @@ LOADERS: dict[str, Callable[[str], DataSet]] = {
     "sensors": sensors.load,
     "adding": adding.load,
     "digits": digits.load,
+    **dict.fromkeys(mnist.STEPS, mnist.load),
+    "imdb": imdb.load,
+    "speech": speech.load,
+}
+
+# Of the sets that are neither generated nor bundled: their file and what may be done with it.
+FILES: dict[str, tuple[str, str]] = {
+    **{name: (rolls.file, rolls.licence) for name, rolls in polymusic.SETS.items()},
+    **dict.fromkeys(mnist.STEPS, ("mnist/*.gz", mnist.LICENCE)),
+    "imdb": (imdb.FILE, imdb.LICENCE),
+    "speech": (speech.FILE, speech.LICENCE),
 }
 
 

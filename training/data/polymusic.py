@@ -4,15 +4,14 @@ Its one rule: the score is the TCN paper's (Bai 2018, arXiv:1803.01271): frames 
 notes, averaged over all predicted frames of the split. It must not know units or training.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pooch
 from scipy.io import loadmat
 
 from training.config import DataInfo
+from training.data import files
 from training.data.sequences import DataSet, Reference, Split, next_step
 from training.errors import DataError
 
@@ -74,30 +73,9 @@ SETS = {
 
 
 def fetch(name: str) -> Path:
-    """The checked file: from LATCH_DATA/polymusic where LATCH_DATA is set, else downloaded once to the user's cache.
-
-    An empty LATCH_DATA is an unset one. Raises DataError with the file and what to do when it is absent, differs, or
-    cannot be downloaded.
-    """
-    rolls, root = SETS[name], os.environ.get("LATCH_DATA")
-    if root:
-        path = Path(root) / "polymusic" / rolls.file
-        if not path.is_file():
-            raise DataError(f"{path} does not exist: put {rolls.file} there, or unset LATCH_DATA to download it")
-        found = pooch.file_hash(str(path))
-        if found != rolls.sha256:
-            raise DataError(f"{path} has sha256 {found}, not {rolls.sha256}: replace it with {SOURCE}{rolls.file}")
-        return path
-    try:
-        cache = pooch.os_cache("latch")
-        return Path(pooch.retrieve(SOURCE + rolls.file, rolls.sha256, rolls.file, cache, progressbar=True))
-    except ValueError as error:  # pooch's word for a checksum that differs
-        raise DataError(f"what {SOURCE} sent as {rolls.file} has not sha256 {rolls.sha256}: try again later") from error
-    except OSError as error:
-        raise DataError(
-            f"{rolls.file} could not be downloaded from {SOURCE} ({type(error).__name__}): check the network, or put "
-            f"the file into a folder polymusic/ and set LATCH_DATA to the folder above it"
-        ) from error
+    """The checked file of the set; DataError as `files.fetch` has it."""
+    rolls = SETS[name]
+    return files.fetch("polymusic", rolls.file, rolls.sha256, SOURCE)
 
 
 def read(path: Path) -> dict[str, Split]:

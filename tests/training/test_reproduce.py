@@ -1,0 +1,248 @@
+"""Experiments: a record for every run, written as it ends; a stopped one goes on; the report says what was not run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from training import experiments, findings, reproduce
+from training.__main__ import app, main
+from training.checkpoint import Run, load_tensors
+from training.config import TrainConfig
+from training.data.sequences import DataSet
+from training.errors import CheckpointError, ConfigError
+from training.experiments import EXPERIMENTS, Arm, Experiment
+from training.reproduce import Choice, Record
+
+TRAIN = TrainConfig(rate=0.02, batch_size=4, max_epochs=3)
+
+
+def small(data: DataSet) -> Experiment:
+    """Two units, two seeds, one data set."""
+    papers = {"Paper 2014": {"gru": 1.25, "TCN": 1.125}}
+    return Experiment(
+        "Scales", "Nothing.", {"scales": Arm("scales", lambda: data, "nll", {"gru": 4, "mgu2": 4}, TRAIN, papers, 2)}
+    )
+
+
+def settled(records: list[Record]) -> list[Record]:
+    """Without the time that they took."""
+    return [replace(record, seconds=0) for record in records]
+
+
+@pytest.fixture
+def whole(tiny: DataSet, tmp_path: Path) -> list[Record]:
+    """The records of an experiment that nobody stopped."""
+    return reproduce.reproduce("scales", small(tiny), Choice(), tmp_path / "whole.json", tmp_path / "whole")
+
+
+def test_every_unit_and_seed_is_a_record(whole: list[Record], tiny: DataSet, tmp_path: Path) -> None:
+    """First all units with one seed; scores are the run's, the curve has every epoch, and the file holds the same."""
+    assert [record.key for record in whole] == [("scales", cell, seed) for seed in (1, 2) for cell in ("gru", "mgu2")]
+    for record in whole:
+        run = Run.load(tmp_path / "whole" / "scales" / "scales" / f"{record.cell}-{record.seed}")
+        scores = {one["split"]: one["value"] for one in (run.result or {})["metrics"]}
+        assert (record.valid, record.test) == (scores["valid"], scores["test"])
+        assert len(record.curve) == record.epochs == 3
+        assert min(record.curve) == record.curve[record.best_epoch - 1] == pytest.approx(record.valid, abs=1e-4)
+    assert whole[0].parameters == 3 * (6 * 4 + 16 + 4)
+    assert list(reproduce.load(tmp_path / "whole.json").values()) == whole
+
+
+@pytest.mark.parametrize("runs", [0, 1, 3])
+def test_a_stopped_experiment_ends_with_the_same_records(
+    runs: int, whole: list[Record], tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after `runs` whole runs and one epoch of the next; what has a record is not run again."""
+    path, told, calls = tmp_path / "stopped.json", [], []
+    fit = reproduce.fit
+
+    def stopped(data: DataSet, model: Any, train: TrainConfig, folder: Path, **options: Any) -> Run:
+        calls.append(folder.name)
+        if len(calls) == runs + 1:
+            fit(data, model, replace(train, max_epochs=1), folder, **options)
+            raise KeyboardInterrupt
+        return fit(data, model, train, folder, **options)
+
+    monkeypatch.setattr(reproduce, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce("scales", small(tiny), Choice(), path, tmp_path / "stopped")
+    assert len(reproduce.load(path)) == runs
+    again = reproduce.reproduce("scales", small(tiny), Choice(), path, tmp_path / "stopped", tell=told.append)
+    assert settled(again) == settled(whole)
+    assert calls[runs + 1 :] == ["gru-1", "mgu2-1", "gru-2", "mgu2-2"][runs:]
+    assert told[-1].startswith("4/4: scales, mgu2, seed 2: test nll")
+    assert all("min left" in line for line in told if line[1:3] == "/4" and line[0] != "4")
+    assert reproduce.reproduce("scales", small(tiny), Choice(), path, tmp_path / "stopped") == again
+    assert len(calls) == 5
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(tmp_path: Path) -> None:
+    """Kill -9 in the middle of a run; the same command ends with the records of one that was not killed."""
+    command = [sys.executable, "-m", "training", "reproduce", "small-data", "--arms", "images-75", "--cells", "gru3"]
+    command += ["--seeds", "1,2", "--epochs", "8"]
+
+    def options(name: str) -> list[str]:
+        return ["--results", str(tmp_path / name), "--runs", str(tmp_path / name / "runs")]
+
+    process = subprocess.Popen([*command, *options("killed")], stdout=subprocess.DEVNULL)
+    last = tmp_path / "killed" / "runs" / "small-data" / "images-75" / "gru3-1" / "last.safetensors"
+    until = time.monotonic() + 120
+    while not (last.is_file() and load_tensors(last)[1]["epoch"] >= 2):
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    for name in ("killed", "whole"):
+        result = CliRunner().invoke(app, [*command[3:], *options(name)])
+        assert result.exit_code == 0, result.output
+    killed, untouched = (
+        list(reproduce.load(tmp_path / name / "small-data.json").values()) for name in ("killed", "whole")
+    )
+    assert settled(killed) == settled(untouched)
+    assert [record.epochs for record in killed] == [8, 8]
+    page = (tmp_path / "killed" / "small-data.md").read_text()
+    assert "**Reduced**: at most 8 epochs instead of 100 (gru3)." in page
+
+
+def test_more_epochs_take_the_runs_further(tiny: DataSet, tmp_path: Path) -> None:
+    """A reduced record does not answer for the table's settings; one that has them answers for fewer epochs."""
+    path, choice = tmp_path / "scales.json", Choice(cells=("gru",), seeds=(1,))
+    short = reproduce.reproduce("scales", small(tiny), replace(choice, epochs=1), path, tmp_path / "runs")
+    long = reproduce.reproduce("scales", small(tiny), choice, path, tmp_path / "runs")
+    assert ([one.epochs for one in short], [one.epochs for one in long]) == ([1], [3])
+    assert long[0].curve[0] == short[0].curve[0]
+    assert reproduce.reproduce("scales", small(tiny), replace(choice, epochs=1), path, tmp_path / "runs") == long
+
+
+def test_a_damaged_file_is_not_written_over(tiny: DataSet, tmp_path: Path) -> None:
+    """Half a file of records is refused by name, before anything is trained."""
+    path = tmp_path / "scales.json"
+    path.write_text('{"experiment": "scales", "records": [')
+    with pytest.raises(CheckpointError, match=r"scales\.json is not a file of records"):
+        reproduce.reproduce("scales", small(tiny), Choice(), path, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def fixed(cell: str, seed: int, test: float, parameters: int = 100) -> Record:
+    """A record that nobody trained."""
+    train = TrainConfig(**(vars(TRAIN) | {"seed": seed}))
+    return Record(
+        "scales",
+        cell,
+        seed,
+        4,
+        parameters,
+        130,
+        "nll",
+        test + 0.5,
+        test,
+        3,
+        2,
+        6.0,
+        "tiny",
+        vars(train),
+        {},
+        [3, 2, 2.5],
+    )
+
+
+def test_the_report_sets_ours_beside_the_papers(tiny: DataSet, tmp_path: Path) -> None:
+    """Mean and deviation over seeds, parts of the parameters, the papers' other models, and what was not run."""
+    records = [fixed("gru", 1, 1.0), fixed("gru", 2, 2.0), fixed("mgu2", 1, 1.75, 40)]
+    written = findings.write(tmp_path, "scales", small(tiny), records)
+    assert [path.name for path in written] == ["scales.md", "scales.png"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+    page = written[0].read_text()
+    assert "| `gru` | 4 | 100 | 1.00 | **1.500 ± 0.707** | 2.000 ± 0.707 | 2 | 3 | 6 | 1.25 |" in page
+    assert "| `mgu2` | 4 | 40 | 0.40 | **1.750** | 2.250 | 1 | 3 | 6 |  |" in page
+    assert "| TCN |  |  |  |  |  |  |  |  | 1.125 |" in page
+    assert "1 runs of the table are left (about 0 min left at the pace of those here)" in page
+    assert "Reduced" not in page
+
+
+def test_a_report_of_nothing_says_so(tiny: DataSet, tmp_path: Path) -> None:
+    """No picture, no figure of ours, and the command that would make them."""
+    (written,) = findings.write(tmp_path, "scales", small(tiny), [])
+    page = written.read_text()
+    assert "Not run here." in page
+    assert "4 runs of the table are left: `latch-train reproduce scales --arms scales`." in page
+    assert "±" not in page.partition("## ")[2]
+
+
+def test_a_wrong_name_is_refused_with_the_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of experiments, of arms and of units."""
+    monkeypatch.setattr(sys, "argv", ["latch-train", "reproduce", "musik"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert f"unknown experiment 'musik': choose one of {', '.join(EXPERIMENTS)}" in capsys.readouterr().err
+    with pytest.raises(
+        ConfigError, match="has no arm 'corals': choose among chorales, nottingham, musedata, piano-midi"
+    ):
+        Choice(arms=("corals",)).of(EXPERIMENTS["music"])
+    with pytest.raises(ConfigError, match="has no unit 'gru9': choose among gru, gru1"):
+        Choice(cells=("gru9",)).of(EXPERIMENTS["music"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_quick_form_is_small(name: str) -> None:
+    """Four units at most, one seed, three epochs, and a report that says that it means nothing."""
+    quick = EXPERIMENTS[name].quick()
+    runs = Choice().of(quick)
+    assert len(runs) <= 4 * len(quick.arms)
+    assert {train.max_epochs for _, _, train in runs} == {3}
+    assert quick.differs.startswith("QUICK")
+
+
+def test_a_cut_says_what_is_left() -> None:
+    """The first sequences of training, all others as they were, and a description that a run can be told apart by."""
+    whole = EXPERIMENTS["small-data"].arms["images-1200"].load()
+    part = experiments.cut(whole, 75)
+    assert {name: len(split) for name, split in part.splits.items()} == {"train": 75, "valid": 300, "test": 297}
+    assert part.splits["train"].items[0] is whole.splits["train"].items[0]
+    assert part.info.split.endswith("of these 75 train, 300 valid, 297 test")
+
+
+RESULTS = sorted(Path("training/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_committed_reports_are_their_records(path: Path) -> None:
+    """Each report is what its records give today, and each record has the table's settings but for its epochs."""
+    experiment, records = EXPERIMENTS[path.stem], list(reproduce.load(path).values())
+    assert json.loads(path.read_text())["experiment"] == path.stem
+    page = findings.describe(path.stem, experiment, records, f"{path.stem}.png")
+    assert path.with_suffix(".md").read_text() == page
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for record in records:
+        arm = experiment.arms[record.arm]
+        assert replace(arm.train, seed=record.seed, max_epochs=record.train["max_epochs"]) == TrainConfig(
+            **record.train
+        )
+        assert (record.hidden, record.metric) == (arm.hidden[record.cell], arm.metric)
+        assert len(record.curve) == record.epochs
+
+
+def test_real_sets_are_as_described(latch_data: Path) -> None:
+    """Images are one digit each at the last step, reviews end with their words, speech is never its own input."""
+    assert os.environ["LATCH_DATA"] == str(latch_data)
+    rows = EXPERIMENTS["mnist-rows"].arms["rows-0.001"].load()
+    assert {name: len(split) for name, split in rows.splits.items()} == {"train": 55000, "valid": 5000, "test": 10000}
+    inputs, targets, predicted = rows.splits["train"].items[0]
+    assert (inputs.shape, targets[-1], predicted.nonzero()[0].tolist()) == ((28, 28), 5, [27])
+    reviews = EXPERIMENTS["imdb"].arms["imdb"].load()
+    assert max(len(words) for words, _, _ in reviews.splits["test"].items) == 80
+    inputs, targets, _ = EXPERIMENTS["speech"].arms["speech"].load().splits["test"].items[0]
+    assert (targets[:-1] == inputs[1:, 10:]).all()

@@ -1,0 +1,209 @@
+"""Runs an experiment of the table to its end, one run after another, and keeps what came out in one file.
+
+Its one rule: every (arm, unit, seed) is one record, written in one stroke as soon as its run has ended, so the same
+command goes on where it was stopped. It must not know which experiments there are, or how records are shown.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint import Run
+from training.checkpoint import replace as write
+from training.config import TrainConfig
+from training.data.sequences import DataSet
+from training.errors import CheckpointError, ConfigError
+from training.experiments import Arm, Experiment
+from training.model import RecurrentModel
+from training.trainer import configure, fit
+
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run gave: its scores in the arm's metric, its sizes, its settings and its valid loss by epoch.
+
+    `parameters` are those of the recurrent layer, `weights` those of the whole model; `seconds` are those of the last
+    sitting.
+    """
+
+    arm: str
+    cell: str
+    seed: int
+    hidden: int
+    parameters: int
+    weights: int
+    metric: str
+    valid: float
+    test: float
+    epochs: int
+    best_epoch: int
+    seconds: float
+    data: str
+    train: dict[str, Any]
+    libraries: dict[str, str]
+    curve: list[float]
+
+    @property
+    def key(self) -> Key:
+        """What there is one record of."""
+        return self.arm, self.cell, self.seed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A part of an experiment; None stands for all of it. `epochs` are at most so many, and every record says so."""
+
+    arms: tuple[str, ...] | None = None
+    cells: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    epochs: int | None = None
+
+    def of(self, experiment: Experiment) -> list[tuple[str, str, TrainConfig]]:
+        """The runs in their order: all units with the first seed, then with the next; ConfigError for a wrong name."""
+        cells = dict.fromkeys(cell for arm in experiment.arms.values() for cell in arm.hidden)
+        for what, asked, known in (("arm", self.arms, experiment.arms), ("unit", self.cells, cells)):
+            for name in asked or ():
+                if name not in known:
+                    raise ConfigError(f"the experiment has no {what} {name!r}: choose among {', '.join(known)}")
+        runs = []
+        for name, arm in experiment.arms.items():
+            seeds = self.seeds or tuple(range(1, arm.seeds + 1))
+            epochs = min(arm.train.max_epochs, self.epochs or arm.train.max_epochs)
+            runs += [
+                (name, cell, replace(arm.train, seed=seed, max_epochs=epochs))
+                for seed in seeds
+                for cell in arm.hidden
+                if (self.arms is None or name in self.arms) and (self.cells is None or cell in self.cells)
+            ]
+        return runs
+
+
+def load(path: Path) -> dict[Key, Record]:
+    """The records of a file, none where there is none; CheckpointError when it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        found = [Record(**record) for record in json.loads(path.read_text(encoding="utf-8"))["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a file of records ({error}): move it away to start over") from error
+    return {record.key: record for record in found}
+
+
+def save(path: Path, name: str, records: Sequence[Record]) -> None:
+    """All records, a line each, in one stroke."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(record)) for record in records)
+    write(path, f'{{"experiment": {json.dumps(name)}, "records": [\n{lines}\n]}}\n')
+
+
+def answers(record: Record | None, train: TrainConfig) -> bool:
+    """Whether a record is of a run with these settings, trained at least as long as they allow."""
+    if record is None:
+        return False
+    limits = {name: getattr(train, name) for name in TrainConfig.LIMITS}
+    same = record.train | limits == asdict(train)
+    return same and all(record.train[name] >= value for name, value in limits.items())
+
+
+def curve(folder: Path) -> list[float]:
+    """The valid loss of every epoch, from the run's logs; a repeated epoch is there as it was last."""
+    found: dict[int, float] = {}
+    for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+        with path.open(encoding="utf-8", newline="") as file:
+            found |= {int(row["epoch"]): float(row["valid_loss"]) for row in csv.DictReader(file) if row["valid_loss"]}
+    return [round(found[epoch], 5) for epoch in sorted(found)]
+
+
+def record_of(arm: str, metric: str, run: Run, folder: Path) -> Record:
+    """The record of a finished run."""
+    result = run.result or {}
+    scores = {one["split"]: one["value"] for one in result["metrics"] if one["name"] == metric}
+    model = RecurrentModel(run.model)
+    return Record(
+        arm=arm,
+        cell=run.model.cell,
+        seed=run.train.seed,
+        hidden=run.model.hidden,
+        parameters=sum(value.numel() for value in model.cells.parameters()),
+        weights=sum(value.numel() for value in model.parameters()),
+        metric=metric,
+        valid=scores["valid"],
+        test=scores["test"],
+        epochs=result["epochs"],
+        best_epoch=result["best_epoch"],
+        seconds=result["seconds"],
+        data=f"{run.data.name}: {run.data.split}",
+        train=asdict(run.train),
+        libraries=run.libraries,
+        curve=curve(folder),
+    )
+
+
+def run_one(arm: Arm, data: DataSet, cell: str, train: TrainConfig, folder: Path, **options: Any) -> Run:
+    """Fit (or take up, or find finished) one run of an arm."""
+    model = configure(data, cell, hidden=arm.hidden[cell])
+    if arm.embedding is not None:
+        model = replace(model, input_size=arm.embedding)
+    return fit(data, model, train, folder, **options)
+
+
+def reproduce(
+    name: str,
+    experiment: Experiment,
+    choice: Choice,
+    path: Path,
+    runs: Path,
+    *,
+    threads: int = 1,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Record]:
+    """Run what `choice` asks for and `path` has no record of; returns all records of the file.
+
+    KeyboardInterrupt on Ctrl-C: the same call goes on with the run that was going, from its last whole epoch.
+    """
+    plan = choice.of(experiment)
+    records = load(path)
+    todo = [one for one in plan if not answers(records.get((one[0], one[1], one[2].seed)), one[2])]
+    if todo and len(todo) < len(plan):
+        tell(f"{len(plan) - len(todo)} of {len(plan)} runs are in {path} already")
+    data: DataSet | None = None
+    loaded = ""
+    for index, (arm_name, cell, train) in enumerate(todo):
+        arm = experiment.arms[arm_name]
+        if data is None or loaded != arm_name:
+            data, loaded = arm.load(), arm_name
+        started = time.monotonic()
+        folder = runs / name / arm_name / f"{cell}-{train.seed}"
+        run = run_one(arm, data, cell, train, folder, threads=threads, progress=progress)
+        record = record_of(arm_name, arm.metric, run, folder)
+        records = load(path) | {record.key: record}
+        save(path, name, list(records.values()))
+        tell(
+            f"{len(plan) - len(todo) + index + 1}/{len(plan)}: {arm.title}, {cell}, seed {train.seed}: "
+            f"test {arm.metric} {record.test:.4g}, {record.epochs} epochs, {time.monotonic() - started:.0f} s"
+            + remaining(todo[index + 1 :], records)
+        )
+    return list(records.values())
+
+
+def remaining(todo: Sequence[tuple[str, str, TrainConfig]], records: dict[Key, Record]) -> str:
+    """How long the rest may take: as long as the same arm's other runs, scaled to the same epochs where they differ."""
+    if not todo:
+        return ""
+    seconds, unknown = 0.0, 0
+    for arm, cell, train in todo:
+        alike = [one for one in records.values() if one.arm == arm]
+        alike = [one for one in alike if one.cell == cell] or alike
+        unknown += not alike
+        if alike:
+            longest = max(1, *(one.train["max_epochs"] for one in alike))
+            seconds += sum(one.seconds for one in alike) / len(alike) * max(1.0, train.max_epochs / longest)
+    more = f", and {unknown} runs of arms not tried yet" if unknown else ""
+    return f"; about {seconds / 60:.0f} min left{more}"
