@@ -103,23 +103,24 @@ def table(arm: Arm, records: Sequence[Record]) -> list[str]:
             ]
         else:
             row += ["", "", "not run here", "", "0", "", ""]
-        rows.append([*row, *(figure(paper, cell) for paper in arm.papers.values())])
+        rows.append([*row, *(figure(arm, paper, cell) for paper in arm.papers.values())])
     others = dict.fromkeys(one for paper in arm.papers.values() for one in paper if one not in arm.hidden)
-    rows += [[one, *[""] * (len(HEAD) - 1), *(figure(paper, one) for paper in arm.papers.values())] for one in others]
+    rows += [
+        [one, *[""] * (len(HEAD) - 1), *(figure(arm, paper, one) for paper in arm.papers.values())] for one in others
+    ]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def figure(paper: dict[str, float], name: str) -> str:
+def figure(arm: Arm, paper: dict[str, float], name: str) -> str:
     """A paper's figure as it stands there, or nothing."""
-    return f"{paper[name]:.4g}" if name in paper else ""
+    return f"{paper[name]:{'.2f' if arm.metric == 'nll' else '.4g'}}" if name in paper else ""
 
 
 def plot(path: Path, experiment: Experiment, records: Sequence[Record]) -> None:
     """A row for each arm that was run: scores by unit, score over parameters, learning curves; the axis first."""
     arms = {key: arm for key, arm in experiment.arms.items() if any(one.arm == key for one in records)}
-    colours = {
-        cell: f"C{index}" for index, cell in enumerate(dict.fromkeys(c for a in arms.values() for c in a.hidden))
-    }
+    cells = dict.fromkeys(cell for arm in arms.values() for cell in arm.hidden)
+    colours = {cell: f"C{index}" if index < 10 else "black" for index, cell in enumerate(cells)}
     extra = 1 if experiment.along and len(arms) > 1 else 0
     picture = Figure(figsize=(15, 3.8 * (len(arms) + extra)), layout="constrained")
     grid = picture.add_gridspec(len(arms) + extra, 3)
@@ -135,7 +136,7 @@ def plot(path: Path, experiment: Experiment, records: Sequence[Record]) -> None:
             for index, one in enumerate(found):
                 label = cell if index == 0 else None
                 curves.plot(range(1, len(one.curve) + 1), one.curve, color=colours[cell], linewidth=0.8, label=label)
-        settled = [value for found in mine.values() for one in found for value in one.curve[len(one.curve) // 8 :]]
+        settled = [value for found in mine.values() for one in found for value in one.curve[len(one.curve) // 5 :]]
         if settled:
             edge = (max(settled) - min(settled)) * 0.05 or 0.1
             curves.set_ylim(min(settled) - edge, max(settled) + edge)

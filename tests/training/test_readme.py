@@ -7,9 +7,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from training import data
+from training import data, findings, reproduce
 from training.__main__ import app
 from training.cells import UNITS
+from training.experiments import EXPERIMENTS
 from training.ship import SHIPPED
 
 README = Path("training/README.md").read_text()
@@ -40,3 +41,16 @@ def test_every_command_is_in_the_readme() -> None:
     """And the README names no command that does not exist."""
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert set(re.findall(r"`latch-train (\w+)", README)) == known
+
+
+def test_the_papers_table_is_what_the_records_say() -> None:
+    """The README's rows of JSB: size, parameters, mean and deviation, and the papers' figures of the same unit."""
+    arm, rows = EXPERIMENTS["music"].arms["chorales"], []
+    records = reproduce.load(Path("training/results/music.json")).values()
+    for cell, hidden in arm.hidden.items():
+        mine = [record for record in records if (record.arm, record.cell) == ("chorales", cell)]
+        ours = [str(hidden), f"{mine[0].parameters:,}", findings.spread([record.test for record in mine])]
+        papers = [findings.figure(arm, arm.papers[name], cell) for name in ("Chung 2014", "Bai 2018", "RRU 2021")]
+        rows.append(f"| `{cell}` | {' | '.join([*ours, *papers])} |")
+    page = Path("README.md").read_text().partition("<!-- table: papers -->\n\n")[2].partition("\n\n")[0]
+    assert page.splitlines()[2:] == rows
