@@ -456,9 +456,10 @@ class SessionManager:
     async def _move(self, session_id: str, where: Callable[[Session], Awaitable[tuple[Snapshot, int]]]) -> Session:
         """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left."""
         while True:
-            async with self._held(session_id) as (session, committer):
-                if await committer.move(session, *await where(session)):
-                    return session
+            with suppress(MadeAnew):
+                async with self._held(session_id) as (session, committer):
+                    if await committer.move(session, *await where(session)):
+                        return session
 
     @asynccontextmanager
     async def _held(self, session_id: str) -> AsyncIterator[tuple[Session, Committer]]:

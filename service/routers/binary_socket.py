@@ -114,7 +114,7 @@ class BinarySocket(Socket):
                 await self.manager.turn(channel.session)
         if frame.kind == Kind.OPEN:
             opened = frames.open_request(frame)
-            await self.greet(await self.manager.find(opened.session), frame.channel, opened.outputs)
+            await self.welcome(opened.session, frame.channel, opened.outputs)
         elif frame.kind == Kind.CLOSE:
             self._channels.pop(frame.channel, None)
         elif channel is not None:

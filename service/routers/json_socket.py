@@ -37,10 +37,10 @@ class JsonSocket(Socket):
             if session is None:
                 envelope = native.read_envelope(_text(message))
                 name = {"session": envelope.session}
-                session = await self.manager.find(envelope.session)
                 if envelope.type == "open":
-                    await self.greet(session)
+                    session = await self.welcome(envelope.session)
                     return
+                session = await self.manager.find(envelope.session)
             else:
                 session = self.single = await self.present(session)
             request = session.engine.codec.decode_step(_text(message), named=self.single is None)

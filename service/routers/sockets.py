@@ -207,7 +207,7 @@ class Socket:
     async def _start(self) -> None:
         if self.single is not None:
             try:
-                await self.greet(self.single)
+                self.single = await self.welcome(self.single.id)
             except Exception as error:  # noqa: BLE001 - deleted meanwhile, say: the socket ends and tells it
                 self.end(error)
                 return
@@ -272,6 +272,16 @@ class Socket:
         }
         self._owed += 1
         self.say(self.hello(facts, channel))
+
+    async def welcome(self, session_id: str, *channel: Any) -> Session:
+        """Greets with the session of an id, whichever that is by now. Raises as `SessionManager.find`."""
+        while True:
+            session = await self.manager.find(session_id)
+            try:
+                await self.greet(session, *channel)
+                return session
+            except MadeAnew:
+                continue
 
     def submit_now(self, session: Session, request: StepRequest, answer: Answer) -> bool:
         """Hands a request on. False, and nothing done, where something must be waited for first."""

@@ -120,6 +120,12 @@ class Doors:
         """Where the session stands."""
         return read_snapshot((await self.call("GET", url, "/state")).content)
 
+    def forget(self) -> None:
+        """Drops the sockets: they are those of a session that is gone."""
+        for socket in self._sockets.values():
+            socket.transport.abort()
+        self._sockets.clear()
+
     async def close(self) -> None:
         """Ends the sockets."""
         for socket in self._sockets.values():
@@ -261,19 +267,21 @@ class Client:
 
     def rewind(self, step: int) -> int:
         """Goes on from an earlier step, because the store lost the later ones; how many requests those were."""
-        if problems := self.problems(self.fold()[1]):
+        if problems := self.problems(self.fold(self.rows)[1]):
             raise AssertionError(problems)
         before, count = self.step, len(self.rows)
         while self.step > step:
             self.rows.pop()
             self.replies.pop()
         assert self.step == step <= before, f"{self.doors.session} is back at step {step}, where no request ended"
-        self._is_made = step > 0
+        if not step:
+            self._is_made = False
+            self.doors.forget()
         return count - len(self.rows)
 
     def problems(self, standing: Standing) -> list[str]:
         """What is wrong with where the session stands, by what was acknowledged."""
-        name, (outputs, wanted) = self.doors.session, self.fold()
+        name, (outputs, wanted) = self.doors.session, self.fold(self.rows)
         found = []
         if standing.step != wanted.step:
             word = "lost" if standing.step < wanted.step else "doubled"
@@ -284,10 +292,10 @@ class Client:
             found.append(f"wrong: an answer of {name}")
         return found
 
-    def fold(self) -> tuple[bytes, Standing]:
-        """What the acknowledged inputs lead to."""
+    def fold(self, rows: Sequence[np.ndarray]) -> tuple[bytes, Standing]:
+        """What the inputs of requests lead to."""
         empty = np.empty((0, *self.doors.model.inputs), np.float32)
-        return self.doors.model.fold(np.concatenate([empty, *self.rows]))
+        return self.doors.model.fold(np.concatenate([empty, *rows]))
 
 
 @dataclass

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from tests.faults.conftest import House
+from tests.faults.load import Doors, http_client
 from tests.faults.processes import HAProxy
 from tests.faults.trial import Trial
 
@@ -111,5 +112,31 @@ def test_the_proxy_is_dropped(runner: asyncio.Runner, house: House, trial: Trial
             trial.took(load)
         finally:
             await proxy.kill()
+
+    runner.run(scenario())
+
+
+def test_an_id_made_anew(runner: asyncio.Runner, house: House, trial: Trial) -> None:
+    """A session that one replica deleted and made anew is the new one at the other, which has a copy of the old."""
+
+    async def scenario() -> None:
+        model = trial.models[0]
+        async with http_client() as http:
+            for number, kind in enumerate(("json", "packed", "json_socket", "binary_socket", "standing")):
+                one, other = house.urls
+                doors = Doors(f"anew{number}", model, http)
+                for life in range(2):
+                    await doors.call("PUT", one, json={"model": model.name})
+                    rows = model.rows(life, 3)
+                    if kind == "standing":
+                        assert (await doors.standing(other)).step == 0
+                        await doors.packed(one, rows, 1)
+                    else:
+                        assert (await getattr(doors, kind)(other, rows, 1)).data == model.fold(rows)[0]
+                    assert await doors.standing(one) == model.fold(rows)[1]
+                    if not life:
+                        await doors.call("DELETE", one)
+                        doors.forget()
+                await doors.close()
 
     runner.run(scenario())

@@ -34,7 +34,7 @@ class Trial:
         self.recoveries: list[float] = []
         self.longest = 0.0
         self.passed = False
-        self._models = models
+        self.models = models
         self._seconds = seconds
 
     def rounds(self, short: int) -> Iterator[int]:
@@ -46,7 +46,7 @@ class Trial:
 
     def load(self, urls: list[str], **options: Any) -> Load:
         """Clients that count for this trial."""
-        return Load(urls, self._models, self.rng, counts=self.counts, **options)
+        return Load(urls, self.models, self.rng, counts=self.counts, **options)
 
     def took(self, load: Load) -> None:
         """Notes what the clients of a load, which is over, had to wait for."""

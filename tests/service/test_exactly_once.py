@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from service.commits import MadeAnew
 from service.errors import LatchError, SessionExists, StepNotKept, StoreUnavailable
-from service.sessions import Session
+from service.sessions import Session, SessionManager
 from service.wire import StepReply, StepRequest
 from tests.service import toys
 from tests.service.replicas import Replica, SharedStore
@@ -25,6 +27,13 @@ Row = tuple[float, ...]
 def request(rows: list[Row], first: int | None) -> StepRequest:
     """Steps for `toy`; the gate comes along, so that the reply is more than the state."""
     return StepRequest(np.array(rows, np.float32).tobytes(), len(rows), ("y", "z"), first)
+
+
+async def step(manager: SessionManager, name: str, asked: StepRequest) -> StepReply:
+    """A step by the session's id, as the doors of HTTP do it."""
+    while True:
+        with suppress(MadeAnew):
+            return await manager.step(await manager.find(name), asked)
 
 
 class World:
@@ -116,7 +125,7 @@ class Sessions(RuleBasedStateMachine):
         asked = request(rows, len(client.rows) + 1)
 
         async def call(replica: Replica) -> StepReply:
-            return await replica.manager.step(await replica.manager.find(client.name), asked)
+            return await step(replica.manager, client.name, asked)
 
         return await self.persist(replica, call)
 
@@ -162,7 +171,7 @@ class Sessions(RuleBasedStateMachine):
 
         async def both() -> list[StepReply]:
             async def call(replica: Replica) -> StepReply:
-                return await replica.manager.step(await replica.manager.find(client.name), request(rows, None))
+                return await step(replica.manager, client.name, request(rows, None))
 
             return await asyncio.gather(*map(call, self.world.replicas))
 
@@ -183,6 +192,8 @@ class Sessions(RuleBasedStateMachine):
             self.world.store.faults.extend(faults)
             try:
                 await manager.step(session, request(rows, None))
+            except MadeAnew:  # an older copy: what the faults were for did not come to be
+                return False
             except StoreUnavailable:
                 return False
             return True
@@ -243,6 +254,15 @@ class Sessions(RuleBasedStateMachine):
         self.world.run(self.persist(replicas[1], lambda replica: replica.manager.restore(other.name, data)))
         other.rows, other.points = [*one.rows], [len(one.rows)]
 
+    @rule(which=clients, replica=replicas)
+    def made_anew(self, which: int, replica: int) -> None:
+        """A session is deleted, and another of its id made, while the other replica may have a copy of the old one."""
+        client, manager = self.clients[which], self.world.replicas[replica].manager
+        self.world.store.faults.clear()
+        self.world.run(manager.delete(client.name))
+        self.world.run(manager.create("toy", session_id=client.name))
+        client.rows, client.points = [], [0]
+
     @rule(replica=replicas)
     def crash(self, replica: int) -> None:
         """A process dies; another takes its place."""
@@ -258,9 +278,8 @@ class Sessions(RuleBasedStateMachine):
         manager = self.world.replicas[replica].manager
 
         async def call() -> StepReply | LatchError:
-            session = await manager.find(client.name)
             try:
-                return await manager.step(session, request(client.rows[before:], before + 1))
+                return await step(manager, client.name, request(client.rows[before:], before + 1))
             except LatchError as error:
                 return error
 
