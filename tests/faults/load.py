@@ -387,6 +387,13 @@ class Load:
                 )
                 wait.cancel()
 
+    async def retried(self, count: int) -> None:
+        """Waits until so many more requests had to be sent again."""
+        goal = self.counts["retries"] + count
+        async with asyncio.timeout(PATIENCE):
+            while self.counts["retries"] < goal:  # noqa: ASYNC110 - what is waited for sets no event
+                await asyncio.sleep(0.02)
+
     async def _check(self) -> None:
         problems = []
         for client in self.clients:
