@@ -154,6 +154,7 @@ async def build(
     return House(redis, wires, replicas)
 
 
+KEEP = 5
 ALWAYS = {"appendonly": "yes", "appendfsync": "always"}
 
 

@@ -359,6 +359,7 @@ class Load:
             await self._check()
         finally:
             await self._http.aclose()
+            await asyncio.sleep(0.01)  # for connections to end
 
     def refused(self, client: Client, error: Exception) -> None:
         """A request was refused for good. Where nothing may be lost, that fails; else the client goes back."""

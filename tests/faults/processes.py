@@ -202,6 +202,7 @@ class Wire:
             self.cut()
             while self._ends:  # noqa: ASYNC110 - a moment, at the end
                 await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._is_cut:
