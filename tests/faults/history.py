@@ -178,7 +178,9 @@ def shorten(history: Sequence[Call]) -> str:
     start = min(call.called for call in history)
     lines = []
     for call in sorted(history, key=lambda call: call.called):
-        what = f"{call.kind} of {len(call.rows)} as {call.first}" if call.rows is not None else f"{call.kind} {call.goal}"
+        what = (
+            f"{call.kind} of {len(call.rows)} as {call.first}" if call.rows is not None else f"{call.kind} {call.goal}"
+        )
         end = "?" if call.answered == inf else f"{call.answered - start:.3f}"
         said = "refused at" if call.refused else "->"
         lines.append(f"{call.called - start:.3f} to {end}: {what} {said} {call.step if end != '?' else '?'}")
