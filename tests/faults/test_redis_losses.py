@@ -101,7 +101,7 @@ def test_failover(
                 await asyncio.gather(*(replica.start() for replica in mine.replicas))
             pair = [first, second]
             async with trial.load(mine.urls, may_lose=not replicas, leaves=0.0, doubles=0.0) as load:
-                for _ in trial.rounds(2):
+                for _ in trial.rounds(1):
                     await load.answers(30)
                     await fail_over(trial, load, mine, pair, link, lag=0.3 + trial.rng.random())
             trial.took(load)

@@ -15,7 +15,7 @@ def test_kill_9_of_a_replica(runner: asyncio.Runner, house: House, trial: Trial)
 
     async def scenario() -> None:
         async with trial.load(house.urls) as load:
-            for _ in trial.rounds(2):
+            for _ in trial.rounds(1):
                 victim = trial.rng.choice(house.replicas)
                 await load.answers(trial.rng.randrange(10, 60))
                 await victim.kill()
@@ -51,7 +51,7 @@ def test_a_replica_that_hangs(runner: asyncio.Runner, house: House, trial: Trial
 
     async def scenario() -> None:
         async with trial.load(house.urls) as load:
-            for _ in trial.rounds(3):
+            for _ in trial.rounds(2):
                 replica = trial.rng.choice(house.replicas)
                 await load.answers(trial.rng.randrange(10, 40))
                 replica.pause()
@@ -102,7 +102,7 @@ def test_the_proxy_is_dropped(runner: asyncio.Runner, house: House, trial: Trial
         proxy = await HAProxy(tmp_path / "haproxy", house.replicas).start()
         try:
             async with trial.load([proxy.url], looks=house.urls) as load:
-                for _ in trial.rounds(2):
+                for _ in trial.rounds(1):
                     await load.answers(trial.rng.randrange(20, 60))
                     await proxy.kill()
                     trial.faults["kill -9 of HAProxy"] += 1
