@@ -70,6 +70,8 @@ def fit(
     epochs: options.Epochs = TrainConfig.max_epochs,
     patience: options.Patience = None,
     clip: options.Clip = TrainConfig.clip,
+    devices: options.Devices = TrainConfig.devices,
+    accelerator: options.Accelerator = TrainConfig.accelerator,
     run: options.RunTo = None,
     logs: options.Logs = "csv",
     threads: options.Threads = 1,
@@ -116,6 +118,8 @@ def fit(
         "max_epochs": epochs,
         "patience": patience,
         "clip": clip,
+        "devices": devices,
+        "accelerator": accelerator,
     }
     chosen, how = options.settings_for(data_set.info, settings)
     model = configure(data_set, cell, **chosen)

@@ -58,7 +58,8 @@ class ModelConfig:
 class TrainConfig:
     """How to train: everything that the final weights depend on.
 
-    `LIMITS` only say when to stop: they alone may change when a run is taken up again.
+    `LIMITS` only say when to stop: they alone may change when a run is taken up again. `batch_size` is that of each of
+    the `devices`: processes on the CPU (`accelerator` cpu), or GPUs (gpu).
     """
 
     LIMITS: ClassVar[tuple[str, ...]] = ("max_epochs", "patience")
@@ -71,10 +72,13 @@ class TrainConfig:
     max_epochs: int = 300
     patience: int = 15
     clip: float = 1.0
+    devices: int = 1
+    accelerator: str = "cpu"
 
     def __post_init__(self) -> None:
         _require(self.optimiser in ("adam", "rmsprop"), f"unknown optimiser {self.optimiser!r}: choose adam or rmsprop")
-        for name in ("rate", "batch_size", "max_epochs", "patience", "clip"):
+        _require(self.accelerator in ("cpu", "gpu"), f"unknown accelerator {self.accelerator!r}: choose cpu or gpu")
+        for name in ("rate", "batch_size", "max_epochs", "patience", "clip", "devices"):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
         _require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
         _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")

@@ -80,6 +80,8 @@ Patience = Annotated[
     option("Epochs without a better valid loss before stopping; 15, for a text 3, for sound 8.", panel=TRAINING),
 ]
 Clip = Annotated[float, option("Largest gradient norm.", panel=TRAINING)]
+Devices = Annotated[int, option("Processes, or GPUs, that share the work; each takes --batch-size.", panel=TRAINING)]
+Accelerator = Annotated[str, option("cpu, or gpu for --devices of them.", panel=TRAINING)]
 
 RunTo = Annotated[Path | None, option("Run folder; default runs/NAME-CELL.")]
 Logs = Annotated[str, option(f"{one_of(LOGGERS)}.")]

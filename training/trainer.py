@@ -21,8 +21,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
+from training import errors
 from training.checkpoint import Run, flatten_optimiser, load_tensors, restore_optimiser, save_tensors, split_off
 from training.config import ModelConfig, TrainConfig
 from training.data.sequences import Batch, DataSet, Item, collate
@@ -89,28 +91,57 @@ def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
         model.change = deviation((targets - before) / model.y_std)
 
 
-class Fitting(lightning.LightningModule):
-    """The model, its loss over predicted steps only, its optimiser, and its batches in an order that an epoch fixes."""
+def hush_hints() -> None:
+    """Nothing of Lightning's about itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
-    def __init__(self, model: RecurrentModel, config: TrainConfig, data: DataSet) -> None:
+
+def hush_advice() -> None:
+    """No warnings that ask for more loader workers: a batch is made in microseconds."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # torch's class, in Lightning
+
+
+class Fitting(lightning.LightningModule):
+    """The model, its loss over predicted steps only, its optimiser, and its batches in an order that an epoch fixes.
+
+    Of several devices each makes the whole batch and takes every n-th row of it, so that all know how much it counts.
+    """
+
+    def __init__(self, model: RecurrentModel, config: TrainConfig, data: DataSet, threads: int) -> None:
         super().__init__()
-        self.model, self.config, self.data = model, config, data
+        self.model, self.config, self.data, self.threads = model, config, data, threads
         self.valid_sum, self.valid_steps = 0.0, 0
+
+    def setup(self, stage: str) -> None:
+        """What a process started for one of several devices does not know yet."""
+        del stage
+        hush_hints()
+        hush_advice()
+        torch.set_num_threads(self.threads)
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Called anew each epoch: the order depends on seed and epoch alone, so a resumed run sees the same one."""
         order = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.current_epoch)
         split = self.data.splits["train"]
-        return DataLoader(split, self.config.batch_size, shuffle=True, generator=order, collate_fn=collate)
+        size = self.config.batch_size * self.config.devices
+        return DataLoader(split, size, shuffle=True, generator=order, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """The valid split, in its own order."""
         return DataLoader(self.data.splits["valid"], batch_size=64, collate_fn=collate)
 
     def _losses(self, batch: Batch) -> Tensor:
-        inputs, targets, predicted = batch
+        mine = slice(self.global_rank, None, self.config.devices)
+        inputs, targets, predicted = (part[mine] for part in batch)
         raw, _ = self.model(inputs)
         return self.model.loss(raw, targets)[predicted]
+
+    def _reduce(self, value: Tensor, how: str) -> Tensor:
+        """`value` over all devices: its "mean" or "sum"."""
+        reduced: Tensor = self.trainer.strategy.reduce(value, reduce_op=how)
+        return reduced
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -121,10 +152,12 @@ class Fitting(lightning.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Mean loss of the batch's predicted steps; DivergedError when it is not a number."""
-        losses = self._losses(batch)
-        loss = losses.mean()
-        self._require_finite("loss", loss.item())
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
+        count = int(batch[2].sum())
+        # The gradients of the devices are averaged, and their shares of the predicted steps differ.
+        loss = self._losses(batch).sum() * (self.config.devices / count)
+        whole = self._reduce(loss.detach(), "mean")
+        self._require_finite("loss", whole.item())
+        self.log("train_loss", whole, on_epoch=True, on_step=False, prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -139,14 +172,26 @@ class Fitting(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """What early stopping watches."""
-        self._require_finite("valid loss", self.valid_sum)
-        self.log("valid_loss", self.valid_sum / self.valid_steps, prog_bar=True)
+        sums = torch.tensor([self.valid_sum, self.valid_steps], dtype=torch.float64, device=self.device)
+        total, steps = self._reduce(sums, "sum").tolist()
+        self._require_finite("valid loss", total)
+        self.log("valid_loss", total / steps, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam or RMSProp at a constant rate, with an L2 penalty in the gradient."""
         config = self.config
         make = OPTIMISERS[config.optimiser]
         return make(self.model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
+
+
+def random_states(devices: int, device: torch.device) -> Tensor:
+    """The state of the random numbers, or of several devices' [devices, bytes]: each drops out other units."""
+    state = torch.get_rng_state()
+    if devices == 1:
+        return state
+    states = [torch.empty_like(state, device=device) for _ in range(devices)]
+    torch.distributed.all_gather(states, state.to(device))
+    return torch.stack(states).cpu()
 
 
 class Keeper(Callback):
@@ -166,18 +211,28 @@ class Keeper(Callback):
             restore_optimiser(trainer.optimizers[0], tensors)
             self.early.wait_count = meta["early_stopping"]["wait_count"]
             self.early.best_score = torch.tensor(meta["early_stopping"]["best_score"])
-            torch.set_rng_state(tensors["random"])
+            torch.set_rng_state(tensors["random"].view(trainer.world_size, -1)[trainer.global_rank].clone())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """`best` first: if the kill comes between the two, the repeated epoch writes the same `best` again."""
+        random = random_states(trainer.world_size, pl_module.device)
+        if not trainer.is_global_zero:
+            return
         valid, epoch = trainer.callback_metrics["valid_loss"].item(), trainer.current_epoch + 1
         if self.early.wait_count == 0:
             save_tensors(self.best, split_off(pl_module.state_dict(), "model"), {"epoch": epoch, "valid_loss": valid})
         tensors = {f"fitting.{name}": value for name, value in pl_module.state_dict().items()}
-        tensors |= flatten_optimiser(trainer.optimizers[0]) | {"random": torch.get_rng_state()}
+        tensors |= flatten_optimiser(trainer.optimizers[0]) | {"random": random}
         # Without the patience, which is the run's: it may be another one when the run is taken up again.
         early = {"wait_count": self.early.wait_count, "best_score": self.early.best_score.item()}
         save_tensors(self.last, tensors, {"epoch": epoch, "early_stopping": early})
+
+
+def raised_elsewhere(failed: ProcessRaisedException) -> Exception:
+    """The refusal with which a device's process ended, of which only the traceback's text comes through."""
+    name, _, words = str(failed).strip().splitlines()[-1].partition(": ")
+    kind = getattr(errors, name.removeprefix(f"{errors.__name__}."), None)
+    return kind(words) if isinstance(kind, type) and issubclass(kind, errors.TrainingError) else failed
 
 
 def resume_point(folder: Path, config: TrainConfig) -> tuple[int, bool]:
@@ -208,12 +263,15 @@ def fit(
     """Train until the valid split stops improving, then score the best weights; resumes what `folder` holds.
 
     A finished run goes on where other `TrainConfig.LIMITS` leave it room, and is returned as it is where they do not.
-    One thread is the default: at these sizes a second costs more than it does. Raises CheckpointError when `folder`
+    One thread is the default: at these sizes a second costs more than it does. Several devices work in processes of
+    their own and end with the weights of one that had all their batches in one. Raises CheckpointError when `folder`
     belongs to a different run or is damaged, DivergedError when the loss is not a number; KeyboardInterrupt on Ctrl-C,
     after which the same call goes on from the last whole epoch.
     """
     if logs not in LOGGERS:
         raise ConfigError(f"unknown logs {logs!r}: choose one of {', '.join(LOGGERS)}")
+    if config.accelerator == "gpu" and torch.cuda.device_count() < config.devices:
+        raise ConfigError(f"devices is {config.devices}, but there are {torch.cuda.device_count()} GPUs here")
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
     run = Run(data.info, model_config, config, libraries())
@@ -231,13 +289,14 @@ def fit(
     set_normalisation(model, data)
     run.save(folder)
     if unfinished:
-        # Lightning's hints about itself, and its advice to add loader workers: batches here are made in microseconds.
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        hush_hints()
         # Judged when validation ends: at the end of the epoch Lightning would call it after the Keeper.
         early = EarlyStopping("valid_loss", patience=config.patience, check_on_train_epoch_end=False)
         trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy="auto" if config.devices == 1 else "ddp_spawn",
+            use_distributed_sampler=False,
             max_epochs=config.max_epochs,
             gradient_clip_val=config.clip,
             logger=LOGGERS[logs](folder),
@@ -253,10 +312,11 @@ def fit(
         epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
         trainer.fit_loop.epoch_progress.current.load_state_dict(epochs)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # torch's class, in Lightning
+            hush_advice()
             try:
-                trainer.fit(Fitting(model, config, data))
+                trainer.fit(Fitting(model, config, data, threads))
+            except ProcessRaisedException as failed:
+                raise raised_elsewhere(failed) from failed
             except SystemExit as stopped:  # Lightning's answer to Ctrl-C, which it also leaves switched off
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from stopped

@@ -319,3 +319,49 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"data": 1}')
     with pytest.raises(CheckpointError, match=r"run\.json is not a run's description"):
         Run.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_devices_are_one_with_twice_the_batch(tiny: DataSet, tmp_path: Path) -> None:
+    """Two processes with batches of five end with the weights of one with batches of ten, the odd sequence included.
+
+    And interrupted between two epochs they end with their own weights to the last bit.
+    """
+    extra = tiny.splits["train"].items[0]
+    data = replace(tiny, splits=tiny.splits | {"train": Split([*tiny.splits["train"].items, extra])})
+    plain = model_for(data, dropout=0.0)
+    config = replace(CONFIG, batch_size=10)
+    two = replace(config, batch_size=5, devices=2)
+    one = fit(data, plain, config, tmp_path / "one")
+    both = fit(data, plain, two, tmp_path / "two")
+    for name in ("best.safetensors", "last.safetensors"):
+        (mine, my_meta), (theirs, their_meta) = (load_tensors(tmp_path / run / name) for run in ("one", "two"))
+        assert my_meta["epoch"] == their_meta["epoch"]
+        for key in (key for key in mine if not key.endswith("random")):
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-5, atol=1e-5)
+    assert one.result is not None
+    assert both.result is not None
+    assert [metric["name"] for metric in one.result["metrics"]] == [metric["name"] for metric in both.result["metrics"]]
+
+    dropping = model_for(data)
+    for run, epochs in (("whole", 2), ("cut", 1), ("cut", 2)):
+        fit(data, dropping, replace(two, max_epochs=epochs), tmp_path / run)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_a_refusal_of_a_device_is_that_of_the_run(tiny: DataSet, tmp_path: Path) -> None:
+    """A loss that is not a number in the rows of one of two processes is a DivergedError here, and both have ended."""
+    roll = np.full((5, 6), np.nan, dtype=np.float32)
+    broken = Split([*tiny.splits["train"].items, (roll, roll, np.ones(5, dtype=np.bool_))])
+    data = replace(tiny, splits=tiny.splits | {"train": broken})
+    with pytest.raises(DivergedError, match=r"^the loss became nan in epoch 1, step \d+, at rate 0.02"):
+        fit(data, model_for(data), replace(CONFIG, devices=2), tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_that_are_not_there_are_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """Before anything is written."""
+    with pytest.raises(ConfigError, match="devices is 1, but there are 0 GPUs here"):
+        fit(tiny, model_for(tiny), replace(CONFIG, accelerator="gpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
