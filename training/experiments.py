@@ -38,7 +38,8 @@ class Arm:
     """One data set of an experiment, on which every unit of `hidden` (name to size) is trained with `seeds` seeds.
 
     `papers` are test scores in the same `metric`, by paper and then by unit, or by a name that is no unit of ours.
-    `at` is the arm's place on the experiment's axis, where it has one.
+    `at` is the arm's place on the experiment's axis, where it has one. `epoch` is how many seconds one of `gru` took on
+    one core: it says how long what has no record yet may take.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Arm:
     metric: str
     hidden: dict[str, int]
     train: TrainConfig
+    epoch: float
     papers: dict[str, dict[str, float]] = field(default_factory=dict)
     seeds: int = 3
     embedding: int | None = None
@@ -122,11 +124,12 @@ MUSIC_PAPERS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
     ),
 }
 MUSIC_SEEDS = {"chorales": 3, "nottingham": 3, "musedata": 1, "piano-midi": 1}
+MUSIC_EPOCH = {"chorales": 0.3, "nottingham": 0.9, "musedata": 2.0, "piano-midi": 0.5}
 PIXEL_PAPERS = {"Bai 2018": {"gru": 0.962, "lstm": 0.872, "TCN": 0.990}, "RRU 2021": {"GRU, 2 layers": 0.9836}}
 RMSPROP = TrainConfig(optimiser="rmsprop", rate=0.002)
 
 
-def images(name: str, papers: dict[str, dict[str, float]]) -> dict[str, Arm]:
+def images(name: str, epoch: float, papers: dict[str, dict[str, float]]) -> dict[str, Arm]:
     """Dey & Salem's settings, a rate an arm: 100 units, RMSProp, batches of 32, 100 epochs to the end."""
     train = replace(RMSPROP, weight_decay=0.0, batch_size=32, max_epochs=100, patience=100)
     return {
@@ -136,6 +139,7 @@ def images(name: str, papers: dict[str, dict[str, float]]) -> dict[str, Arm]:
             "accuracy",
             sizes(100),
             replace(train, rate=rate),
+            epoch,
             papers | ({"Dey & Salem 2017": {"gru3": 0.596}} if name == "pixels" and rate == 1e-4 else {}),
         )
         for rate in (1e-3, 5e-4, 1e-4)
@@ -151,7 +155,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "everybody else's: compare those with RRU 2021, which drops silent frames and tunes its sizes. Bai's models "
         "are larger.",
         {
-            name: Arm(title, partial(data.load, name), "nll", MUSIC, RMSPROP, papers, MUSIC_SEEDS[name])
+            name: Arm(
+                title, partial(data.load, name), "nll", MUSIC, RMSPROP, MUSIC_EPOCH[name], papers, MUSIC_SEEDS[name]
+            )
             for name, (title, papers) in MUSIC_PAPERS.items()
         },
     ),
@@ -159,13 +165,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "MNIST, one row of 28 pixels a step",
         "Dey & Salem 2017 give curves for these settings; 5,000 training images are kept back to choose by. Heck & "
         "Salem 2017 find mgu2 ahead of mgu.",
-        images("rows", {}),
+        images("rows", 10, {}),
     ),
     "mnist-pixels": Experiment(
         "MNIST, one pixel a step, 784 steps",
         "5,000 training images are kept back to choose by. Dey & Salem find that gru1 and gru2 almost equal gru and "
         "gru3 does not; at the lowest rate gru3 reaches 59.6% after 100 epochs and still rises.",
-        images("pixels", PIXEL_PAPERS),
+        images("pixels", 220, PIXEL_PAPERS),
     ),
     "imdb": Experiment(
         "IMDB reviews, the last 80 words",
@@ -178,6 +184,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "accuracy",
                 sizes(128),
                 replace(RMSPROP, rate=1e-3, weight_decay=0.0, batch_size=32, max_epochs=100, patience=5),
+                23,
                 embedding=128,
             )
         },
@@ -193,6 +200,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "nll",
                 sizes(227, lstm=195, rnn=400),
                 replace(RMSPROP, rate=1e-3, weight_decay=0.0, batch_size=32, max_epochs=100, patience=8),
+                22,
             )
         },
     ),
@@ -206,6 +214,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "rmse",
                 MUSIC,
                 TrainConfig(rate=0.005, weight_decay=0.0, batch_size=32, max_epochs=60),
+                0.0025 * steps,
                 at=steps,
             )
             for steps in (25, 50, 100, 200)
@@ -223,6 +232,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "accuracy",
                 only(MUSIC, "gru", "gru1", "gru3", "mgu", "mgu2", "lstm", "rnn"),
                 TrainConfig(max_epochs=100),
+                0.1,
                 at=images,
             )
             for images in (75, 150, 400, 1200)

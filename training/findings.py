@@ -73,9 +73,11 @@ def missing(name: str, key: str, experiment: Experiment, records: Sequence[Recor
     ]
     if not todo:
         return []
-    left = remaining(todo, known).removeprefix("; ") if any(one.arm == key for one in records) else ""
-    estimate = f" ({left} at the pace of those here)" if left else ""
-    return ["", f"{len(todo)} runs of the table are left{estimate}: `latch-train reproduce {name} --arms {key}`."]
+    left = remaining(experiment, todo, known).removeprefix("; ").removesuffix(" left")
+    return [
+        "",
+        f"{len(todo)} runs of the table are left ({left} on one core): `latch-train reproduce {name} --arms {key}`.",
+    ]
 
 
 def spread(values: Sequence[float]) -> str:

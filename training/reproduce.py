@@ -188,22 +188,26 @@ def reproduce(
         tell(
             f"{len(plan) - len(todo) + index + 1}/{len(plan)}: {arm.title}, {cell}, seed {train.seed}: "
             f"test {arm.metric} {record.test:.4g}, {record.epochs} epochs, {time.monotonic() - started:.0f} s"
-            + remaining(todo[index + 1 :], records)
+            + remaining(experiment, todo[index + 1 :], records)
         )
     return list(records.values())
 
 
-def remaining(todo: Sequence[tuple[str, str, TrainConfig]], records: dict[Key, Record]) -> str:
-    """How long the rest may take: as long as the same arm's other runs, scaled to the same epochs where they differ."""
+def remaining(experiment: Experiment, todo: Sequence[tuple[str, str, TrainConfig]], records: dict[Key, Record]) -> str:
+    """How long the rest may take: `; about 12 min left`, or nothing.
+
+    A run takes as long as the records of its arm, if it may have more epochs so much longer; where there are none, as
+    many epochs as it may have of the table's length.
+    """
+    seconds = 0.0
+    for name, cell, train in todo:
+        alike = [one for one in records.values() if one.arm == name]
+        alike = [one for one in alike if one.cell == cell] or alike
+        if alike:
+            longest = max(one.train["max_epochs"] for one in alike)
+            seconds += sum(one.seconds for one in alike) / len(alike) * max(1.0, train.max_epochs / longest)
+        else:
+            seconds += experiment.arms[name].epoch * train.max_epochs
     if not todo:
         return ""
-    seconds, unknown = 0.0, 0
-    for arm, cell, train in todo:
-        alike = [one for one in records.values() if one.arm == arm]
-        alike = [one for one in alike if one.cell == cell] or alike
-        unknown += not alike
-        if alike:
-            longest = max(1, *(one.train["max_epochs"] for one in alike))
-            seconds += sum(one.seconds for one in alike) / len(alike) * max(1.0, train.max_epochs / longest)
-    more = f", and {unknown} runs of arms not tried yet" if unknown else ""
-    return f"; about {seconds / 60:.0f} min left{more}"
+    return f"; about {seconds / 60:.0f} min left" if seconds < 6000 else f"; about {seconds / 3600:.0f} h left"

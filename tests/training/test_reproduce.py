@@ -28,7 +28,9 @@ def small(data: DataSet) -> Experiment:
     """Two units, two seeds, one data set."""
     papers = {"Paper 2014": {"gru": 1.25, "TCN": 1.1}}
     return Experiment(
-        "Scales", "Nothing.", {"scales": Arm("scales", lambda: data, "nll", {"gru": 4, "mgu2": 4}, TRAIN, papers, 2)}
+        "Scales",
+        "Nothing.",
+        {"scales": Arm("scales", lambda: data, "nll", {"gru": 4, "mgu2": 4}, TRAIN, 10, papers, 2)},
     )
 
 
@@ -166,7 +168,7 @@ def test_the_report_sets_ours_beside_the_papers(tiny: DataSet, tmp_path: Path) -
     assert "| `gru` | 4 | 100 | 1.00 | **1.500 ± 0.707** | 2.000 ± 0.707 | 2 | 3 | 6 | 1.25 |" in page
     assert "| `mgu2` | 4 | 40 | 0.40 | **1.750** | 2.250 | 1 | 3 | 6 |  |" in page
     assert "| TCN |  |  |  |  |  |  |  |  | 1.10 |" in page
-    assert "1 runs of the table are left (about 0 min left at the pace of those here)" in page
+    assert "1 runs of the table are left (about 0 min on one core)" in page
     assert "Reduced" not in page
 
 
@@ -175,7 +177,9 @@ def test_a_report_of_nothing_says_so(tiny: DataSet, tmp_path: Path) -> None:
     (written,) = findings.write(tmp_path, "scales", small(tiny), [])
     page = written.read_text()
     assert "Not run here." in page
-    assert "4 runs of the table are left: `latch-train reproduce scales --arms scales`." in page
+    assert (
+        "4 runs of the table are left (about 2 min on one core): `latch-train reproduce scales --arms scales`." in page
+    )
     assert "±" not in page.partition("## ")[2]
 
 
