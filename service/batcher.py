@@ -12,9 +12,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import msgspec
 import numpy as np
 
 from service.commits import Arrival, Committer
@@ -22,19 +21,19 @@ from service.errors import (
     Draining,
     InferenceFailed,
     InvalidInput,
-    LatchError,
     SessionNotFound,
     StepConflict,
 )
 from service.ledger import Ledger, StoredSlot
 from service.manifest import Array
 from service.metrics import ModelMetrics
-from service.queues import Answer, Group, Outcome, Queues, Ticket, deliver
-from service.slab import Commits, Slot, StateSlab
+from service.queues import Answer, Outcome, Queues, Ticket
+from service.slab import Slot, StateSlab
 from service.snapshot import SnapshotCodec
 from service.steps import Decision, decide
 from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import RowFormat
+from service.work import BlockReply, BlockRun, BlockWork, Chunk, ChunksRun, deleted, new_chunk
 
 log = logging.getLogger(__name__)
 
@@ -51,62 +50,6 @@ class Runner(Protocol):
 
     def is_short(self, rows: int, steps: int) -> bool:
         """Whether the run belongs on the event loop's own thread."""
-
-
-class _Chunk(Ticket, kw_only=True):
-    """A request to step, and how far it got."""
-
-    request: StepRequest
-    first_step: int = 0
-    done: int = 0
-    state: list[Array] | None = None
-    parts: list[bytes] = msgspec.field(default_factory=list)
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    is_fresh: bool = False
-
-    def restart(self) -> None:
-        """Forgets how far it got: its session was brought up to date, and has moved."""
-        self.done, self.state, self.parts, self.is_fresh = 0, None, [], True
-
-
-def _chunk(slot: Slot, answer: Answer, submitted: float, request: StepRequest) -> _Chunk:
-    return _Chunk(slot, answer, submitted, requests=1, size=len(request.data), request=request)
-
-
-class BlockReply(NamedTuple):
-    """What became of the requests of a block, one entry a session: packed rows, where the request was applied with the
-    block. The others are answered by themselves.
-    """
-
-    first_steps: list[int]
-    replies: list[bytes]
-    applied: list[bool]
-
-
-class _Block(Group):
-    """Requests of many idle sessions that came together and run together, and go through as arrays.
-
-    `answer` is called when it ran; what of it cannot go with the rest is answered by `answers(index)` instead.
-    """
-
-    def __init__(
-        self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
-    ) -> None:
-        self.slots = slots
-        self.block = block
-        self.answer = answer
-        self.answers = answers
-        self.submitted = time.perf_counter()
-
-    def chunk(self, index: int) -> _Chunk:
-        """One of the requests, alone."""
-        return _chunk(self.slots[index], self.answers(index), self.submitted, self.block.request(index))
-
-    def refuse(self, error: LatchError) -> None:
-        """Answers every request."""
-        for i in range(len(self.slots)):
-            deliver(self.answers(i), error)
 
 
 class Batcher:
@@ -149,7 +92,7 @@ class Batcher:
         self._max_run_steps = max_run_steps
         self._keep_reply_bytes = keep_reply_bytes
         self._metrics = metrics
-        self._queues: Queues[_Block] = Queues(
+        self._queues: Queues[BlockWork] = Queues(
             max_queue=max_queue, max_queue_bytes=max_queue_bytes, max_session_queue=max_session_queue
         )
         self._ledger = ledger
@@ -168,7 +111,7 @@ class Batcher:
             SessionNotFound: the slot was released.
         """
         self._queues.check(slot)
-        return self._queues.put(_chunk(slot, answer, time.perf_counter(), request))
+        return self._queues.put(new_chunk(slot, answer, time.perf_counter(), request))
 
     def submit_block(
         self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
@@ -181,7 +124,7 @@ class Batcher:
             count <= self._max_batch_size
             and self._cap(steps, count) >= steps
             and self._slab.are_next(slots, block.first_steps)
-            and self._queues.put_group(_Block(slots, block, answer, answers))
+            and self._queues.put_group(BlockWork(slots, block, answer, answers))
         )
 
     def at_turn(self, slot: Slot, action: Callable[[], Outcome], answer: Answer) -> Ticket:
@@ -204,7 +147,7 @@ class Batcher:
             if self._is_shared and isinstance(slot, StoredSlot):
                 await self._committer.refresh(slot)
             if not slot.is_live:  # its turn came, and before its caller woke it was deleted
-                raise _deleted()
+                raise deleted()
             yield self._committer
 
     async def room(self, slot: Slot) -> None:
@@ -235,7 +178,7 @@ class Batcher:
             while True:
                 await queues.work.wait()
                 work = self._collect()
-                if isinstance(work, _Block):
+                if isinstance(work, BlockWork):
                     await self._serve_block(work)
                 elif work:
                     await self._serve_chunks(work)
@@ -246,7 +189,7 @@ class Batcher:
             self._worker.shutdown(wait=False)
             queues.close(Draining("the service is stopping"), saving=self._committer)
 
-    async def _serve_chunks(self, batch: list[_Chunk]) -> None:
+    async def _serve_chunks(self, batch: list[Chunk]) -> None:
         self._running = dict.fromkeys([chunk.slot for chunk in batch])
         try:
             await self._advance(batch)
@@ -258,7 +201,7 @@ class Batcher:
         finally:
             self._queues.resume(self._running)
 
-    async def _serve_block(self, work: _Block) -> None:
+    async def _serve_block(self, work: BlockWork) -> None:
         self._queues.began(work)
         self._running = dict.fromkeys(work.slots)
         try:
@@ -267,7 +210,7 @@ class Batcher:
                     chunk = work.chunk(i)
                     self._queues.put_first(chunk)
                     if slot.row < 0:
-                        chunk.settle(_deleted())
+                        chunk.settle(deleted())
         except asyncio.CancelledError:
             work.refuse(Draining("the service is stopping"))
             raise
@@ -277,17 +220,17 @@ class Batcher:
         finally:
             self._queues.resume(self._running)
 
-    def _collect(self) -> list[_Chunk] | _Block:
+    def _collect(self) -> list[Chunk] | BlockWork:
         """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
         taken = self._queues.take(self._max_batch_size)
-        if isinstance(taken, _Block):
+        if isinstance(taken, BlockWork):
             return taken
         return [chunk for slot in taken if (chunk := self._next(slot)) is not None]
 
-    def _next(self, slot: Slot) -> _Chunk | None:
+    def _next(self, slot: Slot) -> Chunk | None:
         """The first request of a slot that needs a run; answers those before it that do not."""
         while (ticket := self._queues.head(slot)) is not None:
-            if not isinstance(ticket, _Chunk):
+            if not isinstance(ticket, Chunk):
                 if not ticket.act():
                     return None
             elif ticket.done or self._begins(ticket):
@@ -297,7 +240,7 @@ class Batcher:
         self._queues.resume([slot])
         return None
 
-    def _begins(self, chunk: _Chunk) -> bool:
+    def _begins(self, chunk: Chunk) -> bool:
         """Consults the step table. True when the chunk needs a run; else it is answered, or waits for the store: where
         other replicas move the session too, it takes more than this copy to refuse or repeat.
         """
@@ -324,7 +267,7 @@ class Batcher:
         chunk.queue_seconds = time.perf_counter() - chunk.submitted
         return True
 
-    async def _advance(self, batch: list[_Chunk]) -> None:
+    async def _advance(self, batch: list[Chunk]) -> None:
         """One run: everybody in `batch` moves on by the same number of steps."""
         steps = min([chunk.request.steps - chunk.done for chunk in batch])
         if steps > 1:
@@ -373,7 +316,7 @@ class Batcher:
         )
         self._commit(batch, state, finished, ended)
 
-    def _commit(self, batch: list[_Chunk], state: list[Array], finished: list[int], ended: float) -> None:
+    def _commit(self, batch: list[Chunk], state: list[Array], finished: list[int], ended: float) -> None:
         """Commits the finished chunks of a run; what is stored and what is not, each on its way."""
         kinds = [finished]
         if self._ledger is not None:
@@ -385,7 +328,7 @@ class Batcher:
             if len(rows) < len(batch):
                 chunks = [batch[b] for b in rows]
             own = state if chunks is batch else [values[rows] for values in state]
-            self._pass_on(_Chunks(chunks, own, ended, self._keep_reply_bytes, self._metrics))
+            self._pass_on(ChunksRun(chunks, own, ended, self._keep_reply_bytes, self._metrics))
 
     def _pass_on(self, arrival: Arrival) -> None:
         if self._committer.commit(arrival):
@@ -410,7 +353,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, self._runner.run, inputs, state, wanted)
 
-    async def _advance_block(self, work: _Block) -> bool:
+    async def _advance_block(self, work: BlockWork) -> bool:
         """One run of a block; False, and nothing has changed, where its requests must meet their fates alone."""
         slots, block = work.slots, work.block
         count, steps = block.inputs.shape[:2]
@@ -431,7 +374,7 @@ class Batcher:
         size = len(data) // count
         replies = [data[b * size : (b + 1) * size] for b in range(count)]
         self._pass_on(
-            _BlockRun(
+            BlockRun(
                 work,
                 state,
                 replies,
@@ -444,7 +387,7 @@ class Batcher:
         )
         return True
 
-    async def _advance_finite(self, batch: list[_Chunk], steps: int) -> None:
+    async def _advance_finite(self, batch: list[Chunk], steps: int) -> None:
         """Refuses the rows whose inputs are no numbers, and runs the others."""
         for chunk in batch:
             try:
@@ -454,7 +397,7 @@ class Batcher:
         if rest := [chunk for chunk in batch if chunk.answer is not None]:
             await self._advance(rest)
 
-    def _split(self, batch: list[_Chunk], outputs: dict[str, Array]) -> list[bytes]:
+    def _split(self, batch: list[Chunk], outputs: dict[str, Array]) -> list[bytes]:
         """What each chunk asked for of the outputs of a run."""
         rows: dict[tuple[str, ...], list[bytes]] = {}
         for names in {chunk.request.outputs for chunk in batch}:
@@ -465,7 +408,7 @@ class Batcher:
             return rows[batch[0].request.outputs]
         return [rows[chunk.request.outputs][b] for b, chunk in enumerate(batch)]
 
-    def _part(self, chunk: _Chunk, steps: int) -> bytes | memoryview:
+    def _part(self, chunk: Chunk, steps: int) -> bytes | memoryview:
         """The next `steps` rows of a chunk."""
         if chunk.request.steps == steps:
             return chunk.request.data
@@ -473,126 +416,13 @@ class Batcher:
         return memoryview(chunk.request.data)[chunk.done * size : (chunk.done + steps) * size]
 
     @staticmethod
-    def _sound(batch: list[_Chunk], outputs: dict[str, Array], state: list[Array]) -> Sequence[bool]:
+    def _sound(batch: list[Chunk], outputs: dict[str, Array], state: list[Array]) -> Sequence[bool]:
         """[B]: whether a row's state is finite, and what it asked for itself; that of batch-mates does not count."""
         if all(np.isfinite(values).all() for values in (*outputs.values(), *state)):
             return [True] * len(batch)
         finite = {name: _finite_rows(rows) for name, rows in outputs.items()}
         sound = np.logical_and.reduce([_finite_rows(rows) for rows in state])
         return [sound[b] and all(finite[name][b] for name in chunk.request.outputs) for b, chunk in enumerate(batch)]
-
-
-class _Chunks:
-    """Chunks that a run finished (an `Arrival`)."""
-
-    def __init__(
-        self, chunks: list[_Chunk], state: list[Array], ended: float, keep_reply_bytes: int, metrics: ModelMetrics
-    ) -> None:
-        self.state = state
-        self.commits = Commits([], [], [], [], [])
-        self._chunks = chunks
-        self._ended = ended
-        self._metrics = metrics
-        self._replies: list[bytes] = []
-        for chunk in chunks:
-            request, first = chunk.request, chunk.first_step
-            data = chunk.parts[0] if len(chunk.parts) == 1 else b"".join(chunk.parts)
-            self._replies.append(data)
-            self.commits.slots.append(chunk.slot)
-            self.commits.steps.append(first + request.steps - 1)
-            self.commits.first_steps.append(first)
-            self.commits.digests.append(request.digest)
-            self.commits.replies.append(data if len(data) <= keep_reply_bytes else None)
-
-    def settle(self, rows: Sequence[int], live: Sequence[bool], store_seconds: float) -> None:
-        """See `Arrival`."""
-        moved, chunks = 0, [self._chunks[b] for b in rows]
-        for b, is_live in zip(rows, live, strict=True):
-            chunk = self._chunks[b]
-            moved += chunk.request.steps * is_live
-            chunk.settle(
-                StepReply(
-                    chunk.request.outputs,
-                    self._replies[b],
-                    chunk.first_step,
-                    self.commits.steps[b],
-                    False,
-                    chunk.queue_seconds,
-                    chunk.compute_seconds,
-                    store_seconds,
-                )
-                if is_live
-                else _deleted()
-            )
-        now = time.perf_counter()
-        self._metrics.steps.inc(moved)
-        overhead = [now - chunk.submitted - chunk.compute_seconds for chunk in chunks]
-        self._metrics.observe_answers(now - self._ended, overhead)
-
-    def refuse(self, error: LatchError) -> None:
-        """See `Arrival`."""
-        for chunk in self._chunks:
-            chunk.settle(error)
-
-    def again(self, row: int) -> None:
-        """See `Arrival`."""
-        self._chunks[row].restart()
-
-
-class _BlockRun:
-    """A block that was run (an `Arrival`)."""
-
-    def __init__(
-        self,
-        work: _Block,
-        state: list[Array],
-        replies: list[bytes],
-        before: list[int],
-        times: tuple[float, float],
-        queues: Queues[_Block],
-        keep_reply_bytes: int,
-        metrics: ModelMetrics,
-    ) -> None:
-        steps = work.block.inputs.shape[1]
-        self.state = state
-        self.commits = Commits(
-            work.slots,
-            [step + steps for step in before],
-            [step + 1 for step in before],
-            work.block.digests(),
-            [*replies] if len(replies[0]) <= keep_reply_bytes else [None] * len(replies),
-        )
-        self._work = work
-        self._replies = replies
-        self._compute, self._ended = times
-        self._queues = queues
-        self._metrics = metrics
-
-    def settle(self, rows: Sequence[int], live: Sequence[bool], _store_seconds: float) -> None:
-        """See `Arrival`."""
-        work, applied = self._work, [False] * len(self._replies)
-        for b, is_live in zip(rows, live, strict=True):
-            applied[b] = is_live
-            if not is_live:
-                deliver(work.answers(b), _deleted())
-        deliver(work.answer, BlockReply(self.commits.first_steps, self._replies, applied))
-        now = time.perf_counter()
-        self._metrics.steps.inc(work.block.inputs.shape[1] * sum(applied))
-        self._metrics.observe_answers(now - self._ended, [now - work.submitted - self._compute] * len(rows))
-
-    def refuse(self, error: LatchError) -> None:
-        """See `Arrival`."""
-        self._work.refuse(error)
-
-    def again(self, row: int) -> None:
-        """See `Arrival`."""
-        chunk = self._work.chunk(row)
-        chunk.restart()
-        self._queues.put_first(chunk)
-
-
-def _deleted() -> SessionNotFound:
-    return SessionNotFound("the session was deleted while this request was under way")
 
 
 def _finite_rows(rows: Array) -> Array:

@@ -5,7 +5,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from service.batcher import BlockReply
 from service.errors import InvalidInput, LatchError, Malformed
 from service.queues import Outcome
 from service.routers.sockets import BINARY, MESSAGE_BYTES, Socket
@@ -13,6 +12,7 @@ from service.sessions import Session
 from service.slab import Slot
 from service.wire import Block, StepReply, frames
 from service.wire.frames import Frame, Kind
+from service.work import BlockReply
 
 _TURN = 256  # frames of a message after which others have their turn: a million fit into one
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from service.batcher import Batcher, BlockReply
+from service.batcher import Batcher
 from service.errors import InferenceFailed, LatchError
 from service.ledger import Ledger
 from service.manifest import StatePair
@@ -19,6 +19,7 @@ from service.slab import Slot, StateSlab
 from service.snapshot import SnapshotCodec
 from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import Field, RowFormat
+from service.work import BlockReply
 
 PAIR = StatePair(name="h", input="h", output="h2", dtype="float64", shape=(1,), batch_axis=0)
 
