@@ -206,7 +206,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "adding": Experiment(
         "The adding problem: the sum of two marked numbers among many",
-        "No paper of the units' has a table of it. Saying 1 always scores 0.41.",
+        "No paper of the units' has a table of it. RMSE in standard deviations of the training sums: always saying the "
+        "mean scores 1.",
         {
             f"steps-{steps}": Arm(
                 f"{steps} steps",

@@ -155,6 +155,8 @@ def test_adding_asks_once_for_the_marked_sum() -> None:
         assert marks[0] < 10 <= marks[1]
         assert targets[-1, 0] == pytest.approx(inputs[marks, 0].sum())
         assert predicted.tolist() == [False] * 19 + [True]
+    (always,) = adding.load(steps=20).references
+    assert always.value == pytest.approx(1, abs=0.05), "in deviations, as the scores are"
 
 
 def test_digits_are_rows_with_one_answer() -> None:
