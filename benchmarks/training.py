@@ -198,7 +198,13 @@ def main(
         *scans([Shape(m, n, long, 32) for m, n in ((2, 128), *SIZES)], 2 if quick else 3, own),
     ]
     torch.set_num_threads(2)
-    page += ["", "## Two threads", "", "Time on the clock.", *against_gru(some, list(GOALS), rounds, time.perf_counter)]
+    page += [
+        "",
+        "## Two threads",
+        "",
+        "Time on the clock, three rounds: torch's threads wait for each other at every step, so others' work shows.",
+        *against_gru(some, list(GOALS), 3, time.perf_counter),
+    ]
     page += ["", f"It took {(time.perf_counter() - start) / 60:.0f} minutes. Written by `benchmarks/training.py`."]
     target = out or (None if quick else PAGE)
     if target is not None:

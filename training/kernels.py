@@ -19,6 +19,9 @@ from training.cells import Cell, GatedCell, LstmCell, MinGruCell, State
 from training.loops import Form
 
 Gradients = tuple[Tensor | None, ...]
+# On the CPU a sequence is cut where the sums of its steps fill this many bytes. Then a part's gradient is still in the
+# cache when the weights' is made of it, and its memory serves the next part: fresh memory costs more than the sums.
+PART = 2**22
 
 
 def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -197,5 +200,11 @@ def run(cell: Cell, x: Tensor, state: State, by: ModuleType | None = None) -> tu
     w, b, u, vector = _weights(cell)
     first = [functional.pad(value, (0, extra)) for value in state]
     weights = (pad(w), pad(b), pad(u, square=True), pad(vector))
-    h, *others = _function(cell).apply(form, by, x.contiguous(), *weights, *first)  # type: ignore[no-untyped-call]
-    return h[..., :units], tuple(value[:, :units] for value in (h[-1], *others))
+    function, parts, last = _function(cell), [], first
+    step = x.shape[1] * len(b) * x.element_size()
+    for part in torch.split(x.contiguous(), len(x) if x.is_cuda or not step else max(1, PART // step)):
+        h, *others = function.apply(form, by, part, *weights, *last)  # type: ignore[no-untyped-call]
+        parts.append(h)
+        last = [h[-1], *others]
+    h = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return h[..., :units], tuple(value[:, :units] for value in last)
