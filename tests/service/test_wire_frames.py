@@ -325,7 +325,7 @@ def test_the_page_is_the_codec() -> None:
     assert [(int(offset), int(size)) for offset, size, _ in fields] == list(zip(offsets, sizes, strict=True))
     assert [name for *_, name in fields] == ["type", "flags", "channel", "count", "first step"]
     assert re.findall(r"^ +(\d+) +payload", page, re.MULTILINE) == [str(frames.HEADER.size)]
-    kinds = re.findall(r"^ +(\d+)  ([A-Z]+) +(client|server)  ", page, re.MULTILINE)
+    kinds = re.findall(r"^ +(\d+)  ([A-Z_]+) +(client|server)  ", page, re.MULTILINE)
     assert {name: int(number) for number, name, _ in kinds} == {kind.name: kind.value for kind in Kind}
     assert {name for number, name, side in kinds if side == "client"} == {"STEP", "OPEN", "CLOSE"}
     flags = dict(re.findall(r"flags (\d): (replayed|already applied)", page))
