@@ -106,9 +106,9 @@ def answers(record: Record | None, train: TrainConfig) -> bool:
     """Whether a record is of a run with these settings, trained at least as long as they allow."""
     if record is None:
         return False
+    found = TrainConfig(**record.train)  # a setting that is younger than the record had its default
     limits = {name: getattr(train, name) for name in TrainConfig.LIMITS}
-    same = record.train | limits == asdict(train)
-    return same and all(record.train[name] >= value for name, value in limits.items())
+    return replace(found, **limits) == train and all(getattr(found, name) >= value for name, value in limits.items())
 
 
 def curve(folder: Path) -> list[float]:

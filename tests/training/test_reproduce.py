@@ -126,6 +126,14 @@ def test_more_epochs_take_the_runs_further(tiny: DataSet, tmp_path: Path) -> Non
     assert reproduce.reproduce("scales", small(tiny), replace(choice, epochs=1), path, tmp_path / "runs") == long
 
 
+def test_a_setting_younger_than_the_record_had_its_default() -> None:
+    """A record without it answers for the default and for nothing else."""
+    record = fixed("gru", 1, 1.0)
+    old = replace(record, train={name: value for name, value in record.train.items() if name != "clip"})
+    assert reproduce.answers(old, TRAIN)
+    assert not reproduce.answers(old, replace(TRAIN, clip=0.5))
+
+
 def test_a_damaged_file_is_not_written_over(tiny: DataSet, tmp_path: Path) -> None:
     """Half a file of records is refused by name, before anything is trained."""
     path = tmp_path / "scales.json"
