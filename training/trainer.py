@@ -145,9 +145,10 @@ class Fitting(lightning.LightningModule):
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            kept = "last.safetensors holds the epoch before" if self.current_epoch else "no epoch was finished"
             raise DivergedError(
                 f"the {what} became {value} in epoch {self.current_epoch + 1}, step {self.global_step + 1}, at rate "
-                f"{self.config.rate}: try a lower --rate or --clip; last.safetensors holds the epoch before"
+                f"{self.config.rate}: try a lower --rate or --clip; {kept}"
             )
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
