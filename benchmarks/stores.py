@@ -34,7 +34,7 @@ def run(quick: bool) -> Iterator[Row]:
     rounds, seconds = (2, 0.2) if quick else (5, 0.5)
     for mode in SQLITE:
         with tempfile.TemporaryDirectory(prefix="latch-") as folder:
-            url, path = f"sqlite:///{folder}/sessions.db?synchronous={mode}", Path(folder, "raw.db")
+            url, path = f"sqlite:///{folder}/{{size}}.db?synchronous={mode}", Path(folder, "raw.db")
             yield _row(f"sqlite, synchronous={mode}", url, (raw_sqlite, path, mode), "one commit", rounds, seconds)
     for mode in REDIS:
         with redis_server(mode) as port:
@@ -75,8 +75,8 @@ class Record:
 
 @cache
 def batches(url: str, size: int) -> tuple[asyncio.Runner, Callable[[], Awaitable[object]]]:
-    """A loop, and a call that saves so many sessions."""
-    runner, store = asyncio.Runner(), open_store(url, keep_steps=0, max_expired_ids=0)
+    """A loop, and a call that saves so many sessions. `{size}` in the URL: a file is one store's."""
+    runner, store = asyncio.Runner(), open_store(url.format(size=size), keep_steps=0, max_expired_ids=0)
     ids = [f"{size}-{number}" for number in range(size)]
     token, saved = os.urandom(16), Saved(0, os.urandom(SNAPSHOT))
 
