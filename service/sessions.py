@@ -243,12 +243,14 @@ class SessionManager:
             As `find`.
         """
 
-        async def back(session: Session) -> tuple[Snapshot, int]:
+        async def back(session: Session) -> tuple[Snapshot, int] | None:
             earlier = await self._store.earlier(session_id)
             if step == session.step:
                 return snapshot(session.engine.slab, session), len(earlier)
             steps = [saved.step for saved in earlier]
             if step not in steps:
+                if self._store.is_shared and (await self._store.load(session_id)).token != session.token:
+                    return None  # what is kept may be what another replica has left: not to be held against this step
                 raise self._not_kept(session, step, steps)
             index = len(steps) - 1 - steps[::-1].index(step)
             return session.engine.snapshots.unpack(earlier[index].snapshot), index
@@ -453,12 +455,17 @@ class SessionManager:
             return False
         return True
 
-    async def _move(self, session_id: str, where: Callable[[Session], Awaitable[tuple[Snapshot, int]]]) -> Session:
-        """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left."""
+    async def _move(
+        self, session_id: str, where: Callable[[Session], Awaitable[tuple[Snapshot, int] | None]]
+    ) -> Session:
+        """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left. Where
+        another replica moves it meanwhile, `where` is asked again; it says None when it has found that out itself.
+        """
         while True:
             with suppress(MadeAnew):
                 async with self._held(session_id) as (session, committer):
-                    if await committer.move(session, *await where(session)):
+                    place = await where(session)
+                    if place is not None and await committer.move(session, *place):
                         return session
 
     @asynccontextmanager

@@ -16,6 +16,7 @@ from service.errors import (
     SessionExpired,
     SessionNotFound,
     StepConflict,
+    StepNotKept,
     StoreUnavailable,
 )
 from service.routers.steps import StepDoor
@@ -293,3 +294,23 @@ async def test_a_copy_that_cannot_be_brought_up_to_date_is_given_up(replicas: li
         await asyncio.wait_for(here.step(old, ones()), 5)
     assert not old.is_live
     assert not old.engine.batcher.is_busy(old)
+
+
+async def test_a_rollback_is_refused_by_one_moment(replicas: list[Replica], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another replica rolls the session back to this step in between: it was kept before, and is where it is now."""
+    here, there = (replica.manager for replica in replicas)
+    session, _ = await here.create("toy", session_id="a")
+    for number in (1, 2, 3):
+        await here.step(session, ones(first=number))
+    earlier = store(replicas).earlier
+
+    async def overtaken(name: str) -> object:
+        monkeypatch.undo()
+        await there.rollback(name, 1)
+        return await earlier(name)
+
+    monkeypatch.setattr(store(replicas), "earlier", overtaken)
+    assert (await here.rollback("a", 1)).step == 1
+    with pytest.raises(StepNotKept) as caught:
+        await here.rollback("a", 2)
+    assert caught.value.extras["kept_steps"] == [1]
