@@ -458,8 +458,9 @@ class SessionManager:
     async def _move(
         self, session_id: str, where: Callable[[Session], Awaitable[tuple[Snapshot, int] | None]]
     ) -> Session:
-        """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left. Where
-        another replica moves it meanwhile, `where` is asked again; it says None when it has found that out itself.
+        """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left.
+
+        Where another replica moves it meanwhile, `where` is asked again; it says None when it has found that out itself.
         """
         while True:
             with suppress(MadeAnew):
