@@ -460,7 +460,7 @@ class SessionManager:
     ) -> Session:
         """Has a session stand elsewhere, after what it has waiting: at a snapshot, with so many earlier ones left.
 
-        Where another replica moves it meanwhile, `where` is asked again; it says None when it has found that out itself.
+        Where another replica moves it meanwhile, `where` is asked again; it says None where it found that out itself.
         """
         while True:
             with suppress(MadeAnew):
