@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import orjson
 
-from service.errors import LatchError, SessionExists, SettingsInvalid, StoreInvalid, StoreUnavailable
+from service.errors import LatchError, SessionCorrupt, SessionExists, SettingsInvalid, StoreInvalid, StoreUnavailable
 from service.stores import Save, Saved, SessionRecord, Stored, missing
 
 _APPLICATION = 0x4C617463  # "Latc", in the header of the file
@@ -326,17 +326,20 @@ class SqliteStore:
 
     def _stored(self, row: tuple[Any, ...], snapshot: bytes) -> Stored:
         session, model, version, idle_ttl, created_at, metadata, token, step, expires_at = row
-        return Stored(
-            id=session,
-            model=model,
-            version=version,
-            idle_ttl=idle_ttl,
-            created_at=created_at,
-            metadata=orjson.loads(metadata),
-            token=token,
-            saved=Saved(step, snapshot),
-            time_left=expires_at - self._now,
-        )
+        try:
+            return Stored(
+                id=session,
+                model=model,
+                version=version,
+                idle_ttl=idle_ttl,
+                created_at=created_at,
+                metadata=orjson.loads(metadata),
+                token=token,
+                saved=Saved(step, snapshot),
+                time_left=expires_at - self._now,
+            )
+        except (ValueError, TypeError) as error:
+            raise SessionCorrupt(f"session {session!r} cannot be read from {self._path}: {error}") from error
 
     def _forget(self, session: str) -> None:
         for table, column in (("sessions", "id"), ("earlier", "session"), ("expired", "id")):

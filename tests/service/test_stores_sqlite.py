@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import SessionExists, SessionExpired, SettingsInvalid, StoreInvalid, StoreUnavailable
-from service.stores import Save, SessionStore, open_store
+from service.errors import (
+    SessionCorrupt,
+    SessionExists,
+    SessionExpired,
+    SettingsInvalid,
+    StoreInvalid,
+    StoreUnavailable,
+)
+from service.stores import Save, SessionStore, Stored, open_store
 from service.stores.sqlite import SqliteStore
 from tests.service.test_stores import Record, made, saved, token
 
@@ -206,4 +213,16 @@ async def test_a_session_expires_by_itself_and_is_swept(path: Path) -> None:
     await store.sweep()
     assert store._db.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
     assert store._db.execute("SELECT id FROM expired ORDER BY id").fetchall() == [("b",), ("c",)]
+    await store.close()
+
+
+async def test_a_row_that_was_spoilt_is_one_session_s_trouble(path: Path) -> None:
+    """The session says so; the others, even those that are asked for in the same moment, are well."""
+    store = opened(path)
+    assert isinstance(store, SqliteStore)
+    await made(store, "a", "b")
+    store._db.execute("UPDATE sessions SET metadata = '{\"wh' WHERE id = 'a'")
+    spoilt, well = await asyncio.gather(store.load("a"), store.load("b"), return_exceptions=True)
+    assert isinstance(spoilt, SessionCorrupt)
+    assert isinstance(well, Stored)
     await store.close()
