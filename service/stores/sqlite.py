@@ -171,6 +171,10 @@ class SqliteStore:
             if row is None:
                 raise missing(session, expired=self._one("SELECT 1 FROM expired WHERE id = ?", session) is not None)
             stored = self._stored(row[:-1], row[-1])
+            if stored.id != session:  # an index with spoilt bytes leads to another row
+                raise SessionCorrupt(
+                    f"session {session!r} cannot be read from {self._path}: found another in its place"
+                )
             if stored.time_left <= 0:
                 raise missing(session, expired=True)
             return stored
@@ -306,6 +310,8 @@ class SqliteStore:
                         results.append(work())
                     except LatchError as error:
                         results.append(error)
+                    except UnicodeDecodeError as error:  # of a text that was spoilt, from the driver
+                        results.append(SessionCorrupt(f"a session cannot be read from {self._path}: {error}"))
                 await loop.run_in_executor(self._thread, self._db.commit)
             except Exception as error:  # noqa: BLE001 - whatever it is, everybody is told
                 with suppress(sqlite3.Error):  # a full disk has ended it already

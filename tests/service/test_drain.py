@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 import httpx
@@ -113,6 +114,7 @@ def test_sigterm_answers_what_was_read_and_applies_nothing_else(
     """
     is_json, single = kind == "latch.json", len(names) == 1
     channels = {name: channel for channel, name in enumerate(names)}
+    signalled = Event()
     with Latch(repository, tmp_path, drain_ms=HOUR_MS) as latch:
         for name in names:
             assert latch.http.put(f"/v1/sessions/{name}", json={"model": "toy"}).status_code == 201
@@ -122,6 +124,8 @@ def test_sigterm_answers_what_was_read_and_applies_nothing_else(
 
             def messages() -> Iterator[str | bytes]:
                 for i, row in enumerate(ROWS):
+                    if i == len(ROWS) // 2:
+                        signalled.wait(PATIENCE)
                     for name in names:
                         if is_json:
                             to = {} if single else {"session": name}
@@ -149,6 +153,7 @@ def test_sigterm_answers_what_was_read_and_applies_nothing_else(
                                 last.append(reply)
                     if len(told[names[-1]]) >= 100:
                         latch.signal()
+                        signalled.set()
         log = latch.ends()
     for steps in told.values():
         assert steps == [*range(1, len(steps) + 1)]
