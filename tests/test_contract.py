@@ -41,6 +41,7 @@ CASES = [
     *((cell, "categorical", {"vocabulary": 6, "learned_initial_state": True}) for cell in ("gru", "lstm")),
     *((cell, head, {"standardise": True, "residual": (5, 4, 3, 2, 1, 0)})
       for cell in ("gru", "mgu3") for head in ("gaussian", "regression")),
+    ("mgu", "gaussian", {"standardise": True, "components": 3}),
     *((cell, "bernoulli", {"reset": "after"}) for cell in ("gru", "gru1", "mgu2")),
 ]  # fmt: skip
 

@@ -22,6 +22,7 @@ class ModelConfig:
 
     `vocabulary` is the number of ids of an int64 input (embedded into `input_size` values); None for float input.
     `residual` are the input columns, one an output, whose change the head gives: an output is that input plus it.
+    `components` are the Gaussians, each over all outputs, that the gaussian head mixes (Bishop 1994).
     """
 
     cell: str
@@ -34,6 +35,7 @@ class ModelConfig:
     standardise: bool = False
     learned_initial_state: bool = False
     residual: tuple[int, ...] = ()
+    components: int = 1
     vocabulary: int | None = None
     blend: str | None = None
     reset: str | None = None
@@ -42,11 +44,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.head in HEADS, f"unknown head {self.head!r}: choose one of {', '.join(HEADS)}")
-        for name in ("input_size", "output_size", "hidden", "layers"):
+        for name in ("input_size", "output_size", "hidden", "layers", "components"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(
             not self.residual or (len(self.residual) == self.output_size and self.standardise),
             f"residual must be an input column for each of {self.output_size} outputs, not {self.residual}",
+        )
+        _require(
+            self.components == 1 or (self.head == "gaussian" and not self.residual),
+            f"components are those of a gaussian head without residual: they must be 1, not {self.components}",
         )
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         _require(

@@ -38,8 +38,9 @@ class Arm:
     """One data set of an experiment, on which every unit of `hidden` (name to size) is trained with `seeds` seeds.
 
     `papers` are test scores in the same `metric`, by paper and then by unit, or by a name that is no unit of ours.
-    `at` is the arm's place on the experiment's axis, where it has one. `epoch` is how many seconds one of `gru` took on
-    one core: it says how long what has no record yet may take.
+    `components` are the Gaussians that a gaussian head mixes. `at` is the arm's place on the experiment's axis, where
+    it has one. `epoch` is how many seconds one of `gru` took on one core: it says how long what has no record yet may
+    take.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Arm:
     papers: dict[str, dict[str, float]] = field(default_factory=dict)
     seeds: int = 3
     embedding: int | None = None
+    components: int = 1
     at: float | None = None
 
     def quick(self) -> "Arm":
@@ -192,7 +194,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "speech": Experiment(
         "Speech: the next 10 samples from the last 20",
         "Chung 2014's recordings (Ubisoft) are not public: these are spoken digits, so its scores do not compare. The "
-        "head is one Gaussian with a deviation for each sample where Chung had a mixture of 20. Sizes are Chung's.",
+        "head is his mixture of 20 Gaussians, sizes are his.",
         {
             "speech": Arm(
                 "spoken digits",
@@ -200,7 +202,8 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "nll",
                 sizes(227, lstm=195, rnn=400),
                 replace(RMSPROP, rate=1e-3, weight_decay=0.0, batch_size=32, max_epochs=100, patience=8),
-                22,
+                100,
+                components=20,
             )
         },
     ),

@@ -40,6 +40,21 @@ def _gaussian(raw: Tensor, target: Tensor) -> Tensor:
     return functional.gaussian_nll_loss(mean, target, positive(spread).square(), full=True, reduction="none").sum(-1)
 
 
+def _split_mixture(raw: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Head values -> the logit [..., M], mean and deviation [..., M, O] of each component."""
+    logits, values = raw.split_with_sizes((components, raw.shape[-1] - components), dim=-1)
+    mean, spread = values.reshape(*values.shape[:-1], 2, components, -1).unbind(-3)
+    return logits, mean, positive(spread)
+
+
+def _mixture(raw: Tensor, target: Tensor, components: int) -> Tensor:
+    """Bishop 1994 (NCRG/94/004) eq. 23 and 29, with a deviation for each output."""
+    logits, mean, std = _split_mixture(raw, components)
+    target = target.unsqueeze(-2).expand_as(mean)
+    each = functional.gaussian_nll_loss(mean, target, std.square(), full=True, reduction="none").sum(-1)
+    return -torch.logsumexp(logits.log_softmax(-1) - each, dim=-1)
+
+
 def _regression(raw: Tensor, target: Tensor) -> Tensor:
     return functional.mse_loss(raw, target, reduction="none").mean(-1)
 
@@ -52,8 +67,16 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def head_size(config: ModelConfig) -> int:
+    """R, how many values a head gives: a gaussian one a mean and a spread of each output, for each component."""
+    if config.head != "gaussian":
+        return config.output_size
+    values = 2 * config.output_size
+    return values if config.components == 1 else config.components * (1 + values)
+
+
 class RecurrentModel(nn.Module):
-    """x [B, T, I] float32 (or [B, T] int64 ids) and a state -> head values [B, T, O or 2 O] and the next state.
+    """x [B, T, I] float32 (or [B, T] int64 ids) and a state -> head values [B, T, R] and the next state.
 
     A state is a flat tuple of [B, H] tensors, layer by layer (an LSTM has h and c for each).
     """
@@ -74,7 +97,7 @@ class RecurrentModel(nn.Module):
         self.cells = nn.ModuleList(make_cell(config.cell, size, config.hidden, **conventions) for size in sizes)
         self.embedding = None if config.vocabulary is None else nn.Embedding(config.vocabulary, config.input_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden, config.output_size * (2 if config.head == "gaussian" else 1))
+        self.head = nn.Linear(config.hidden, head_size(config))
         self.initial = nn.ParameterList(
             nn.Parameter(torch.zeros(config.hidden)) for _ in self.state_names if config.learned_initial_state
         )
@@ -124,7 +147,7 @@ class RecurrentModel(nn.Module):
         return (x - self.x_mean) / self.x_std if self.config.standardise else x
 
     def decode(self, value: Tensor, encoded: Tensor) -> Tensor:
-        """The last layer's h [..., H] and what the first cell saw [..., I] -> head values [..., O or 2 O].
+        """The last layer's h [..., H] and what the first cell saw [..., I] -> head values [..., R].
 
         With `residual` the head gives changes in units of the usual change, so that a head of zeros says "as now".
         """
@@ -151,7 +174,7 @@ class RecurrentModel(nn.Module):
         return self.decode(value.transpose(0, 1), encoded.transpose(0, 1)), tuple(after)
 
     def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:
-        """One step in evaluation: x [B, I] -> (head values [B, O or 2 O], gate activations, next state)."""
+        """One step in evaluation: x [B, I] -> (head values [B, R], gate activations, next state)."""
         value = encoded = self.encode(x)
         gates: list[Tensor] = []
         after: list[Tensor] = []
@@ -165,15 +188,25 @@ class RecurrentModel(nn.Module):
         return self.decode(value, encoded), gates, tuple(after)
 
     def predict(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """Head values -> what a client gets: probabilities, or values in the data's units (gaussian: mean and std)."""
+        """Head values -> what a client gets: probabilities, or values in the data's units.
+
+        Of a gaussian head mean and deviation, those of the whole mixture where it has components.
+        """
         if self.config.head == "bernoulli":
             return (torch.sigmoid(raw),)
         if self.config.head == "categorical":
             return (torch.softmax(raw, dim=-1),)
         if self.config.head == "regression":
             return (raw * self.y_std + self.y_mean,)
-        mean, spread = raw.chunk(2, dim=-1)
-        return (mean * self.y_std + self.y_mean, positive(spread) * self.y_std)
+        if self.config.components == 1:
+            mean, spread = raw.chunk(2, dim=-1)
+            std = positive(spread)
+        else:
+            logits, means, stds = _split_mixture(raw, self.config.components)
+            weights = logits.softmax(-1).unsqueeze(-1)
+            mean = (weights * means).sum(-2)
+            std = (weights * (stds.square() + (means - mean.unsqueeze(-2)).square())).sum(-2).sqrt()
+        return (mean * self.y_std + self.y_mean, std * self.y_std)
 
     def loss(self, raw: Tensor, target: Tensor) -> Tensor:
         """[B, T] from head values and targets [B, T, O] (categorical: ids [B, T]).
@@ -183,4 +216,6 @@ class RecurrentModel(nn.Module):
         """
         if self.config.head in ("gaussian", "regression"):
             target = (target - self.y_mean) / self.y_std
+        if self.config.components > 1:
+            return _mixture(raw, target, self.config.components)
         return LOSSES[self.config.head](raw, target)

@@ -147,7 +147,7 @@ def record_of(arm: str, metric: str, run: Run, folder: Path) -> Record:
 
 def run_one(arm: Arm, data: DataSet, cell: str, train: TrainConfig, folder: Path, **options: Any) -> Run:
     """Fit (or take up, or find finished) one run of an arm."""
-    model = configure(data, cell, hidden=arm.hidden[cell])
+    model = configure(data, cell, hidden=arm.hidden[cell], components=arm.components)
     if arm.embedding is not None:
         model = replace(model, input_size=arm.embedding)
     return fit(data, model, train, folder, **options)

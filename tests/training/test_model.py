@@ -155,6 +155,31 @@ def test_losses_are_the_negative_log_likelihoods_by_hand() -> None:
     np.testing.assert_allclose(found, ((standard - raw) ** 2).mean(-1), rtol=1e-6)
 
 
+def test_the_loss_of_a_mixture_is_that_of_the_weighted_densities() -> None:
+    """Three Gaussians over three outputs, the densities added up in NumPy."""
+    rng = np.random.default_rng(1)
+    logits, mean, spread = rng.normal(size=(2, 5, 3)), *rng.normal(size=(2, 2, 5, 3, 3))
+    values = rng.normal(size=(2, 5, 3)) * [1, 2, 3] + [10, 20, 30]
+    standard, std = ((values - [10, 20, 30]) / [1, 2, 3])[..., None, :], np.exp(spread) + 1e-3
+    densities = np.exp(-0.5 * ((standard - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.log((weights * densities.prod(-1)).sum(-1))
+    raw = torch.tensor(np.concatenate((logits, mean.reshape(2, 5, 9), spread.reshape(2, 5, 9)), -1))
+    model = make(components=3)
+    assert raw.shape[-1] == model.head.out_features
+    np.testing.assert_allclose(model.loss(raw, torch.tensor(values)), expected, rtol=1e-6)
+
+
+def test_of_a_mixture_mean_and_deviation_are_given() -> None:
+    """Those of two well-known Gaussians: weights 1/4 and 3/4 at -1 and 1, deviations 1/2; in the data's units."""
+    model = RecurrentModel(ModelConfig("gru", 4, 1, "gaussian", hidden=5, components=2))
+    model.y_mean, model.y_std = torch.tensor([10.0]), torch.tensor([2.0])
+    deviation = float(np.log(0.5 - 1e-3))
+    mean, std = model.predict(torch.tensor([[0.0, float(np.log(3)), -1, 1, deviation, deviation]]))
+    torch.testing.assert_close(mean, torch.tensor([[10 + 2 * 0.5]]))
+    torch.testing.assert_close(std, torch.tensor([[2 * (0.25 + 0.75) ** 0.5]]))
+
+
 def test_ids_are_embedded() -> None:
     """An int64 input of no features is a row of the embedding."""
     model = RecurrentModel(ModelConfig("gru", 4, 9, "categorical", hidden=5, vocabulary=9)).eval()
@@ -172,6 +197,7 @@ def test_ids_are_embedded() -> None:
         ({"hidden": 0}, "hidden must be at least 1, not 0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"vocabulary": 1}, "vocabulary must be at least 2"),
+        ({"components": 2}, "components are those of a gaussian head without residual: they must be 1, not 2"),
     ],
 )
 def test_impossible_models_are_refused(settings: dict[str, object], words: str) -> None:
