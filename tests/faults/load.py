@@ -142,9 +142,9 @@ class Doors:
                 if socket is None:
                     address = f"{url.replace('http', 'ws')}/v1/sessions/{self.session}/stream"
                     socket = await connect(address, subprotocols=[protocol], open_timeout=None, close_timeout=0.2)  # type: ignore[list-item]
-                    self._greeted(await socket.recv())
+                    self._greeted(await _receive(socket))
                 await socket.send(message)
-                answer = await socket.recv()
+                answer = await _receive(socket)
         except ConnectionClosed as error:
             raise _closed(error) from error
         except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
@@ -166,6 +166,15 @@ class Doors:
             is_error = body["type"] == "error"
         if is_error:
             raise _failure(body)
+
+
+async def _receive(socket: ClientConnection) -> str | bytes:
+    """The next message. Raises LostAnswerError where it is `going_away`: what has no answer by then was not read."""
+    message = await socket.recv()
+    kind = message[0] if isinstance(message, bytes) else json.loads(message)["type"]
+    if kind in (peer.GOING_AWAY, "going_away"):
+        raise LostAnswerError("going away")
+    return message
 
 
 def _closed(error: ConnectionClosed) -> Exception:
