@@ -4,9 +4,10 @@ import asyncio
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.service.servers import RedisServer, running
 SHIPPED = "sensors"
 TRIALS = pytest.StashKey[list[Trial]]()
 SHARE = pytest.StashKey[float]()
+FAILED = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,8 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Notes whether a trial passed."""
+    """Notes whether a test failed, and whether a trial passed."""
     report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
     trial = getattr(item, "funcargs", {}).get("trial")
     if report.when == "call" and trial is not None:
         trial.passed = report.passed
@@ -102,11 +105,56 @@ def trial(request: pytest.FixtureRequest, models: Path) -> Trial:
     return made
 
 
+class Ground:
+    """The loop that a module's wires live in, and what its tests share on it, until one of them fails.
+
+    Attributes:
+        runner: of the loop; wires stand still between tests.
+    """
+
+    def __init__(self) -> None:
+        self._lay()
+
+    def _lay(self) -> None:
+        self.runner = asyncio.Runner()
+        self._stack = AsyncExitStack()
+        self._built: dict[str, Any] = {}
+
+    def build(self, name: str, how: Callable[[AsyncExitStack], Awaitable[Any]]) -> Any:
+        """What is shared under a name; made at the first time."""
+        if name not in self._built:
+            self._built[name] = self.runner.run(how(self._stack))  # type: ignore[arg-type]
+        return self._built[name]
+
+    def raze(self) -> None:
+        """Ends every process, wire and task."""
+        try:
+            self.runner.run(self._stack.aclose())
+        finally:
+            self.runner.close()
+
+    def renew(self) -> None:
+        """Begins anew: the next test finds nothing that this one has left."""
+        try:
+            self.raze()
+        finally:
+            self._lay()
+
+
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    """The loop of a module's wires; they stand still between its tests."""
-    with asyncio.Runner() as one:
-        yield one
+def ground() -> Iterator[Ground]:
+    """What the tests of a module share."""
+    one = Ground()
+    yield one
+    one.raze()
+
+
+@pytest.fixture
+def runner(request: pytest.FixtureRequest, ground: Ground) -> Iterator[asyncio.Runner]:
+    """The loop; of a test that fails, nothing is left."""
+    yield ground.runner
+    if request.node.stash[FAILED]:
+        ground.renew()
 
 
 class House:
@@ -158,11 +206,7 @@ KEEP = 5
 ALWAYS = {"appendonly": "yes", "appendfsync": "always"}
 
 
-@pytest.fixture(scope="module")
-def house(runner: asyncio.Runner, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+@pytest.fixture
+def house(runner: asyncio.Runner, ground: Ground, models: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
     """Two replicas and a Redis that has every write on the disk before it answers."""
-    stack = AsyncExitStack()
-    try:
-        yield runner.run(build(stack, tmp_path_factory.mktemp("house"), models, **ALWAYS))
-    finally:
-        runner.run(stack.aclose())
+    return ground.build("house", lambda stack: build(stack, tmp_path_factory.mktemp("house"), models, **ALWAYS))

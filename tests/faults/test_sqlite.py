@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from service.errors import LatchError
 from service.snapshot import origin
 from service.stores import open_store
+from tests.faults.conftest import Ground
 from tests.faults.history import Standing, read_snapshot
 from tests.faults.load import Client, Doors, Load, http_client
 from tests.faults.processes import Replica
@@ -35,14 +37,16 @@ class Alone(Replica):
         return self.file.with_name(self.file.name + "-wal")
 
 
-@pytest.fixture(scope="module")
-def alone(runner: asyncio.Runner, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+@pytest.fixture
+def alone(runner: asyncio.Runner, ground: Ground, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     """A process whose file is on a disk."""
-    replica = Alone(tmp_path_factory.mktemp("alone"), models)
-    try:
-        yield runner.run(replica.start())
-    finally:
-        runner.run(replica.kill())
+
+    async def start(stack: AsyncExitStack) -> Alone:
+        replica = Alone(tmp_path_factory.mktemp("alone"), models)
+        stack.push_async_callback(replica.kill)
+        return await replica.start()
+
+    return ground.build("alone", start)
 
 
 def test_kill_9_of_the_only_process(runner: asyncio.Runner, alone: Alone, trial: Trial) -> None:
