@@ -145,6 +145,14 @@ class Deployment:
             if server["svname"].startswith("replica") and server["status"].startswith("UP")  # "UP 1/2": failing
         }
 
+    def stop(self, host: str) -> None:
+        """A replica refuses connections from now on."""
+
+        async def stop() -> None:
+            self.replicas[host].stop()
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(30)
+
     def wait_for(self, *hosts: str) -> None:
         """Until exactly these are well."""
         wait_until(lambda: self.up() == set(hosts), f"HAProxy should see {hosts}")
@@ -372,12 +380,12 @@ def test_a_connection_that_is_refused_costs_no_call() -> None:
     with deployed() as latch:
         gone, stays = HOSTS[:2], HOSTS[2]
         for host in gone:
-            latch.loop.call_soon_threadsafe(latch.replicas[host].stop)
+            latch.stop(host)
         with latch.client() as http:
             answers = [http.post(f"/v1/sessions/{name}/steps", json={}) for name in IDS]
             assert {answer.status_code for answer in answers} == {200}
             assert {answer.json()["replica"] for answer in answers} == {stays}
-            latch.loop.call_soon_threadsafe(latch.replicas[stays].stop)
+            latch.stop(stays)
             latch.wait_for()
             none = http.post("/v1/sessions/motor-7/steps", json={})
     assert none.status_code == 503

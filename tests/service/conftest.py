@@ -80,7 +80,7 @@ def serving(models: Path, **settings: Any) -> Iterator[Server]:
             yield Server(url, client, server.config.app.app, server)
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         assert not thread.is_alive(), "the server did not stop"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from service.client import AsyncClient, Client, LostSteps, NotLatch, PatienceExhausted
+from service.client.effects import Retry
 from service.errors import (
     InvalidInput,
     ModelNotFound,
@@ -309,7 +310,7 @@ class Mortal:
         assert self._process is not None
         assert self._process.poll() is None, "it has ended by itself"
         self._process.send_signal(how)
-        self._process.wait(20)
+        self._process.wait(60)
 
 
 def test_a_service_that_dies_in_the_middle_of_a_stream_costs_time_only(
@@ -399,12 +400,14 @@ def test_what_answers_instead_of_the_service(
     server: Server, client: Callable[..., Any], answer: bytes, error: type[Exception]
 ) -> None:
     """Silence and a proxy's 502 may pass, so they are waited for as long as patience has it; a 403 will not."""
+    hasty = Retry(patience=1.0, timeout=0.5) if error is PatienceExhausted else Retry()
     with stranger(answer) as port, network(server.url, []) as proxy:
         with pytest.raises(error):
-            client(f"http://127.0.0.1:{port}", timeout=0.5, patience=1).session(model="toy")
-        session = client(proxy.url, timeout=2, patience=2).session(model="toy")
+            client(f"http://127.0.0.1:{port}", timeout=hasty.timeout, patience=hasty.patience).session(model="toy")
+        session = client(proxy.url).session(model="toy")
         replies = session.stream(ROWS)
         next(replies)
+        session._logic.client.retry = hasty
         proxy.move(port)
         with pytest.raises(error) as caught:
             next(replies)
