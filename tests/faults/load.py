@@ -10,8 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
@@ -21,8 +22,9 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from tests.faults.history import Model, Standing, read_snapshot
 from tests.service import peer
 
+T = TypeVar("T")
 TRY_SECONDS = 2.0
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 class LostAnswerError(Exception):
@@ -177,6 +179,20 @@ async def _receive(socket: ClientConnection) -> str | bytes:
     return message
 
 
+async def persist(call: Callable[[], Awaitable[T]], counts: Counter[str] | None = None) -> T:
+    """What a call gives that is made until it is answered; `counts` how often it had to be made again."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return await call()
+        except LostAnswerError as lost:
+            if counts is not None:
+                counts["retries"] += 1
+            if time.monotonic() > end:
+                raise AssertionError(f"no answer for {PATIENCE} s: {lost}") from lost
+            await asyncio.sleep(0.02 + 0.05 * random.random())  # noqa: S311 - so that not all come at once
+
+
 def _closed(error: ConnectionClosed) -> Exception:
     """What a close means: its reason is the code of an error."""
     code, reason = (error.rcvd.code, error.rcvd.reason) if error.rcvd else (1006, "")
@@ -215,29 +231,18 @@ class Client:
         return sum(map(len, self.rows))
 
     async def run(self) -> None:
-        """Until the load stops; a request that was sent is acknowledged before that."""
+        """Until the load stops, and then one last request: whatever was lost, each client is told."""
+        is_last = False
         try:
-            while not self._load.stopping.is_set():
+            while not is_last:
+                is_last = self._load.stopping.is_set()
                 self.sending = self.doors.model.rows(self._rng.randrange(2**32), self._rng.choice((1, 1, 1, 2, 5, 40)))
-                await self.persist(self._send)
+                start = time.monotonic()
+                await persist(lambda: self._send(self._rng.choice(self._load.urls)), self._load.counts)
+                self._load.longest = max(self._load.longest, time.monotonic() - start)
                 await asyncio.sleep(self._rng.random() * self._load.pause)
         finally:
             await self.doors.close()
-
-    async def persist(self, attempt: Callable[[str], Awaitable[None]]) -> None:
-        """Tries again, at any replica, until it is answered."""
-        start = time.monotonic()
-        while True:
-            try:
-                await attempt(self._rng.choice(self._load.urls))
-            except LostAnswerError as lost:
-                self._load.counts["retries"] += 1
-                if time.monotonic() - start > PATIENCE:
-                    raise AssertionError(f"no answer for {PATIENCE} s: {lost}") from lost
-                await asyncio.sleep(0.02 + 0.05 * self._rng.random())
-            else:
-                self._load.longest = max(self._load.longest, time.monotonic() - start)
-                return
 
     async def _send(self, url: str) -> None:
         assert self.sending is not None
@@ -408,7 +413,7 @@ class Load:
         problems = []
         for client in self.clients:
             for url in self.looks or self.urls:
-                problems += client.problems(await client.doors.standing(url))
+                problems += client.problems(await persist(partial(client.doors.standing, url)))
         self.counts["sessions"] += len(self.clients)
         self.counts["steps"] += sum(client.step for client in self.clients)
         assert not problems, problems

@@ -17,7 +17,7 @@ import pytest
 
 from tests.service.servers import free_port
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 class Process:

@@ -3,19 +3,17 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.faults.conftest import KEEP, House
 from tests.faults.history import Call, Checker, Model, shorten
-from tests.faults.load import Doors, LostAnswerError, RefusedError, http_client
+from tests.faults.load import Doors, LostAnswerError, RefusedError, http_client, persist
 from tests.faults.processes import Replica
 from tests.faults.trial import Trial
 
@@ -57,14 +55,6 @@ class Writer:
             call.step = error.body.get("expected_step", 1) - 1
         call.answered = time.monotonic()
         self.step = call.step
-
-
-async def persist(call: Callable[[], Awaitable[Any]]) -> Any:
-    """A call that is made until it is answered."""
-    while True:
-        with suppress(LostAnswerError):
-            return await call()
-        await asyncio.sleep(0.05)
 
 
 def test_writers_of_one_session(runner: asyncio.Runner, house: House, trial: Trial) -> None:

@@ -2,12 +2,13 @@
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import House, build
-from tests.faults.load import Doors, Load, LostAnswerError, http_client
+from tests.faults.load import Doors, Load, LostAnswerError, http_client, persist
 from tests.faults.processes import Wire
 from tests.faults.trial import Trial
 from tests.service.servers import RedisServer, running, until
@@ -23,7 +24,10 @@ LESS = {
 def test_redis_with_less_persistence(
     runner: asyncio.Runner, house: House, trial: Trial, persistence: str, tmp_path: Path
 ) -> None:
-    """Redis is killed and comes back with less than it had: sessions are at an earlier step, or gone, and say so."""
+    """Redis is killed and comes back with less than it had: sessions are at an earlier step, or gone, and say so.
+
+    With `everysec` that is what it had not yet written because it waited for the disk: often nothing.
+    """
 
     async def scenario() -> None:
         with running(tmp_path, **LESS[persistence]) as redis:
@@ -42,7 +46,8 @@ def test_redis_with_less_persistence(
         lead(house, house.redis)
 
     runner.run(scenario())
-    assert bool(trial.counts["requests lost"]) == (persistence != "appendfsync everysec")
+    if persistence != "appendfsync everysec":
+        assert trial.counts["requests lost"]
 
 
 def lead(house: House, redis: RedisServer) -> None:
@@ -53,11 +58,14 @@ def lead(house: House, redis: RedisServer) -> None:
         wire.heal()
 
 
-async def fail_over(trial: Trial, load: Load, house: House, pair: list[RedisServer], link: Wire, lag: float) -> None:
-    """The primary falls behind its replica's back, and is killed; the replica takes over, and is followed by it."""
+async def fail_over(trial: Trial, load: Load, house: House, pair: list[RedisServer], link: Wire) -> None:
+    """A primary whose replica lags is killed; the replica takes over, and is followed by it."""
     primary, replica = pair
     link.hold()
-    await asyncio.sleep(lag)
+    if load.may_lose:
+        await load.answers(trial.rng.randrange(1, 20))
+    else:
+        await asyncio.sleep(0.3 + trial.rng.random())
     await asyncio.to_thread(primary.kill)
     link.cut()
     await asyncio.to_thread(replica, "REPLICAOF", "NO", "ONE")
@@ -103,7 +111,7 @@ def test_failover(
             async with trial.load(mine.urls, may_lose=not replicas, leaves=0.0, doubles=0.0) as load:
                 for _ in trial.rounds(1):
                     await load.answers(30)
-                    await fail_over(trial, load, mine, pair, link, lag=0.3 + trial.rng.random())
+                    await fail_over(trial, load, mine, pair, link)
             trial.took(load)
         lead(house, house.redis)
 
@@ -128,14 +136,17 @@ def test_what_no_replica_has_is_not_answered(
             doors = [Doors(f"s{i}", model, http) for i in range(4)]
             for number, door in enumerate(doors):
                 for url in mine.urls:
-                    await door.call("PUT", url, json={"model": model.name})
-                await door.packed(mine.urls[number % 2], model.rows(number, 3), 1)
+                    await persist(partial(door.call, "PUT", url, json={"model": model.name}))
+                await persist(partial(door.packed, mine.urls[number % 2], model.rows(number, 3), 1))
             link.hold()
             answered = []
-            for number, door in enumerate(doors):
+
+            async def insist(number: int, door: Doors) -> None:
                 for url in [*mine.urls, *mine.urls]:
                     with suppress(LostAnswerError):
                         answered.append(await door.packed(url, model.rows(9 + number, 1), 4))
+
+            await asyncio.gather(*(insist(number, door) for number, door in enumerate(doors)))
             assert not answered
             link.heal()
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.faults.conftest import House
-from tests.faults.load import Doors, http_client
+from tests.faults.load import Doors, http_client, persist
 from tests.faults.processes import HAProxy
 from tests.faults.trial import Trial
 
@@ -126,16 +127,17 @@ def test_an_id_made_anew(runner: asyncio.Runner, house: House, trial: Trial) -> 
                 one, other = house.urls
                 doors = Doors(f"anew{number}", model, http)
                 for life in range(2):
-                    await doors.call("PUT", one, json={"model": model.name})
+                    await persist(partial(doors.call, "PUT", one, json={"model": model.name}))
                     rows = model.rows(life, 3)
                     if kind == "standing":
-                        assert (await doors.standing(other)).step == 0
-                        await doors.packed(one, rows, 1)
+                        assert (await persist(partial(doors.standing, other))).step == 0
+                        await persist(partial(doors.packed, one, rows, 1))
                     else:
-                        assert (await getattr(doors, kind)(other, rows, 1)).data == model.fold(rows)[0]
-                    assert await doors.standing(one) == model.fold(rows)[1]
+                        reply = await persist(partial(getattr(doors, kind), other, rows, 1))
+                        assert reply.data == model.fold(rows)[0]
+                    assert await persist(partial(doors.standing, one)) == model.fold(rows)[1]
                     if not life:
-                        await doors.call("DELETE", one)
+                        await persist(partial(doors.call, "DELETE", one))
                         doors.forget()
                 await doors.close()
 

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.errors import LatchError
@@ -17,7 +19,7 @@ from service.snapshot import origin
 from service.stores import open_store
 from tests.faults.conftest import Ground
 from tests.faults.history import Standing, read_snapshot
-from tests.faults.load import Client, Doors, Load, http_client
+from tests.faults.load import Client, Doors, Load, http_client, persist
 from tests.faults.processes import Replica
 from tests.faults.trial import Trial
 
@@ -75,7 +77,8 @@ def test_a_file_that_may_not_grow(runner: asyncio.Runner, alone: Alone, trial: T
             for _ in trial.rounds(1):
                 await load.answers(20)
                 _, hard = resource.prlimit(alone.pid, resource.RLIMIT_FSIZE)
-                resource.prlimit(alone.pid, resource.RLIMIT_FSIZE, (alone.wal.stat().st_size + 20_000, hard))
+                most = min(alone.wal.stat().st_size, 200_000) + 20_000  # SQLite soon comes by, even where it began anew
+                resource.prlimit(alone.pid, resource.RLIMIT_FSIZE, (most, hard))
                 await load.retried(5)
                 trial.faults["times no larger file"] += 1
                 resource.prlimit(alone.pid, resource.RLIMIT_FSIZE, (hard, hard))
@@ -107,7 +110,10 @@ def test_a_full_disk(runner: asyncio.Runner, models: Path, small_disk: Path, tri
         ballast = small_disk / "ballast"
         try:
             async with trial.load([replica.url]) as load:
-                for _ in trial.rounds(1):
+                for number in trial.rounds(1):
+                    if number:  # with an empty log: one that is overwritten needs no room
+                        await replica.stop()
+                        await replica.start()
                     await load.answers(20)
                     with ballast.open("wb", buffering=0) as file:
                         try:
@@ -274,26 +280,26 @@ def test_a_clock_that_jumps(runner: asyncio.Runner, models: Path, tmp_path: Path
         pytest.skip("no libfaketime: apt-get install faketime")
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
-    replica = Alone(tmp_path / "alone", models, FAKETIME_DONT_FAKE_MONOTONIC="1", LATCH_IDLE_TTL_MS="60000", **fake)
+    fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1"}
+    replica = Alone(tmp_path / "alone", models, FAKETIME_DONT_FAKE_MONOTONIC="1", LATCH_IDLE_TTL_MS="3600000", **fake)
 
     async def scenario() -> None:
         await replica.start()
         try:
             async with trial.load([replica.url]) as load, http_client() as http:
-                idle = Doors("idle", trial.models[0], http, seconds=20.0)
-                await idle.call("PUT", replica.url, json={"model": "toy"})
+                idle = Doors("idle", trial.models[0], http)
+                ask = partial(idle.call, "PUT", replica.url, json={"model": "toy"})
+                await persist(ask)
                 for days in (1, -1):
                     await load.answers(20)
-                    clock.write_text(f"{days * DAY:+d}")
+                    shown = clock.with_name("next")
+                    shown.write_text(f"{days * DAY:+d}")
+                    shown.replace(clock)
                     trial.faults["jumps"] += 1
-                    assert (await idle.call("PUT", replica.url, json={"model": "toy"})).status_code == 200, "expired"
-                    fresh = Doors(f"day{days}", trial.models[0], http, seconds=20.0)
-                    made = await fresh.call("PUT", replica.url, json={"model": "toy"})
-                    shown = made.json()["created_at"]
-                    assert abs(parse(shown) - time.time() - days * DAY) < 3600, "the clock did not jump"
+                    while abs(await created(replica, trial, http) - time.time() - days * DAY) > DAY / 4:
+                        await load.answers(1)
+                    assert (await persist(ask)).status_code == 200, "expired"
                     await load.answers(20)
-                    await asyncio.sleep(0.2)
             trial.took(load)
         finally:
             await replica.kill()
@@ -301,6 +307,8 @@ def test_a_clock_that_jumps(runner: asyncio.Runner, models: Path, tmp_path: Path
     runner.run(scenario())
 
 
-def parse(stamp: str) -> float:
-    """Seconds since the epoch."""
-    return datetime.fromisoformat(stamp).timestamp()
+async def created(replica: Replica, trial: Trial, http: httpx.AsyncClient) -> float:
+    """When a session was made that is made now, as the replica says: seconds since the epoch."""
+    fresh = Doors(f"{trial.rng.getrandbits(64):x}", trial.models[0], http)
+    made = await persist(partial(fresh.call, "PUT", replica.url, json={"model": "toy"}))
+    return datetime.fromisoformat(made.json()["created_at"]).timestamp()

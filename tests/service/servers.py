@@ -16,7 +16,7 @@ import pytest
 import redis
 
 PROGRAM = shutil.which("redis-server")
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 # Below the ports that the system gives to outgoing connections: what a killed server leaves, nobody takes meanwhile.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def unrolled(folder: Path, manifest: dict[str, Any], inputs: np.ndarray) -> dict
     Returns:
         `output.<name>` [B, T, ...] and `state.<name>` [B, ...], as golden.npz has them.
     """
-    session = ort.InferenceSession((folder / "model.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    session = _loaded((folder / "model.onnx").read_bytes())
     constants = {c["name"]: np.array(c["value"], c["dtype"]).reshape(c["shape"]) for c in manifest["constants"]}
     results: dict[str, list[Any]] = {}
     for sequence in inputs:
@@ -87,6 +88,13 @@ def unrolled(folder: Path, manifest: dict[str, Any], inputs: np.ndarray) -> dict
             last = np.take(state[pair["input"]], 0, axis=pair["batch_axis"])
             results.setdefault(f"state.{pair['name']}", []).append(last)
     return {name: np.stack(value) for name, value in results.items()}
+
+
+@lru_cache(16)
+def _loaded(model: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _manifest(name: str, version: str, **changes: Any) -> dict[str, Any]:
