@@ -15,7 +15,7 @@ from tests.faults.history import Model
 from tests.faults.processes import Replica, Wire
 from tests.faults.trial import MINUTES, SEED, Trial
 from tests.service import toys
-from tests.service.servers import RedisServer, running
+from tests.service.servers import RedisServer, free_port, running
 
 SHIPPED = "sensors"
 TRIALS = pytest.StashKey[list[Trial]]()
@@ -192,8 +192,12 @@ async def build(
     """Two replicas and a Redis with these options, until the stack is closed."""
     redis = stack.enter_context(running(folder / "redis", **options))
     wires = [await stack.enter_async_context(Wire(redis.port).open()) for _ in range(2)]
+    port = free_port()
     replicas = [
-        Replica(folder / f"replica{i}", models, f"redis://127.0.0.1:{wire.port}{query}") for i, wire in enumerate(wires)
+        Replica(
+            folder / f"replica{i}", models, f"redis://127.0.0.1:{wire.port}{query}", host=f"127.0.0.{i + 2}", port=port
+        )
+        for i, wire in enumerate(wires)
     ]
     for replica in replicas:
         stack.push_async_callback(replica.kill)

@@ -1,20 +1,20 @@
-"""Replicas of the service as real processes, wires that a test cuts, and HAProxy in front of them."""
+"""Replicas of the service as real processes, HAProxy in front of them, and wires that a test cuts."""
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import pytest
 
+from tests.packaging.proxy import CONFIG, HAPROXY, Names
 from tests.service.servers import free_port
 
 PATIENCE = 120.0
@@ -24,15 +24,16 @@ class Process:
     """A program that listens on a port of its own, through all its lives.
 
     Attributes:
-        port: the same in every life.
+        host, port: the same in every life.
         url: of it.
     """
 
-    def __init__(self, folder: Path, *, ready: str) -> None:
+    def __init__(self, folder: Path, *, ready: str, host: str = "127.0.0.1", port: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.host = host
+        self.port = port or free_port()
+        self.url = f"http://{self.host}:{self.port}"
         self._ready = ready
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -104,23 +105,22 @@ class Replica(Process):
         models: the repository.
         store: its URL.
         settings: further ones, as `LATCH_...` in the environment.
-        prefix: of the command line, such as `faketime`'s.
+        address: host and port, where they matter.
     """
 
     def __init__(
-        self, folder: Path, models: Path, store: str, settings: dict[str, str] | None = None, prefix: Sequence[str] = ()
+        self, folder: Path, models: Path, store: str, settings: dict[str, str] | None = None, **address: Any
     ) -> None:
-        super().__init__(folder, ready="/health/ready")
+        super().__init__(folder, ready="/health/ready", **address)
         self._models = models
         self._store = store
         self._settings = {"LATCH_LOG_LEVEL": "warning", "LATCH_KEEP_STEPS": "5"} | (settings or {})
-        self._prefix = prefix
 
     def command(self) -> list[str]:
         """See `Process`."""
-        options = {"port": str(self.port), "models": str(self._models), "store": self._store, "device": "cpu"}
-        serve = [sys.executable, "-m", "service", "serve"]
-        return [*self._prefix, *serve, *(word for name, value in options.items() for word in (f"--{name}", value))]
+        options = {"host": self.host, "port": str(self.port), "models": str(self._models), "store": self._store}
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return [sys.executable, "-m", "service", "serve", "--device", "cpu", *words]
 
     def environment(self) -> dict[str, str]:
         """See `Process`."""
@@ -128,33 +128,63 @@ class Replica(Process):
 
 
 class HAProxy(Process):
-    """A proxy that sends every call to any of the replicas."""
+    """`deploy/haproxy.cfg` in front of replicas.
 
-    def __init__(self, folder: Path, replicas: Sequence[Replica]) -> None:
-        if (program := shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin")) is None:
-            pytest.skip("no haproxy: apt-get install haproxy")
+    Args:
+        folder: of its log.
+        replicas: all on one port, each on an address of its own.
+        routing: by `session`, or `random`.
+        names: the port of a DNS server that knows them.
+    """
+
+    def __init__(self, folder: Path, replicas: Sequence[Replica], routing: str, names: int) -> None:
         super().__init__(folder, ready="/health/live")
-        self._program = program
-        lines = [
-            "defaults",
-            " mode http",
-            " timeout connect 1s",
-            " timeout client 10s",
-            " timeout server 10s",
-            " timeout tunnel 60s",
-            " option redispatch 1",
-            " default-server check inter 200ms fall 1 rise 1",
-            "listen latch",
-            f" bind 127.0.0.1:{self.port}",
-            " balance random",
-            " option httpchk GET /health/ready",
-            *(f" server replica{i} 127.0.0.1:{replica.port}" for i, replica in enumerate(replicas)),
-        ]
-        (folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
+        [port] = {replica.port for replica in replicas}
+        self._settings = {
+            "BIND": f"127.0.0.1:{self.port}",
+            "METRICS": f"127.0.0.1:{free_port()}",
+            "DNS": f"127.0.0.1:{names}",
+            "REPLICAS": f"replicas.test:{port}",
+            "ROUTING": routing,
+        }
+        self._old: list[subprocess.Popen[bytes]] = []
 
     def command(self) -> list[str]:
         """See `Process`."""
-        return [self._program, "-db", "-f", str(self.folder / "haproxy.cfg")]
+        return [str(HAPROXY), "-db", "-f", str(CONFIG), *(("-sf", str(self._old[-1].pid)) if self._old else ())]
+
+    def environment(self) -> dict[str, str]:
+        """See `Process`."""
+        return self._settings
+
+    async def reload(self) -> None:
+        """Another process takes the port over; this one goes on with its connections for a while."""
+        assert self._process is not None
+        self._old.append(self._process)
+        await self.start()
+
+    async def kill(self) -> None:
+        """See `Process`; with it, all that it has taken over from."""
+        await super().kill()
+        while self._old:
+            old = self._old.pop()
+            old.kill()
+            await asyncio.to_thread(old.wait, PATIENCE)
+
+
+@asynccontextmanager
+async def proxied(folder: Path, replicas: Sequence[Replica], routing: str) -> AsyncIterator[HAProxy]:
+    """HAProxy in front of replicas, once it has found one."""
+    if HAPROXY is None:
+        pytest.skip("no haproxy: apt-get install haproxy")
+    known = Names({replica.host for replica in replicas})
+    resolver, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: known, ("127.0.0.1", 0))
+    proxy = HAProxy(folder, replicas, routing, resolver.get_extra_info("sockname")[1])
+    try:
+        yield await proxy.start()
+    finally:
+        await proxy.kill()
+        resolver.close()
 
 
 class Wire:
@@ -193,18 +223,23 @@ class Wire:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Self]:
         """Listens."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self
         finally:
             server.close()
-            self.cut()
-            while self._ends:  # noqa: ASYNC110 - a moment, at the end
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.01)
+            await self.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def close(self) -> None:
+        """Ends what goes through."""
+        self.cut()
+        while self._ends:  # noqa: ASYNC110 - a moment, at the end
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: bytes = b"") -> None:
+        """Leads a connection on, with what was read from it already."""
         if self._is_cut:
             writer.transport.abort()
             return
@@ -216,6 +251,7 @@ class Wire:
             self._drop(writer)
             return
         self._ends.add(far_writer)
+        far_writer.write(first)
         try:
             await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
         finally:
@@ -237,3 +273,24 @@ class Wire:
     def _drop(self, writer: asyncio.StreamWriter) -> None:
         writer.close()
         self._ends.discard(writer)
+
+
+@asynccontextmanager
+async def junction(wires: Mapping[str, Wire]) -> AsyncIterator[int]:
+    """A port of a Redis where every user has a wire of its own: who calls, it says first."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = await reader.read(65_536)
+        wire = next((wire for user, wire in wires.items() if user.encode() in first), None)
+        if wire is None:  # it has ended before it said a word
+            writer.transport.abort()
+        else:
+            await wire.serve(reader, writer, first)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for wire in wires.values():
+            await wire.close()

@@ -3,11 +3,9 @@
 import asyncio
 import time
 from functools import partial
-from pathlib import Path
 
 from tests.faults.conftest import House
 from tests.faults.load import Doors, http_client, persist
-from tests.faults.processes import HAProxy
 from tests.faults.trial import Trial
 
 
@@ -94,27 +92,6 @@ def test_clients_that_leave_and_requests_that_come_twice(runner: asyncio.Runner,
     for name in ("clients that left", "sent twice at once"):
         assert trial.counts[name] > 40
         trial.faults[name] = trial.counts[name]
-
-
-def test_the_proxy_is_dropped(runner: asyncio.Runner, house: House, trial: Trial, tmp_path: Path) -> None:
-    """HAProxy, which sends every call anywhere, is killed and started again."""
-
-    async def scenario() -> None:
-        proxy = await HAProxy(tmp_path / "haproxy", house.replicas).start()
-        try:
-            async with trial.load([proxy.url], looks=house.urls) as load:
-                for _ in trial.rounds(1):
-                    await load.answers(trial.rng.randrange(20, 60))
-                    await proxy.kill()
-                    trial.faults["kill -9 of HAProxy"] += 1
-                    await asyncio.sleep(trial.rng.random() / 5)
-                    await proxy.start()
-                await load.answers(20)
-            trial.took(load)
-        finally:
-            await proxy.kill()
-
-    runner.run(scenario())
 
 
 def test_an_id_made_anew(runner: asyncio.Runner, house: House, trial: Trial) -> None:

@@ -5,7 +5,6 @@ import base64
 import hashlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -15,17 +14,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from websockets.sync.client import connect
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "deploy" / "haproxy.cfg"
-# Debian keeps it where only root's PATH leads.
-HAPROXY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+from tests.packaging.proxy import CONFIG, HAPROXY, Names
+
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 TEXT, CLOSE = 0x81, 0x88  # first bytes of WebSocket frames
 IDS = [f"motor-{number}" for number in range(60)]
@@ -89,25 +84,6 @@ class Replica:
             + bytes([TEXT, len(self.host)])
             + self.host.encode()
         )
-
-
-class Names(asyncio.DatagramProtocol):
-    """A DNS server that knows one name: every address of `hosts`."""
-
-    def __init__(self, hosts: set[str]) -> None:
-        self.hosts = hosts
-
-    def connection_made(self, transport: Any) -> None:
-        """Called by asyncio."""
-        self.transport = transport
-
-    def datagram_received(self, data: bytes, address: Any) -> None:
-        """Answers one question."""
-        end = data.index(0, 12) + 5  # of the question: a name, a type and a class
-        is_ipv4 = data[end - 4 : end - 2] == b"\0\1"
-        answers = [b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(host) for host in sorted(self.hosts) if is_ipv4]
-        header = data[:2] + b"\x81\x80\0\1" + len(answers).to_bytes(2, "big") + b"\0\0\0\0"
-        self.transport.sendto(header + data[12:end] + b"".join(answers), address)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +32,7 @@ def free_port() -> int:
 def _is_free(port: int) -> bool:
     with socket.socket() as one:
         try:
-            one.bind(("127.0.0.1", port))
+            one.bind(("0.0.0.0", port))  # noqa: S104 - on every address of this machine
         except OSError:
             return False
         return True
@@ -118,12 +118,15 @@ def running(folder: Path, **options: str) -> Iterator[RedisServer]:
 
 
 @contextmanager
-def cluster(folder: Path, nodes: int = 3, **options: str) -> Iterator[list[RedisServer]]:
-    """Primaries that share the slots in equal parts."""
+def cluster(folder: Path, nodes: int = 3, announced: Sequence[int] = (), **options: str) -> Iterator[list[RedisServer]]:
+    """Primaries that share the slots in equal parts; `announced` are the ports that clients are sent to instead."""
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(running(folder / str(i), cluster_enabled="yes", **options)) for i in range(nodes)
-        ]
+        servers = []
+        for i in range(nodes):
+            own = options | {"cluster_enabled": "yes"}
+            if announced:
+                own["cluster_announce_port"] = str(announced[i])
+            servers.append(stack.enter_context(running(folder / str(i), **own)))
         for i, server in enumerate(servers):
             first, after = (16_384 * edge // nodes for edge in (i, i + 1))
             server("CLUSTER ADDSLOTSRANGE", str(first), str(after - 1))
@@ -131,6 +134,9 @@ def cluster(folder: Path, nodes: int = 3, **options: str) -> Iterator[list[Redis
             server("CLUSTER MEET", "127.0.0.1", str(servers[0].port))
         for server in servers:
             until(lambda server=server: is_whole(server, nodes))
+            until(
+                lambda server=server: not announced or {part[2][1] for part in server("CLUSTER SLOTS")} == {*announced}
+            )
         yield servers
 
 
