@@ -4,9 +4,12 @@ import asyncio
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -58,30 +61,45 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def report(trials: list[Trial]) -> str:
-    """A table of all trials."""
-    rows = [
-        "# What was tried\n",
-        f"`make faults MINUTES={MINUTES:g} SEED={SEED}`: sessions of a toy and of `{SHIPPED}`, over HTTP and "
-        "WebSocket, in JSON and in bytes, on real processes. After each trial every session, at every replica, is held "
-        "against an ONNX Runtime loop over what was acknowledged, bit for bit, and every answer too.\n",
-        "| trial | sessions | steps acknowledged | requests | sent again | faults | longest request, s | back after, s "
-        "| wrong, lost or doubled |",
-        "|---|---:|---:|---:|---:|---|---:|---:|---|",
+    """What was tried, in a sentence and in a table for each part."""
+    tried: Counter[str] = sum((trial.counts for trial in trials), Counter())
+    kinds = {(trial.part, name) for trial in trials for name in trial.faults}
+    faults = sum(sum(trial.faults.values()) for trial in trials)
+    failed = [trial for trial in trials if not trial.passed]
+    verdict = f"**{len(failed)} of {len(trials)} trials failed.**" if failed else "None was wrong, lost or doubled"
+    lines = [
+        "# What was tried, and what became of it\n",
+        f"`make faults MINUTES={MINUTES:g} SEED={SEED}`: {faults:,} faults of {len(kinds)} kinds in {len(trials)} "
+        f"trials, under {tried['sessions']:,} sessions that had {tried['steps']:,} steps acknowledged in "
+        f"{tried['requests']:,} requests. {verdict}; "
+        f"{tried['requests lost']:,} requests are gone where a store keeps less than it acknowledges, and each of "
+        "their clients was told.\n",
+        f"Sessions of a toy and of `{SHIPPED}`, over HTTP and WebSocket, in JSON and in bytes, on real processes. "
+        "After each trial every session is held against an ONNX Runtime loop over what was acknowledged, at every "
+        "replica, bit for bit, and every answer too. Times are those of a busy machine.\n",
     ]
-    for trial in trials:
-        counts = trial.counts
-        faults = ", ".join(f"{count} {name}" for name, count in trial.faults.items())
-        back = (
-            f"{sorted(trial.recoveries)[len(trial.recoveries) // 2]:.1f} (most {max(trial.recoveries):.1f})"
-            if trial.recoveries
-            else ""
-        )
-        lost = f"{counts['requests lost']} lost, each told" if counts["requests lost"] else "0"
-        rows.append(
-            f"| {trial.promise} | {counts['sessions']} | {counts['steps']} | {counts['requests']} "
-            f"| {counts['retries']} | {faults} | {trial.longest:.1f} | {back} | {lost if trial.passed else 'FAILED'} |"
-        )
-    return "\n".join(rows) + "\n"
+    for part, members in groupby(trials, lambda trial: trial.part):
+        lines += [
+            f"## {part}\n",
+            "| what happened | faults | sessions | steps | requests | sent again | longest request, s | back after, s "
+            "| wrong, lost or doubled |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---|",
+            *map(row, members),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def row(trial: Trial) -> str:
+    """Of a trial."""
+    counts = trial.counts
+    faults = ", ".join(f"{count:,} {name}" for name, count in trial.faults.items())
+    numbers = [f"{counts[name]:,}" if counts[name] else "" for name in ("sessions", "steps", "requests", "retries")]
+    longest = f"{trial.longest:.1f}" if trial.longest else ""
+    back = f"{median(trial.recoveries):.1f}, most {max(trial.recoveries):.1f}" if trial.recoveries else ""
+    lost = f"{counts['requests lost']:,} requests lost, each told" if counts["requests lost"] else "0"
+    cells = [trial.promise, faults, *numbers, longest, back, lost if trial.passed else "**FAILED**"]
+    return f"| {' | '.join(cells)} |"
 
 
 @pytest.fixture(scope="session")
@@ -98,15 +116,16 @@ def trial(request: pytest.FixtureRequest, models: Path) -> Trial:
     """Of the test that asks."""
     config = request.config
     folds = [Model(models / name / "1") for name in ("toy", SHIPPED)]
-    promise = re.sub(r"\s+", " ", request.function.__doc__).rstrip(".")
+    promise = re.sub(r"\s+", " ", request.function.__doc__.partition("\n\n")[0]).rstrip(". ")
     case = request.node.callspec.id if hasattr(request.node, "callspec") else ""
-    made = Trial(request.node.name, f"{promise} ({case})" if case else promise, folds, config.stash[SHARE])
+    part = request.module.__doc__.splitlines()[0].rstrip(".")
+    made = Trial(request.node.name, part, f"{promise} ({case})" if case else promise, folds, config.stash[SHARE])
     config.stash[TRIALS].append(made)
     return made
 
 
 class Ground:
-    """The loop that a module's wires live in, and what its tests share on it, until one of them fails.
+    """The loop that wires live in, and what tests share on it, until one of them fails.
 
     Attributes:
         runner: of the loop; wires stand still between tests.
@@ -141,9 +160,9 @@ class Ground:
             self._lay()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ground() -> Iterator[Ground]:
-    """What the tests of a module share."""
+    """What tests share."""
     one = Ground()
     yield one
     one.raze()

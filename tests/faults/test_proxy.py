@@ -14,40 +14,12 @@ from tests.faults.history import Model, Standing, read_snapshot
 from tests.faults.processes import HAProxy, proxied
 from tests.faults.trial import Trial
 
-ROUTING = ["session", "random"]
 
-
-@pytest.mark.parametrize("routing", ROUTING)
-def test_the_proxy_is_killed_and_reloaded(
+@pytest.mark.parametrize("routing", ["session", "random"])
+def test_the_proxy_and_what_is_behind_it_come_and_go(
     runner: asyncio.Runner, house: House, trial: Trial, tmp_path: Path, routing: str
 ) -> None:
-    """HAProxy is killed and started again, and a new one takes over from one that works."""
-
-    async def scenario() -> None:
-        async with proxied(tmp_path, house.replicas, routing) as proxy:
-            async with trial.load([proxy.url], looks=house.urls) as load:
-                for _ in trial.rounds(1):
-                    await load.answers(trial.rng.randrange(20, 60))
-                    killed = time.monotonic()
-                    await proxy.kill()
-                    trial.faults["kill -9 of HAProxy"] += 1
-                    await asyncio.sleep(trial.rng.random() / 5)
-                    await proxy.start()
-                    await load.answers(trial.rng.randrange(20, 60))
-                    trial.recoveries.append(time.monotonic() - killed)
-                    await proxy.reload()
-                    trial.faults["reloads"] += 1
-                    await load.answers(20)
-            trial.took(load)
-
-    runner.run(scenario())
-
-
-@pytest.mark.parametrize("routing", ROUTING)
-def test_kill_9_of_a_replica_behind_the_proxy(
-    runner: asyncio.Runner, house: House, trial: Trial, tmp_path: Path, routing: str
-) -> None:
-    """A replica is killed; HAProxy leads its sessions to the others, and back to it when it is there again."""
+    """A replica behind HAProxy is killed, HAProxy too; both are started again, and another HAProxy takes over."""
 
     async def scenario() -> None:
         async with proxied(tmp_path, house.replicas, routing) as proxy:
@@ -55,12 +27,17 @@ def test_kill_9_of_a_replica_behind_the_proxy(
                 for _ in trial.rounds(1):
                     victim = trial.rng.choice(house.replicas)
                     await load.answers(trial.rng.randrange(10, 60))
-                    killed = time.monotonic()
                     await victim.kill()
                     trial.faults["kill -9"] += 1
                     await load.answers(20)
+                    await proxy.kill()
+                    trial.faults["kill -9 of HAProxy"] += 1
+                    killed = time.monotonic()
+                    await asyncio.gather(proxy.start(), victim.start())
+                    await load.answers(20)
                     trial.recoveries.append(time.monotonic() - killed)
-                    await victim.start()
+                    await proxy.reload()
+                    trial.faults["reloads"] += 1
                     await load.answers(20)
             trial.took(load)
 

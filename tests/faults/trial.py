@@ -20,13 +20,15 @@ class Trial:
 
     Args:
         name: of its test.
+        part: what it belongs to.
         promise: the sentence that it tries.
         models: what sessions run.
         seconds: how long it takes in the long form; 0 in the short one.
     """
 
-    def __init__(self, name: str, promise: str, models: Sequence[Model], seconds: float) -> None:
+    def __init__(self, name: str, part: str, promise: str, models: Sequence[Model], seconds: float) -> None:
         self.name = name
+        self.part = part
         self.promise = promise
         self.rng = random.Random(f"{SEED} {name}")  # noqa: S311 - it shall be repeatable
         self.counts: Counter[str] = Counter()
