@@ -93,7 +93,7 @@ class Committer:
             arrival.refuse(outcome)
             for slot in slots:
                 self.drop(slot, outcome)
-                self._resume(slot)
+            self._resume(slots)
             return
         commits, state = arrival.commits, arrival.state
         rows: Sequence[int] = range(len(slots))
@@ -102,11 +102,11 @@ class Committer:
             overtaken = [b for b in rows if not outcome[b] and slots[b].is_live]
             rows = [b for b in rows if b not in overtaken]
             commits, state = _some(commits, rows), [values[rows] for values in state]
-        for b in rows:
-            slots[b].token = token
+        applied = _stored(commits.slots)
+        for slot in applied:
+            slot.token = token
         arrival.settle(rows, self._slab.commit(commits, state), written.seconds)
-        for b in rows:
-            self._resume(slots[b])
+        self._resume(applied)
         for b in overtaken:
             arrival.again(b)
             self.refresh_later(slots[b])
@@ -178,7 +178,7 @@ class Committer:
             except LatchError:
                 pass  # everybody was told
             finally:
-                self._resume(slot)
+                self._resume([slot])
 
         self._writing.add(slot)
         task = asyncio.create_task(refresh())
@@ -197,9 +197,9 @@ class Committer:
         for ticket in self._queues.waiting(slot):
             ticket.settle(error)
 
-    def _resume(self, slot: Slot) -> None:
-        self._writing.discard(slot)
-        self._queues.resume([slot])
+    def _resume(self, slots: Sequence[Slot]) -> None:
+        self._writing.difference_update(slots)
+        self._queues.resume(slots)
 
 
 def _stored(slots: Sequence[Slot]) -> list[StoredSlot]:

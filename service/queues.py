@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Container, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Container
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
@@ -199,12 +199,12 @@ class Queues(Generic[G]):
             self._bytes -= ticket.size
         return queue[0] if queue else None
 
-    def resume(self, slots: Iterable[Slot]) -> None:
+    def resume(self, slots: Collection[Slot]) -> None:
         """Puts slots that are out of line at its back, where more waits for them; the others are busy no longer."""
+        if self._closed is not None:
+            for ticket in [each for slot in slots for each in self.waiting(slot)]:
+                ticket.settle(self._closed)
         for slot in slots:
-            if self._closed is not None:
-                for ticket in self.waiting(slot):
-                    ticket.settle(self._closed)
             if self.head(slot) is None:
                 del self._queues[slot]
             else:

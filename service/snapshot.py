@@ -75,7 +75,7 @@ class SnapshotCodec:
     def pack(self, commits: Commits, state: Sequence[Array]) -> list[bytes]:
         """The snapshots of what `commits` and `state` ([B, *shape] a pair) say of B slots."""
         sizes = [-1 if reply is None else len(reply) for reply in commits.replies]
-        if len(set(sizes)) == 1:
+        if sizes.count(sizes[0]) == len(sizes):
             return self._pack(sizes[0], commits, state)
         packed: dict[int, bytes] = {}
         for size in set(sizes):
@@ -93,12 +93,13 @@ class SnapshotCodec:
             **{_STATE + pair.name: rows for pair, rows in zip(self._pairs, state, strict=True)},
         }
         if size > 0:
-            values["reply"] = np.frombuffer(b"".join([reply or b"" for reply in commits.replies]), np.uint8)
+            values["reply"] = np.frombuffer(b"".join(commits.replies), np.uint8)  # type: ignore[arg-type]  # none is None
         for name, rows in values.items():
             files[:, layout.places[name]] = np.ascontiguousarray(rows).view(np.uint8).reshape(count, -1)
         hashes = b"".join([xxh3_128_digest(file) for file in files])
         files[:, layout.places[_HASH]] = np.frombuffer(hashes, np.uint8).reshape(count, -1)
-        return [file.tobytes() for file in files]
+        packed: list[bytes] = files.view(f"V{files.shape[1]}").ravel().tolist()
+        return packed
 
     def unpack(self, data: bytes) -> Snapshot:
         """Reads a snapshot of this model version.

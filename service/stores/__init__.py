@@ -6,7 +6,7 @@ so, and nothing of his is kept. A driver is imported only when its URL asks for 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -31,7 +31,7 @@ class SessionRecord(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
-class Saved(NamedTuple):
+class Saved(msgspec.Struct, frozen=True, gc=False):
     """Where a session stood when it was saved: its step, and the snapshot (see `snapshot.py`) of that moment."""
 
     step: int
@@ -63,7 +63,7 @@ class Stored(msgspec.Struct, frozen=True):
         return self.saved.step
 
 
-class Save(NamedTuple):
+class Save(msgspec.Struct, frozen=True, gc=False):
     """A session to save.
 
     Attributes:

@@ -104,10 +104,11 @@ class RedisStore:
         for part in parts:
             keys: list[str] = []
             rows: list[bytes] = []
-            for session, expected, token, (step, snapshot), earlier in (saves[number] for number in part):
-                keys.append(session_key(session))
-                left = _KEEP if earlier is None else earlier
-                rows += (_ROW.pack(expected, left, token, step, len(snapshot)), snapshot)
+            for each in (saves[number] for number in part):
+                keys.append(session_key(each.id))
+                left = _KEEP if each.earlier is None else each.earlier
+                step, snapshot = each.saved.step, each.saved.snapshot
+                rows += (_ROW.pack(each.expected, left, each.token, step, len(snapshot)), snapshot)
             calls.append(Call(keys, [self._keep_steps, b"".join(rows)]))
         done = [False] * len(saves)
         replies = await self._link.run(SAVE, calls, is_unsure=_lacks_one)

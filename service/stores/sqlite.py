@@ -41,6 +41,8 @@ CREATE TABLE earlier (
 CREATE INDEX earlier_of ON earlier (session, number);
 CREATE TABLE expired (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT;
 """
+# The driver looks for an adapter of `bytes` at every value, in vain, which takes longer than a copy.
+_blob = bytearray
 _COLUMNS = "id, model, version, idle_ttl, created_at, metadata, token, step, expires_at"
 
 T = TypeVar("T")
@@ -200,7 +202,10 @@ class SqliteStore:
             done = self._db.executemany(
                 "UPDATE sessions SET token = ?, step = ?, snapshot = ?, expires_at = ? + idle_ttl "
                 "WHERE id = ? AND token = ?",
-                [(each.token, *each.saved, now, each.id, each.expected) for each in saves],
+                [
+                    (_blob(each.token), each.saved.step, _blob(each.saved.snapshot), now, each.id, _blob(each.expected))
+                    for each in saves
+                ],
             ).rowcount
             if done == len(saves):
                 return [True] * done
