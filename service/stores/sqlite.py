@@ -126,6 +126,7 @@ class SqliteStore:
                 f"{where} has format {version}, this version of Latch knows up to {_VERSION}: run the newer one, "
                 "or name another file; it was left as it is"
             )
+        db.text_factory = bytes  # a text that was spoilt is told of where it is decoded, with whose it is
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute(f"PRAGMA synchronous = {synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
@@ -169,7 +170,9 @@ class SqliteStore:
         """The session with its snapshot."""
 
         def load() -> Stored:
-            row = self._one(f"SELECT {_COLUMNS}, snapshot FROM sessions WHERE id = ?", session)  # noqa: S608
+            # By number, so that the id is that of the row, too, and not that of the index.
+            number = "(SELECT number FROM sessions WHERE id = ?)"
+            row = self._one(f"SELECT {_COLUMNS}, snapshot FROM sessions WHERE number = {number}", session)  # noqa: S608
             if row is None:
                 raise missing(session, expired=self._one("SELECT 1 FROM expired WHERE id = ?", session) is not None)
             stored = self._stored(row[:-1], row[-1])
@@ -258,7 +261,7 @@ class SqliteStore:
                 f"SELECT {_COLUMNS} FROM sessions WHERE id > ? AND expires_at > ? AND (? IS NULL OR model = ?) "  # noqa: S608
                 "ORDER BY id LIMIT ?",
                 (after, self._now, model, model, limit),
-            )
+            ).fetchall()  # a statement that broke off would keep the file open
             return [self._stored(row, b"") for row in rows]
 
         return await self._transact(page)
@@ -272,8 +275,12 @@ class SqliteStore:
                 (self._swept, _SWEEP_ROWS),
             ).fetchall()
             self._swept = rows[-1][0] if len(rows) == _SWEEP_ROWS else 0
-            now = self._now
-            if ended := [session for _, session, expires_at in rows if expires_at <= now]:
+            now, ended = self._now, []
+            for _, session, expires_at in rows:
+                if expires_at <= now:
+                    with suppress(UnicodeDecodeError):  # a spoilt one is left as it is
+                        ended.append(session.decode())
+            if ended:
                 self._end(ended)
 
         await self._transact(sweep)
@@ -294,7 +301,7 @@ class SqliteStore:
 
     async def _transact(self, work: Callable[[], T]) -> T:
         """Calls `work` in the next transaction, which is read from, too: what a commit may undo, nobody has seen. It
-        raises before it has written anything, or not at all.
+        raises a LatchError before it has written anything, or not at all; it may be called again, after a rollback.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, future))
@@ -307,22 +314,13 @@ class SqliteStore:
         loop = asyncio.get_running_loop()
         while self._waiting:
             waiting, self._waiting = self._waiting, []
-            results: list[Any] = []
+            results: Sequence[Any]
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                for work, _ in waiting:
-                    try:
-                        results.append(work())
-                    except LatchError as error:
-                        results.append(error)
-                    except UnicodeDecodeError as error:  # of a text that was spoilt, from the driver
-                        results.append(SessionCorrupt(f"a session cannot be read from {self._path}: {error}"))
+                results = self._together([work for work, _ in waiting])
                 await loop.run_in_executor(self._thread, self._db.commit)
             except Exception as error:  # noqa: BLE001 - whatever it is, everybody is told
-                with suppress(sqlite3.Error):  # a full disk has ended it already
-                    self._db.rollback()
-                failed = self._failed(error) if isinstance(error, sqlite3.Error) else error
-                results = [failed] * len(waiting)
+                self._undo()
+                results = [self._failed(error)] * len(waiting)
             for (_, future), result in zip(waiting, results, strict=True):
                 if future.done():
                     continue
@@ -332,16 +330,48 @@ class SqliteStore:
                     future.set_result(result)
         self._writing = None
 
-    def _failed(self, error: sqlite3.Error) -> StoreUnavailable:
+    def _together(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What calls give, or how each of them fails, in a transaction that is left open.
+
+        Who fails unforeseen may have written something: everything is undone, and the others are called again.
+
+        Raises:
+            sqlite3.OperationalError: it is the file that fails (no room, say), whoever calls.
+        """
+        failed: dict[int, Exception] = {}
+        while True:
+            self._db.execute("BEGIN IMMEDIATE")
+            results: list[Any] = []
+            for number, work in enumerate(works):
+                try:
+                    results.append(failed[number] if number in failed else work())
+                except LatchError as error:
+                    results.append(error)
+                except sqlite3.OperationalError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - it is told to whom it belongs
+                    failed[number] = self._failed(error)
+                    self._undo()
+                    break
+            else:
+                return results
+
+    def _undo(self) -> None:
+        with suppress(sqlite3.Error):  # a full disk has ended the transaction already
+            self._db.rollback()
+
+    def _failed(self, error: Exception) -> Exception:
+        if not isinstance(error, sqlite3.Error):
+            return error
         return StoreUnavailable(f"the session store {self._path} failed: {error}; send the call again")
 
     def _stored(self, row: tuple[Any, ...], snapshot: bytes) -> Stored:
         session, model, version, idle_ttl, created_at, metadata, token, step, expires_at = row
         try:
             return Stored(
-                id=session,
-                model=model,
-                version=version,
+                id=session.decode(),
+                model=model.decode(),
+                version=version.decode(),
                 idle_ttl=idle_ttl,
                 created_at=created_at,
                 metadata=orjson.loads(metadata),
@@ -349,8 +379,9 @@ class SqliteStore:
                 saved=Saved(step, snapshot),
                 time_left=expires_at - self._now,
             )
-        except (ValueError, TypeError) as error:
-            raise SessionCorrupt(f"session {session!r} cannot be read from {self._path}: {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            name = session.decode(errors="replace") if isinstance(session, bytes) else session
+            raise SessionCorrupt(f"session {name!r} cannot be read from {self._path}: {error}") from error
 
     def _forget(self, session: str) -> None:
         for table, column in (("sessions", "id"), ("earlier", "session"), ("expired", "id")):

@@ -12,11 +12,12 @@ from service.errors import (
     SessionCorrupt,
     SessionExists,
     SessionExpired,
+    SessionNotFound,
     SettingsInvalid,
     StoreInvalid,
     StoreUnavailable,
 )
-from service.stores import Save, SessionStore, Stored, open_store
+from service.stores import Save, Saved, SessionStore, Stored, open_store
 from service.stores.sqlite import SqliteStore
 from tests.service.test_stores import Record, made, saved, token
 
@@ -212,7 +213,7 @@ async def test_a_session_expires_by_itself_and_is_swept(path: Path) -> None:
     assert not await store.page(None, "", 10)
     await store.sweep()
     assert store._db.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
-    assert store._db.execute("SELECT id FROM expired ORDER BY id").fetchall() == [("b",), ("c",)]
+    assert store._db.execute("SELECT id FROM expired ORDER BY id").fetchall() == [(b"b",), (b"c",)]
     await store.close()
 
 
@@ -225,4 +226,67 @@ async def test_a_row_that_was_spoilt_is_one_session_s_trouble(path: Path) -> Non
     spoilt, well = await asyncio.gather(store.load("a"), store.load("b"), return_exceptions=True)
     assert isinstance(spoilt, SessionCorrupt)
     assert isinstance(well, Stored)
+    await store.close()
+
+
+@pytest.mark.parametrize("column", ["id", "model", "version", "metadata"])
+async def test_a_text_that_was_spoilt_is_one_session_s_trouble(path: Path, column: str) -> None:
+    """Bytes that are no UTF-8 any more are told with whose they are; a sweep goes on to the others."""
+    now = 1e9
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=9, wall=lambda: now)
+    await made(store, "a", "b")
+    store._db.execute(f"UPDATE sessions SET {column} = CAST(x'61ff' AS TEXT) WHERE id = 'a'")  # noqa: S608
+    listed, well = await asyncio.gather(store.page(None, "", 9), store.load("b"), return_exceptions=True)
+    assert isinstance(listed, SessionCorrupt)
+    assert isinstance(well, Stored)
+    if column != "id":  # nobody can ask for an id that is no text
+        with pytest.raises(SessionCorrupt, match="session 'a'"):
+            await store.load("a")
+    await store.close()
+    now += 901
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=9, wall=lambda: now)
+    await store.sweep()
+    with pytest.raises(SessionExpired):
+        await store.load("b")
+    await store.close()
+
+
+def spoil(path: Path, before: bytes, after: bytes) -> None:
+    """Changes bytes that a file has in one place."""
+    head, tail = path.read_bytes().split(before)
+    path.write_bytes(head + after + tail)
+
+
+async def test_an_index_that_leads_to_another_row_is_not_followed(path: Path) -> None:
+    """A spoilt index must not hand out somebody else's session."""
+    store = opened(path)
+    await made(store, "alpha", "bravo", "charlie")
+    await store.close()
+    spoil(path, b"bravo\2", b"bravo\3")  # in the index an id is followed by the number of its row
+    store = opened(path)
+    with pytest.raises(SessionCorrupt, match=r"'bravo'.* found another in its place"):
+        await store.load("bravo")
+    assert (await store.load("charlie")).id == "charlie"
+    await store.close()
+
+
+async def test_a_call_that_fails_unforeseen_fails_alone(path: Path) -> None:
+    """What it had written is undone; what came in the same moment is done, whether before or after it."""
+    store = opened(path)
+    await made(store, "a", "b", "c", "d")
+    too_large = [Save("b", token(1), token(2), saved(1)), Save("c", token(1), token(2), Saved(2**70, b""))]
+    before, failed, no_json, after = await asyncio.gather(
+        store.save([Save("a", token(1), token(2), saved(1))]),
+        store.save(too_large),
+        store.create(Record("new", metadata={"what": object()}), token(1), saved(0)),  # type: ignore[dict-item]
+        store.save([Save("d", token(1), token(2), saved(1))]),
+        return_exceptions=True,
+    )
+    assert (before, after) == ([True], [True])
+    assert isinstance(failed, OverflowError)
+    assert isinstance(no_json, TypeError)
+    assert [(await store.load(each)).token for each in "abcd"] == [token(2), token(1), token(1), token(2)]
+    with pytest.raises(SessionNotFound):
+        await store.load("new")
+    assert await store.save(too_large[:1]) == [True]
     await store.close()
