@@ -85,6 +85,33 @@ async def test_many_calls_are_few_transactions(path: Path) -> None:
     await store.close()
 
 
+async def test_an_id_that_was_made_anew_has_another_row(path: Path) -> None:
+    """Rows are remembered by number: that of a deleted session is nobody's."""
+    store = opened(path)
+    await made(store, "a", "b")
+    assert await store.save([Save(each, token(1), token(2), saved(1)) for each in "ab"]) == [True] * 2
+    await store.delete("a")
+    assert await store.save([Save("a", token(2), token(3), saved(2))]) == [False]
+    await made(store, "a")
+    assert await store.save([Save("a", token(2), token(3), saved(2))]) == [False]
+    assert await store.save([Save("a", token(1), token(2), saved(1))]) == [True]
+    assert [(await store.load(each)).step for each in "ab"] == [1, 1]
+    await store.close()
+
+
+async def test_not_all_rows_are_remembered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were forgotten are looked for again."""
+    monkeypatch.setattr("service.stores.sqlite._NUMBERS", 2)
+    store = opened(path)
+    assert isinstance(store, SqliteStore)
+    await made(store, *"abc")
+    for i in (1, 2, 3):
+        assert await store.save([Save(each, token(i), token(i + 1), saved(i)) for each in "abc"]) == [True] * 3
+        assert await store.save([Save("a", token(i + 1), token(i + 1), saved(i))]) == [True]
+        assert len(store._numbers) == 1
+    await store.close()
+
+
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
