@@ -184,7 +184,6 @@ class Batcher:
                     await self._serve_chunks(work)
                 # Inline runs never wait for anything: let the doors write, and read what came, before the next.
                 await asyncio.sleep(0)
-                await asyncio.sleep(0)
         finally:
             self._worker.shutdown(wait=False)
             queues.close(Draining("the service is stopping"), saving=self._committer)

@@ -102,6 +102,7 @@ class BinarySocket(Socket):
             lambda i: partial(self._answer, numbers[i], int(block.first_steps[i])),
         ):
             return False
+        self.shared.flush_soon()
         self._owed += len(sessions)
         self._takes(first.session, len(sessions) * block.inputs.shape[1], first.outputs)
         return True

@@ -51,6 +51,7 @@ class Shared:
     max_steps: int
     slow_reader: float
     _unsent: list["Socket"] = field(default_factory=list)
+    _is_flushing: bool = False
     _open: set["Socket"] = field(default_factory=set)
     _is_leaving: bool = False
 
@@ -82,11 +83,19 @@ class Shared:
 
     def flush_later(self, socket: "Socket") -> None:
         """Writes what the socket has to say once all answers of a run are there."""
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(socket)
+        self.flush_soon()
+
+    def flush_soon(self) -> None:
+        """Has sockets written when the loop turns. Whoever submits a step asks for it, too: then replies leave in the
+        turn of their run, and not behind the messages that are read before the next turn.
+        """
+        if not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
+        self._is_flushing = False
         sockets, self._unsent = self._unsent, []
         for socket in sockets:
             try:
@@ -291,6 +300,7 @@ class Socket:
             self.manager.submit(session, request, answer)
         except Overloaded:
             return False
+        self.shared.flush_soon()  # behind the batcher, which was woken
         self._owed += 1
         self._takes(session, request.steps, request.outputs)
         return True

@@ -355,6 +355,18 @@ async def test_answers_of_one_run_are_one_write(house: House) -> None:
     assert all(len(received) <= sockets.MESSAGE_BYTES for received in client.wire.received)
 
 
+@pytest.mark.parametrize("subprotocol", [BINARY, JSON])
+async def test_a_reply_leaves_in_the_turn_of_its_run(house: House, subprotocol: str) -> None:
+    """One turn of the loop after a message was read its reply is written, before anything else is read."""
+    client = await house.single("a", subprotocol)
+    message = peer.step(0, ROW) if subprotocol == BINARY else json.dumps({"inputs": ROW.tolist()})
+    for _ in range(2):  # after a run the batcher stands elsewhere than after none
+        client.wire.received.clear()
+        client.wire.on_message(message)  # type: ignore[misc]
+        await asyncio.sleep(0)
+        assert len(client.wire.received) == 1
+
+
 async def test_what_was_received_is_applied_when_the_client_is_gone(house: House) -> None:
     """Steps behind a full queue too: the last one's reply is kept for when the client comes again."""
     client = await house.single("a", BINARY)
