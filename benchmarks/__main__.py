@@ -16,7 +16,20 @@ from rich.console import Console
 from benchmarks.machine import CORES
 from benchmarks.report import Row, markdown
 
-NAMES = ("doors", "bulk", "latency", "mixed", "units", "batch", "chunks", "cold", "memory", "stores", "durable")
+NAMES = (
+    "doors",
+    "bulk",
+    "latency",
+    "mixed",
+    "units",
+    "batch",
+    "chunks",
+    "cold",
+    "memory",
+    "stores",
+    "durable",
+    "profile",
+)
 PAGE = Path(__file__).with_name("results.md")
 COLOURS = {"met": "green", "missed": "red", "unsure": "yellow", "-": "dim"}
 console = Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,185 @@
+"""Where the time of the serving core goes, by stage: samples of py-spy under every load whose goal is missed or near.
+
+Rule: a sample counts for the innermost frame that belongs to a stage, so a library's time is its caller's. A round
+without the sampler says what a message costs, the samples only how that is shared out.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import bulk, cold, latch, models
+from benchmarks.doors import CONNECTIONS, VARIANTS, WARM
+from benchmarks.latch import MODEL, Latch, rolls
+from benchmarks.load import Line, closed_loop, open_loop
+from benchmarks.machine import ROOT, SERVER, Ticks, pinned
+from benchmarks.report import LIBRARIES, Row, provenance
+
+PAGE = Path(__file__).with_name("profile.md")
+SAMPLES = 250  # a second
+REST = "rest"
+
+# Stage -> how a frame, `function (path:line)`, looks that belongs to it; the first that fits.
+SERVING = {
+    "ONNX Runtime": r"/onnxruntime/",
+    "digests": r"^digests? .*/service/wire/__init__",
+    "decode, encode": r"/service/wire/",
+    "batcher, queues": r"/service/(batcher|work|queues|steps|runtime|graphs|metrics)\.py",
+    "slab, commit": r"/service/(slab|commits)\.py",
+    "store": r"/service/(stores/|ledger|snapshot)",
+    "routers, sessions": r"/service/(routers/|sessions|app)",
+    "uvicorn, uvloop, kernel": r"/service/server\.py|/(uvicorn|websockets|httptools|asyncio|starlette)/",
+}
+STARTING = {
+    "imports": r"<frozen importlib",
+    "proofs": r"/service/proof\.py",
+    "graphs of chunks": r"/service/(scan|recurrence|operators)\.py",
+    "sessions of ONNX Runtime": r"/service/device\.py",
+    "warm-up": r"^OrtRunner.warm_up |^warm_up ",
+    "files, manifests": r"/service/(registry|manifest)\.py",
+    "the app": r"/service/(app|routers/\w+)\.py",
+}
+
+
+class Profile(NamedTuple):
+    """What was run, microseconds of processor time that each message cost, and how many of them each stage took."""
+
+    what: str
+    cost: float
+    stages: dict[str, float]
+
+
+def run(quick: bool) -> Iterator[Row]:
+    """Microseconds of the serving core a message, and the shares of the stages; the page has them as a table."""
+    seconds = 0.5 if quick else 3.0
+    profiles = {"a message": list[Profile](), "a start": list[Profile]()}
+    for unit, found in (("a message", _serving(seconds)), ("a start", _starting(1 if quick else 5))):
+        for profile in found:
+            profiles[unit].append(profile)
+            shares = sorted(profile.stages.items(), key=lambda one: -one[1])
+            detail = ", ".join(f"{stage} {share / profile.cost:.0%}" for stage, share in shares if share)
+            yield Row(f"{profile.what}: the core's time", "", "", f"{profile.cost:,.0f} us", None, detail)
+    if not quick:
+        PAGE.write_text(page(profiles))
+
+
+def fold(samples: str, stages: Mapping[str, str]) -> dict[str, float]:
+    """The share of each stage in py-spy's raw samples, `outer;inner;... count` a line; what is of none is the rest."""
+    counts: Counter[str] = Counter()
+    for line in samples.splitlines():
+        stack, _, count = line.rpartition(" ")
+        counts[next(filter(None, (_stage(frame, stages) for frame in reversed(stack.split(";")))), REST)] += int(count)
+    return {stage: counts[stage] / (counts.total() or 1) for stage in (*stages, REST)}
+
+
+def _stage(frame: str, stages: Mapping[str, str]) -> str | None:
+    """A module that is being imported is no stage of its own: the import is."""
+    if frame.startswith("<module>"):
+        return None
+    return next((stage for stage, pattern in stages.items() if re.search(pattern, frame)), None)
+
+
+def page(profiles: Mapping[str, Sequence[Profile]]) -> str:
+    """The tables, a row a scenario."""
+    lines = [
+        "# Where the serving core's time goes",
+        "",
+        "`python -m benchmarks profile`: microseconds of processor time that a message costs the service, and how many",
+        "of them each stage takes, by samples of its Python frames (`benchmarks/profile.py` says what is in a stage).",
+        "",
+        *provenance((*LIBRARIES, "py-spy")),
+    ]
+    for unit, rows in profiles.items():
+        stages = list(rows[0].stages)
+        lines += ["", f"| us {unit} | all | {' | '.join(stages)} |", "|---|" + "---:|" * (len(stages) + 1)]
+        for row in rows:
+            cells = " | ".join(f"{share:,.0f} ({share / row.cost:.0%})" for share in row.stages.values())
+            lines.append(f"| {row.what} | {row.cost:,.0f} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _serving(seconds: float) -> Iterator[Profile]:
+    """The service under load."""
+    rows = list(rolls(VARIANTS))
+    with tempfile.TemporaryDirectory(prefix="latch-") as folder:
+        for what, door, url in (
+            ("websocket-binary", latch.websocket_binary, "memory://"),
+            ("websocket-binary, sqlite", latch.websocket_binary, f"sqlite:///{folder}/sessions.db"),
+            ("http-json", latch.http_json, "memory://"),
+        ):
+            with Latch(store_url=url) as service:
+                lines = [door(service.port, session, rows) for session in service.create(CONNECTIONS)]
+                yield _loaded(f"{what}, {CONNECTIONS} connections", service, lines, seconds)
+                if url == "memory://" and door is latch.websocket_binary:
+                    yield _loaded("the same at half the peak", service, lines, seconds, share=0.5)
+    with models.repository(("gru",), 256) as made:
+        for models_folder, name in ((ROOT / "models", MODEL), (made, "gru-256")):
+            with Latch(models_folder) as service:
+                chunks = rolls(bulk.SESSIONS, bulk.STEPS)
+                ids = service.create(bulk.SESSIONS, name)
+                line = latch.many(service.port, ids, chunks, window=bulk.WINDOW)
+                what = f"{bulk.SESSIONS} sessions x {bulk.STEPS} steps a message, {name}"
+                yield _loaded(what, service, [line], seconds, replies=bulk.SESSIONS)
+                backfill = latch.http_binary(
+                    service.port, service.create(1, name, "backfill")[0], list(rolls(1, bulk.BACKFILL))
+                )
+                yield _loaded(f"backfill of {bulk.BACKFILL:,} steps, {name}", service, [backfill], seconds)
+
+
+def _loaded(
+    what: str, service: Latch, lines: Sequence[Line], seconds: float, *, replies: int = 1, share: float = 1.0
+) -> Profile:
+    """A load without the sampler, for what a message costs, and once more with it."""
+    with pinned():
+        rate = closed_loop(lines, max(WARM, seconds / 3)) * share
+
+        def load() -> float:
+            if share == 1.0:
+                return closed_loop(lines, seconds)
+            open_loop(lines, rate, seconds)
+            return rate
+
+        before = Ticks.now(service.pid).server
+        done = load() * seconds / replies
+        cost = (Ticks.now(service.pid).server - before) / done * 1e6
+        samples = _sampled(load, "--duration", str(max(1, round(seconds))), "--pid", str(service.pid))
+    return _profile(what, cost, samples, SERVING)
+
+
+def _starting(times: int) -> Iterator[Profile]:
+    """The service as it starts: its modules, then `create_app`."""
+    program = (
+        "import sys, time; from pathlib import Path; from service.app import create_app; "
+        "from service.settings import load_settings; "
+        "create_app(load_settings(models=Path(sys.argv[1]))); print(time.process_time())"
+    )
+    with cold.shipped(cold.MODELS) as folder:
+        command = [sys.executable, "-c", program, str(folder)]
+        with pinned(SERVER):
+            costs = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(times)]  # noqa: S603 - our own
+        samples = "".join(_sampled(lambda: None, "--", *command) for _ in range(times))
+    yield _profile(f"cold start, {cold.MODELS} models", min(costs) * 1e6, samples, STARTING)
+
+
+def _profile(what: str, cost: float, samples: str, stages: Mapping[str, str]) -> Profile:
+    return Profile(what, cost, {stage: share * cost for stage, share in fold(samples, stages).items()})
+
+
+def _sampled(load: Callable[[], Any], *target: str) -> str:
+    """What py-spy sees of a process under a load."""
+    spy = Path(sys.executable).with_name("py-spy")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples"
+        command = [spy, "record", "--format", "raw", "--full-filenames", "--rate", str(SAMPLES), "--output", file]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        sampler = subprocess.Popen([*command, *target], cwd=ROOT, text=True, **pipes)  # noqa: S603 - a tool of ours
+        load()
+        said, _ = sampler.communicate()
+        if sampler.returncode:
+            raise RuntimeError(f"py-spy, which must be allowed to trace processes: {said.strip()[-300:]}")
+        return file.read_text()
