@@ -116,14 +116,14 @@ class Batcher:
     def submit_block(
         self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
     ) -> bool:
-        """Takes requests of many sessions as one, each slot once. False, and nothing done, where they must go one by
-        one: a session is busy, idled out or at another step, or they are too many or too long for a run.
+        """Takes requests of many sessions as one, each slot once, behind others such. False, and nothing done, where
+        they must go one by one: a session idled out or has a request alone, or they are too many or too long for a run.
         """
         count, steps = block.inputs.shape[:2]
         return (
             count <= self._max_batch_size
             and self._cap(steps, count) >= steps
-            and self._slab.are_next(slots, block.first_steps)
+            and self._slab.are_in_use(slots)
             and self._queues.put_group(BlockWork(slots, block, answer, answers))
         )
 
@@ -228,7 +228,7 @@ class Batcher:
 
     def _next(self, slot: Slot) -> Chunk | None:
         """The first request of a slot that needs a run; answers those before it that do not."""
-        while (ticket := self._queues.head(slot)) is not None:
+        while isinstance(ticket := self._queues.head(slot), Ticket):
             if not isinstance(ticket, Chunk):
                 if not ticket.act():
                     return None
@@ -357,10 +357,12 @@ class Batcher:
         slots, block = work.slots, work.block
         count, steps = block.inputs.shape[:2]
         start = time.perf_counter()
-        if not _is_finite(block.inputs) or -1 in [slot.row for slot in slots]:
+        began = self._slab.begin(slots, block.first_steps)
+        if began is None or not _is_finite(block.inputs):
             return False
+        before, state = began
         try:
-            outputs, state = await self._run(block.inputs, self._slab.gather(slots), block.outputs)
+            outputs, state = await self._run(block.inputs, state, block.outputs)
         except InferenceFailed:
             return False
         ended = time.perf_counter()
@@ -377,7 +379,7 @@ class Batcher:
                 work,
                 state,
                 replies,
-                self._slab.steps(slots),
+                before,
                 (ended - start, ended),
                 self._queues,
                 self._keep_reply_bytes,

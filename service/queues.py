@@ -63,9 +63,15 @@ class Ticket(msgspec.Struct):
 
 
 class Group:
-    """Slots that stand in line as one."""
+    """Slots, none twice, that stand in line as one: when none of them is busy with a group before it any more.
+
+    `size` is the bytes of inputs that it counts for, beside a request a slot; `missing` counts the busy slots.
+    """
 
     slots: list[Slot]
+    answer: Callable[..., Any]
+    size: int
+    missing: int = 0
 
     def refuse(self, error: LatchError) -> None:
         """Answers everybody."""
@@ -89,7 +95,7 @@ class Queues(Generic[G]):
         self._max_queue = max_queue
         self._max_queue_bytes = max_queue_bytes
         self._max_session_queue = max_session_queue
-        self._queues: dict[Slot, list[Ticket]] = {}  # of busy slots; empty where a group has it and nobody waits
+        self._queues: dict[Slot, list[Ticket | G]] = {}  # of busy slots; a group that has its turn is in none
         self._line: deque[Slot | G] = deque()  # oldest first
         self._depth = self._bytes = 0
         self._outside: deque[asyncio.Future[None]] = deque()
@@ -154,19 +160,32 @@ class Queues(Generic[G]):
         self._bytes += ticket.size
 
     def put_group(self, group: G) -> bool:
-        """Puts idle slots in line as one, or does nothing where one of them is busy or there is no room."""
-        slots = group.slots
+        """Puts slots in line as one, behind groups that have some of them, or does nothing where there is no room or a
+        slot has a ticket: all the others would wait for what one session asked for.
+        """
+        slots, queues = group.slots, self._queues
         if (
             self._closed is not None
             or self._depth + len(slots) > self._max_queue
-            or not self._queues.keys().isdisjoint(slots)
+            or self._bytes >= self._max_queue_bytes
         ):
             return False
+        busy = [] if queues.keys().isdisjoint(slots) else [slot for slot in slots if slot in queues]
+        for slot in busy:
+            queue = queues[slot]
+            if len(queue) >= self._max_session_queue or any(isinstance(entry, Ticket) for entry in queue):
+                return False
         for slot in slots:
-            self._queues[slot] = []
+            if slot in queues:
+                queues[slot].append(group)
+            else:
+                queues[slot] = []
         self._depth += len(slots)
-        self._line.append(group)
-        self.work.set()
+        self._bytes += group.size
+        group.missing = len(busy)
+        if not busy:
+            self._line.append(group)
+            self.work.set()
         return True
 
     def take(self, limit: int) -> list[Slot] | G:
@@ -189,12 +208,13 @@ class Queues(Generic[G]):
     def began(self, group: G) -> None:
         """A group's requests count as waiting no longer."""
         self._depth -= len(group.slots)
+        self._bytes -= group.size
 
-    def head(self, slot: Slot) -> Ticket | None:
-        """The first ticket that is not answered yet."""
+    def head(self, slot: Slot) -> Ticket | G | None:
+        """The first ticket that is not answered yet, or the group before it."""
         queue = self._queues[slot]
         while queue and queue[0].answer is None:
-            ticket = queue.pop(0)
+            ticket = cast("Ticket", queue.pop(0))
             self._depth -= ticket.requests
             self._bytes -= ticket.size
         return queue[0] if queue else None
@@ -205,16 +225,22 @@ class Queues(Generic[G]):
             for ticket in [each for slot in slots for each in self.waiting(slot)]:
                 ticket.settle(self._closed)
         for slot in slots:
-            if self.head(slot) is None:
+            entry = self.head(slot)
+            if entry is None:
                 del self._queues[slot]
-            else:
-                self._line.append(slot)
-                self.work.set()
+                continue
+            if isinstance(entry, Group):
+                self._queues[slot].pop(0)
+                entry.missing -= 1
+                if entry.missing:
+                    continue
+            self._line.append(slot if isinstance(entry, Ticket) else entry)
+            self.work.set()
         self._admit()
 
     def waiting(self, slot: Slot) -> list[Ticket]:
-        """Whoever waits for a slot."""
-        return list(self._queues.get(slot, ()))
+        """Whoever waits for a slot, without groups."""
+        return [entry for entry in self._queues.get(slot, ()) if isinstance(entry, Ticket)]
 
     @asynccontextmanager
     async def hold(self, slot: Slot) -> AsyncIterator[None]:
@@ -258,12 +284,14 @@ class Queues(Generic[G]):
         self._closed = error
         for future in self._outside:
             _open(future)
+        groups = {entry: None for entry in self._line if isinstance(entry, Group)}
         for slot, queue in self._queues.items():
-            for ticket in queue[1 if slot in saving else 0 :]:
-                ticket.settle(error)
-        for entry in self._line:
-            if isinstance(entry, Group):
-                entry.refuse(error)
+            for entry in queue[1 if slot in saving else 0 :]:
+                if isinstance(entry, Ticket):
+                    entry.settle(error)
+            groups |= {entry: None for entry in queue if isinstance(entry, Group)}
+        for group in groups:
+            group.refuse(error)
 
     def _admit(self) -> None:
         """Tells those who wait outside that there is room, as many as there is room for."""

@@ -156,19 +156,20 @@ class StateSlab:
             if (slot := self._owners[row]) is not None:
                 yield slot
 
-    def steps(self, slots: Sequence[Slot]) -> list[int]:
-        """Steps committed so far, of live slots."""
-        steps: list[int] = self._step[_rows(slots)].tolist()
-        return steps
-
-    def are_next(self, slots: Sequence[Slot], first_steps: Array) -> bool:
-        """Whether all slots are live and in use, and each one's next step is the one named (0: any)."""
+    def are_in_use(self, slots: Sequence[Slot]) -> bool:
+        """Whether all slots are live, and none has been idle for too long."""
         rows = _rows(slots)
-        return bool(
-            rows.min() >= 0
-            and (self._deadline[rows] > self._clock()).all()
-            and ((first_steps == 0) | (first_steps == self._step[rows] + 1)).all()
-        )
+        return bool(rows.min() >= 0 and (self._deadline[rows] > self._clock()).all())
+
+    def begin(self, slots: Sequence[Slot], first_steps: Array) -> tuple[list[int], list[Array]] | None:
+        """Steps committed so far, and what `gather` gives; None where a slot is released, or its next step is not the
+        one named (0: any).
+        """
+        rows = _rows(slots)
+        steps = self._step[rows]
+        if rows.min() < 0 or ((first_steps != 0) & (first_steps != steps + 1)).any():
+            return None
+        return steps.tolist(), [state[rows] for state in self._state]
 
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""

@@ -60,6 +60,7 @@ class BlockWork(Group):
     ) -> None:
         self.slots = slots
         self.block = block
+        self.size = block.inputs.nbytes
         self.answer = answer
         self.answers = answers
         self.submitted = time.perf_counter()

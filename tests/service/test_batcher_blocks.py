@@ -65,34 +65,35 @@ async def test_a_block_may_ask_for_nothing(metrics: Metrics) -> None:
 
 @pytest.mark.parametrize(
     "why",
-    ["busy", "in another block", "idled out", "at another step", "released", "too many", "too long", "queue full"],
+    ["busy", "busy behind a block", "idled out", "released", "too many", "too long", "queue full", "bytes full"],
 )
 async def test_a_block_that_cannot_run_as_one_is_not_taken(metrics: Metrics, why: str) -> None:
     """It says so at once and nothing is done: nobody is answered, nothing waits, and nobody has become busy."""
-    bench = Bench(metrics, max_batch_size=4, max_queue=5)
+    bench = Bench(metrics, max_batch_size=4, max_queue=5, max_queue_bytes=16 if why == "bytes full" else 10_000)
     slots = [bench.acquire(idle_ttl=60) for _ in range(4)]
-    rows, first = [[1.0]] * 4, None
+    rows = [[1.0]] * 4
     async with serving(bench):
         if why == "busy":
             bench.step(slots[2], 5)
-        elif why == "in another block":
+        elif why == "busy behind a block":
             bench.block([slots[1]], [[1]])
+            bench.step(slots[1], 5)
         elif why == "idled out":
             bench.now += 60
             for slot in slots[:3]:
                 bench.slab.touch(slot)
-        elif why == "at another step":
-            first = [1, 0, 1, 2]
         elif why == "released":
             bench.batcher.release(slots[3])
         elif why == "too many":
             slots, rows = [*slots, bench.acquire()], [[1.0]] * 5
         elif why == "too long":
             rows = [[1.0] * 9] * 4
+        elif why == "bytes full":
+            bench.block([bench.acquire()], [[1.0, 2.0]])
         else:
             bench.block([bench.acquire(), bench.acquire()], [[1]] * 2)
         waiting, busy = bench.value("queue_depth"), [bench.batcher.is_busy(slot) for slot in slots]
-        block = bench.block(slots, rows, first=first)
+        block = bench.block(slots, rows)
         assert not block.taken
         assert (bench.value("queue_depth"), [bench.batcher.is_busy(slot) for slot in slots]) == (waiting, busy)
 
@@ -129,6 +130,59 @@ async def test_what_comes_later_to_a_session_waits_behind_its_block(metrics: Met
         assert ((await turn).step, (await reset).step) == (2, 0)
     assert bench.value("queue_depth") == 0
     assert not any(bench.batcher.is_busy(slot) for slot in slots)
+
+
+async def test_blocks_wait_behind_blocks(metrics: Metrics) -> None:
+    """Of some of the same sessions, in any order: each runs as one when the last of its sessions is free."""
+    bench = Bench(metrics)
+    entered, go = bench.hold()
+    slots = [bench.acquire() for _ in range(4)]
+    async with serving(bench):
+        blocks = [bench.block(slots[:2], [[1], [2]], first=[1, 1])]
+        await asyncio.to_thread(entered.wait, 10)
+        blocks.append(bench.block(slots[2:], [[3], [4]]))
+        blocks.append(bench.block(slots[2:0:-1], [[5], [6]], first=[2, 2]))
+        blocks.append(bench.block(slots, [[7]] * 4, first=[2, 3, 3, 2]))
+        step = bench.step(slots[3], 8)
+        assert bench.value("queue_depth") == 11 - 2  # one runs
+        go.set()
+        assert [await block for block in blocks] == [[1, 2], [3, 4], [35, 26], [17, 267, 357, 47]]
+        assert last(await step) == 478
+    assert bench.runner.runs == [(2, 1), (2, 1), (2, 1), (4, 1), (1, 1)]
+    assert bench.value("queue_depth") == 0
+
+
+async def test_a_block_waits_no_longer_than_a_session_may(metrics: Metrics) -> None:
+    """Blocks that wait count as requests of each of their sessions."""
+    bench = Bench(metrics, max_session_queue=2)
+    entered, go = bench.hold()
+    slots = [bench.acquire() for _ in range(2)]
+    async with serving(bench):
+        blocks = [bench.block(slots, [[1], [1]])]
+        await asyncio.to_thread(entered.wait, 10)
+        blocks += [bench.block(slots, [[i], [i]]) for i in (2, 3, 4)]
+        go.set()
+        assert [block.taken for block in blocks] == [True, True, True, False]
+        assert [await block for block in blocks[:3]] == [[1, 1], [12, 12], [123, 123]]
+
+
+async def test_a_block_behind_one_that_fails_meets_each_sessions_own_fate(metrics: Metrics) -> None:
+    """A refused row of the first leaves a gap before the second's, and is nobody else's trouble."""
+    bench = Bench(metrics)
+    entered, go = bench.hold()
+    slots = [bench.acquire() for _ in range(4)]
+    async with serving(bench):
+        busy = bench.step(bench.acquire(), 9)
+        await asyncio.to_thread(entered.wait, 10)
+        first = bench.block(slots, [[1], [np.nan], [3], [4]], first=[1, 1, 1, 1])
+        second = bench.block(slots, [[5], [6], [7], [8]], first=[2, 2, 2, 2])
+        bench.batcher.release(slots[2])
+        go.set()
+        await busy
+        assert await first == [1, InvalidInput, SessionNotFound, 4]
+        assert await second == [15, StepConflict, SessionNotFound, 48]
+    assert standing(bench, [slots[0], slots[1], slots[3]]) == [(15, 2), (0, 0), (48, 2)]
+    assert bench.value("queue_depth") == 0
 
 
 @pytest.mark.parametrize(
@@ -205,9 +259,10 @@ async def test_stopping_answers_every_row_of_a_block(metrics: Metrics) -> None:
         running = bench.block(slots[:2], [[1], [2]])
         await asyncio.to_thread(entered.wait, 10)
         waiting = bench.block(slots[2:], [[3], [4]])
+        after = bench.block(slots[:2], [[5], [6]])
         behind = [bench.step(slots[0], 5), bench.turn(slots[3])]
     go.set()
-    assert await running == await waiting == [Draining, Draining]
+    assert await running == await waiting == await after == [Draining, Draining]
     for each in behind:
         with pytest.raises(Draining):
             await each
@@ -257,6 +312,32 @@ async def test_a_door_that_cannot_take_a_block_harms_nobody(
         assert last(await bench.step(slots[1], 5)) == (25 if fails else 245)
     assert "a door with a bug" in caplog.text
     assert bench.value("queue_depth") == 0
+
+
+async def test_random_blocks_in_flight_are_folded_exactly(metrics: Metrics) -> None:
+    """Blocks of some of the same sessions, many at a time, with bad rows: each state spells its acknowledged digits."""
+    rng = np.random.default_rng(2)
+    bench, taken = Bench(metrics, max_batch_size=6, max_queue_bytes=2**20), 0
+    async with serving(bench):
+        for _ in range(20):
+            slots = [bench.acquire() for _ in range(6)]
+            seen: dict[Slot, list[float]] = {slot: [] for slot in slots}
+            blocks = []
+            for _ in range(8):
+                picked = [slots[i] for i in rng.permutation(len(slots))[: rng.integers(1, 6)]]
+                rows = rng.choice([1.0, 2.0, np.nan], (len(picked), 1), p=[0.5, 0.47, 0.03]).tolist()
+                blocks.append((picked, rows, bench.block(picked, rows)))
+                if rng.random() < 0.3:
+                    await asyncio.sleep(0)
+            for picked, rows, block in blocks:
+                if block.taken:
+                    taken += 1
+                    for slot, row, fate in zip(picked, rows, await block, strict=True):
+                        seen[slot] += row if not isinstance(fate, type) else []
+            for slot in slots:
+                assert bench.state(slot) == float("".join(str(int(digit)) for digit in seen[slot]) or 0)
+                bench.batcher.release(slot)
+    assert taken > 100
 
 
 async def test_random_blocks_and_steps_are_folded_exactly(metrics: Metrics) -> None:
