@@ -57,6 +57,10 @@ def fit(
     hidden: options.Hidden = None,
     layers: options.Layers = 1,
     dropout: options.Dropout = 0.0,
+    input_dropout: options.InputDropout = 0.0,
+    head_dropout: options.HeadDropout = 0.0,
+    recurrent_dropout: options.RecurrentDropout = 0.0,
+    skip: options.Skip = False,
     learned_initial_state: options.LearnedInitialState = False,
     blend: options.Blend = None,
     reset: options.Reset = None,
@@ -65,17 +69,22 @@ def fit(
     seed: options.Seed = TrainConfig.seed,
     optimiser: options.Optimiser = TrainConfig.optimiser,
     rate: options.Rate = TrainConfig.rate,
+    schedule: options.Schedule = TrainConfig.schedule,
+    average: options.Average = TrainConfig.average,
     weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
     epochs: options.Epochs = TrainConfig.max_epochs,
     patience: options.Patience = None,
     clip: options.Clip = TrainConfig.clip,
+    transpose: options.Transpose = TrainConfig.transpose,
+    similar_lengths: options.SimilarLengths = TrainConfig.similar_lengths,
     devices: options.Devices = TrainConfig.devices,
     accelerator: options.Accelerator = TrainConfig.accelerator,
     run: options.RunTo = None,
     logs: options.Logs = "csv",
     threads: options.Threads = 1,
     config: options.Config = None,
+    preset: options.PresetName = None,
     export: options.Export = None,
     export_name: options.ExportName = None,
     models: options.Models = Path("models"),
@@ -84,7 +93,7 @@ def fit(
 
     On a data set of `latch-train data`, or on a file of your own, which also becomes a model in `models/` that
     `latch serve` then serves. With more `--epochs` or `--patience` it takes a finished run further; all else stays as
-    the run began.
+    the run began. `--preset` takes the best settings found for a data set, which this help explains one by one.
 
     **Examples**
 
@@ -93,6 +102,8 @@ def fit(
     `latch-train fit --text novel.txt` · `latch-train fit --npz utterances.npz` · `latch-train fit --wav words/`
 
     `latch-train fit chorales --cell mgu2 --seed 2 --run runs/mine`
+
+    `latch-train fit --preset jsb-best`
 
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """
@@ -105,6 +116,10 @@ def fit(
         "hidden": hidden,
         "layers": layers,
         "dropout": dropout,
+        "input_dropout": input_dropout,
+        "head_dropout": head_dropout,
+        "recurrent_dropout": recurrent_dropout,
+        "skip": skip,
         "learned_initial_state": learned_initial_state,
         "blend": blend,
         "reset": reset,
@@ -113,11 +128,15 @@ def fit(
         "seed": seed,
         "optimiser": optimiser,
         "rate": rate,
+        "schedule": schedule,
+        "average": average,
         "weight_decay": weight_decay,
         "batch_size": batch_size,
         "max_epochs": epochs,
         "patience": patience,
         "clip": clip,
+        "transpose": transpose,
+        "similar_lengths": similar_lengths,
         "devices": devices,
         "accelerator": accelerator,
     }

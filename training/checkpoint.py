@@ -114,7 +114,7 @@ class Run:
             mine, theirs = getattr(self, part), getattr(other, part)
             for name in (found.name for found in fields(mine)):
                 before, now = getattr(mine, name), getattr(theirs, name)
-                if before != now and name not in TrainConfig.LIMITS:
+                if before != now and name not in self.train.limits:
                     raise CheckpointError(
                         f"the folder holds a run with {part} {name}={before!r}, not {now!r}: "
                         f"choose another --run, or delete the folder to start over"

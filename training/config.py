@@ -23,7 +23,14 @@ class ModelConfig:
     `vocabulary` is the number of ids of an int64 input (embedded into `input_size` values); None for float input.
     `residual` are the input columns, one an output, whose change the head gives: an output is that input plus it.
     `components` are the Gaussians, each over all outputs, that the gaussian head mixes (Bishop 1994).
+    With `skip` the head sees the step's input beside h.
+
+    What is dropped, and only in training: `dropout` single values between layers; `input_dropout` and `head_dropout`
+    features of the input and values that the head sees, the same ones at all steps of a sequence (Gal & Ghahramani
+    2016, arXiv:1512.05287); `recurrent_dropout` weights of U, the same ones in a batch (Merity 2018, arXiv:1708.02182).
     """
+
+    DROPOUTS: ClassVar[tuple[str, ...]] = ("dropout", "input_dropout", "head_dropout", "recurrent_dropout")
 
     cell: str
     input_size: int
@@ -31,7 +38,11 @@ class ModelConfig:
     head: str
     hidden: int = 46
     layers: int = 1
+    skip: bool = False
     dropout: float = 0.0
+    input_dropout: float = 0.0
+    head_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
     standardise: bool = False
     learned_initial_state: bool = False
     residual: tuple[int, ...] = ()
@@ -54,7 +65,8 @@ class ModelConfig:
             self.components == 1 or (self.head == "gaussian" and not self.residual),
             f"components are those of a gaussian head without residual: they must be 1, not {self.components}",
         )
-        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        for name in self.DROPOUTS:
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         _require(
             self.vocabulary is None or self.vocabulary >= 2, f"vocabulary must be at least 2, not {self.vocabulary}"
         )
@@ -64,20 +76,27 @@ class ModelConfig:
 class TrainConfig:
     """How to train: everything that the final weights depend on.
 
-    `LIMITS` only say when to stop: they alone may change when a run is taken up again. `batch_size` is that of each of
-    the `devices`: processes on the CPU (`accelerator` cpu), or GPUs (gpu).
+    `limits` only say when to stop: they alone may change when a run is taken up again. `batch_size` is that of each of
+    the `devices`: processes on the CPU (`accelerator` cpu), or GPUs (gpu). `schedule` cosine lets the rate fall to 0
+    over `max_epochs`. `average` is the decay, a step, of the moving average of the weights that is validated and kept
+    (0: the weights themselves). `transpose` moves every training sequence of piano rolls by a number of semitones, at
+    most so many up or down, drawn anew in every epoch. `similar_lengths` makes batches with little padding.
     """
 
-    LIMITS: ClassVar[tuple[str, ...]] = ("max_epochs", "patience")
+    SCHEDULES: ClassVar[tuple[str, ...]] = ("constant", "cosine")
 
     seed: int = 1
     optimiser: str = "adam"
     rate: float = 0.003
+    schedule: str = "constant"
+    average: float = 0.0
     weight_decay: float = 3e-4
     batch_size: int = 8
     max_epochs: int = 300
     patience: int = 15
     clip: float = 1.0
+    transpose: int = 0
+    similar_lengths: bool = False
     devices: int = 1
     accelerator: str = "cpu"
 
@@ -86,8 +105,16 @@ class TrainConfig:
         _require(self.accelerator in ("cpu", "gpu"), f"unknown accelerator {self.accelerator!r}: choose cpu or gpu")
         for name in ("rate", "batch_size", "max_epochs", "patience", "clip", "devices"):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
-        _require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
-        _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+        for name in ("weight_decay", "transpose", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+        known = ", ".join(self.SCHEDULES)
+        _require(self.schedule in self.SCHEDULES, f"unknown schedule {self.schedule!r}: choose one of {known}")
+        _require(0 <= self.average < 1, f"average must be in [0, 1), not {self.average}")
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What only says when to stop; under a schedule every epoch's rate depends on how many there will be."""
+        return ("max_epochs", "patience") if self.schedule == "constant" else ("patience",)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def make_manifest(
         "golden": {"sequences": GOLDEN_SEQUENCES, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE},
         "data": {key: getattr(info, key) for key in ("name", "source", "sha256", "split", "licence")},
         "training": asdict(run.train)
-        | {"dropout": config.dropout}
+        | {name: getattr(config, name) for name in (*config.DROPOUTS, "skip")}
         | {key: result[key] for key in ("epochs", "best_epoch", "unfinished") if key in result},
         "metrics": result["metrics"],
         "libraries": run.libraries,

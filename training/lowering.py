@@ -66,8 +66,9 @@ class OperatorGraph(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Flat, because a graph has no structure."""
-        h = torch.ops.latch.gru(self.model.encode(x), *state, *self.weights, self.reset_after)
-        return (*self.model.predict(self.model.head(h)), h)
+        encoded = self.model.encode(x)
+        h = torch.ops.latch.gru(encoded, *state, *self.weights, self.reset_after)
+        return (*self.model.predict(self.model.decode(h, encoded)), h)
 
 
 def operator_weights(cell: Cell) -> tuple[Tensor, Tensor, Tensor]:

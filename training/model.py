@@ -4,8 +4,9 @@ Its one rule: `forward` over a sequence is the same function as `step` unrolled.
 optimisers or files.
 """
 
+import copy
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,7 @@ class RecurrentModel(nn.Module):
         self.embedding = None if config.vocabulary is None else nn.Embedding(config.vocabulary, config.input_size)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden, head_size(config))
+        self.skip = nn.Linear(config.input_size, head_size(config), bias=False) if config.skip else None
         self.initial = nn.ParameterList(
             nn.Parameter(torch.zeros(config.hidden)) for _ in self.state_names if config.learned_initial_state
         )
@@ -152,6 +154,8 @@ class RecurrentModel(nn.Module):
         With `residual` the head gives changes in units of the usual change, so that a head of zeros says "as now".
         """
         raw: Tensor = self.head(value)
+        if self.skip is not None:
+            raw = raw + self.skip(encoded)
         if not self.config.residual:
             return raw
         last = encoded[..., self.config.residual]
@@ -160,17 +164,35 @@ class RecurrentModel(nn.Module):
         change, spread = raw.chunk(2, dim=-1)
         return torch.cat((last + change * self.change, spread + self.change.log()), dim=-1)
 
+    def _drop_features(self, value: Tensor, share: float) -> Tensor:
+        """In training [T, B, F] without a `share` of the features, the same ones at all steps of a sequence."""
+        if not (self.training and share):
+            return value
+        return value * functional.dropout(torch.ones_like(value[:1]), share)
+
+    def _drop_recurrence(self, cell: Cell) -> Cell:
+        """In training the cell without some of U: its own weights, and what is left of those beside them."""
+        share = self.config.recurrent_dropout
+        if not (self.training and share):
+            return cell
+        dropped, left = copy.copy(cell), dict[str, Any](cell._parameters)
+        left |= {name: functional.dropout(value, share) for name, value in left.items() if name in ("u", "u_gates")}
+        dropped._parameters = left
+        return dropped
+
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """A whole sequence, layer by layer."""
-        value = encoded = self.encode(x.transpose(0, 1))
+        config, encoded = self.config, self.encode(x.transpose(0, 1))
+        value = self._drop_features(encoded, config.input_dropout)
         state = self.init_state(len(x)) if state is None else state
         after: list[Tensor] = []
         width = len(state) // len(self.cells)
         for layer, cell in enumerate(self.layers):
-            value, last = kernels.run(cell, value, state[layer * width : (layer + 1) * width])
+            value, last = kernels.run(self._drop_recurrence(cell), value, state[layer * width : (layer + 1) * width])
             after.extend(last)
             if layer + 1 < len(self.cells):
                 value = self.dropout(value)
+        value = self._drop_features(value, config.head_dropout)
         return self.decode(value.transpose(0, 1), encoded.transpose(0, 1)), tuple(after)
 
     def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:

@@ -18,6 +18,7 @@ from training.config import DataInfo, TrainConfig
 from training.data import own
 from training.data.sequences import DataSet
 from training.errors import ConfigError, DataError
+from training.presets import PRESETS, find
 from training.trainer import LOGGERS, OPTIMISERS
 
 
@@ -59,6 +60,16 @@ CellName = Annotated[str, option(f"The unit: {one_of(UNITS)}.", "--cell", panel=
 Hidden = Annotated[int | None, option("Hidden units of each layer; 46, for a text 128.", panel=MODEL)]
 Layers = Annotated[int, option("Stacked layers.", panel=MODEL)]
 Dropout = Annotated[float, option("Dropout between layers.", panel=MODEL)]
+InputDropout = Annotated[
+    float, option("Dropout of features of the input, the same ones for a whole sequence.", panel=MODEL)
+]
+HeadDropout = Annotated[
+    float, option("Dropout of what the head sees of h, the same units for a whole sequence.", panel=MODEL)
+]
+RecurrentDropout = Annotated[
+    float, option("Dropout of the weights from h to h, the same ones for a batch.", panel=MODEL)
+]
+Skip = Annotated[bool, option("The head sees the step's input too, beside h.", "--skip", panel=MODEL)]
 LearnedInitialState = Annotated[
     bool, option("Train the state before the first step.", "--learned-initial-state", panel=MODEL)
 ]
@@ -70,6 +81,14 @@ CandidateActivation = Annotated[str | None, option(f"{one_of(CANDIDATE_ACTIVATIO
 Seed = Annotated[int, option("Everything random follows from it.", panel=TRAINING)]
 Optimiser = Annotated[str, option(f"{one_of(OPTIMISERS)}.", panel=TRAINING)]
 Rate = Annotated[float, option("Learning rate.", panel=TRAINING)]
+Schedule = Annotated[
+    str,
+    option(f"Of the rate: {one_of(TrainConfig.SCHEDULES)}, which falls to 0 over --epochs.", panel=TRAINING),
+]
+Average = Annotated[
+    float,
+    option("Decay, a step, of the average of the weights that is validated and kept; 0 is none.", panel=TRAINING),
+]
 WeightDecay = Annotated[
     float | None, option("L2 penalty in the gradient; 0.0003, for a CSV 0.003, for a text 0.", panel=TRAINING)
 ]
@@ -80,6 +99,12 @@ Patience = Annotated[
     option("Epochs without a better valid loss before stopping; 15, for a text 3, for sound 8.", panel=TRAINING),
 ]
 Clip = Annotated[float, option("Largest gradient norm.", panel=TRAINING)]
+Transpose = Annotated[
+    int, option("Piano rolls are moved by at most so many semitones, anew in every epoch.", panel=TRAINING)
+]
+SimilarLengths = Annotated[
+    bool, option("Make batches of sequences of nearly one length.", "--similar-lengths", panel=TRAINING)
+]
 Devices = Annotated[int, option("Processes, or GPUs, that share the work; each takes --batch-size.", panel=TRAINING)]
 Accelerator = Annotated[str, option("cpu, or gpu for --devices of them.", panel=TRAINING)]
 
@@ -93,6 +118,14 @@ ExportName = Annotated[str | None, option("The name of that model; default the f
 Models = Annotated[Path, option("The model repository to write to.")]
 
 
+def preset(context: typer.Context, name: str | None) -> str | None:
+    """Makes a preset's options the defaults of the command, under those of `--config`; what is typed still wins."""
+    if name is not None:
+        found = find(name).options() | {"run": f"runs/{name}"}
+        context.default_map = found | dict(context.default_map or {})
+    return name
+
+
 def from_file(context: typer.Context, path: Path | None) -> Path | None:
     """Makes the options in a JSON file the defaults of the command; what is typed still wins."""
     if path is not None:
@@ -103,7 +136,7 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
             raise ConfigError(f"{path} is not a file of options ({error}): `latch-train sweep` writes one") from error
         if unknown:
             raise ConfigError(f"{path}: unknown option {', '.join(unknown)}")
-        context.default_map = found
+        context.default_map = dict(context.default_map or {}) | found
     return path
 
 
@@ -112,6 +145,17 @@ Config = Annotated[
     typer.Option(
         help="A JSON file of options, as `sweep` writes its best; what is typed wins.",
         callback=from_file,
+        is_eager=True,
+    ),
+]
+
+
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help=f"The best settings found for a data set: {one_of(PRESETS)}; what is typed wins.",
+        callback=preset,
         is_eager=True,
     ),
 ]

@@ -107,7 +107,7 @@ def answers(record: Record | None, train: TrainConfig) -> bool:
     if record is None:
         return False
     found = TrainConfig(**record.train)  # a setting that is younger than the record had its default
-    limits = {name: getattr(train, name) for name in TrainConfig.LIMITS}
+    limits = {name: getattr(train, name) for name in train.limits}
     return replace(found, **limits) == train and all(getattr(found, name) >= value for name, value in limits.items())
 
 

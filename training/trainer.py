@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -22,12 +22,14 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from training import errors
 from training.checkpoint import Run, flatten_optimiser, load_tensors, restore_optimiser, save_tensors, split_off
 from training.config import ModelConfig, TrainConfig
-from training.data.sequences import Batch, DataSet, Item, collate
+from training.data.polymusic import transposed
+from training.data.sequences import Batch, DataSet, Item, collate, similar_lengths
 from training.errors import ConfigError, DivergedError
 from training.model import RecurrentModel
 from training.progress import EpochBar
@@ -106,13 +108,24 @@ def hush_advice() -> None:
 class Fitting(lightning.LightningModule):
     """The model, its loss over predicted steps only, its optimiser, and its batches in an order that an epoch fixes.
 
+    `average` is the moving average of the weights, where there is one: it is what is validated and kept as the best.
+
     Of several devices each makes the whole batch and takes every n-th row of it, so that all know how much it counts.
     """
 
     def __init__(self, model: RecurrentModel, config: TrainConfig, data: DataSet, threads: int) -> None:
         super().__init__()
         self.model, self.config, self.data, self.threads = model, config, data, threads
+        self.average: AveragedModel | None = None
+        if config.average:
+            follow = get_ema_multi_avg_fn(config.average)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=follow)
         self.valid_sum, self.valid_steps = 0.0, 0
+
+    @property
+    def judged(self) -> RecurrentModel:
+        """The model whose weights are validated and kept."""
+        return self.model if self.average is None else cast("RecurrentModel", self.average.module)
 
     def setup(self, stage: str) -> None:
         """What a process started for one of several devices does not know yet."""
@@ -123,20 +136,27 @@ class Fitting(lightning.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Called anew each epoch: the order depends on seed and epoch alone, so a resumed run sees the same one."""
-        order = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.current_epoch)
+        config = self.config
+        order = torch.Generator().manual_seed(1_000_003 * config.seed + self.current_epoch)
         split = self.data.splits["train"]
-        size = self.config.batch_size * self.config.devices
+        size = config.batch_size * config.devices
+        if config.transpose:
+            split = transposed(split, config.transpose, order)
+        # The generator is given in any case: a loader without one takes a number from the model's random numbers.
+        if config.similar_lengths:
+            batches = similar_lengths([len(inputs) for inputs, _, _ in split.items], size, order)
+            return DataLoader(split, batch_sampler=batches, generator=order, collate_fn=collate)
         return DataLoader(split, size, shuffle=True, generator=order, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """The valid split, in its own order."""
         return DataLoader(self.data.splits["valid"], batch_size=64, collate_fn=collate)
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def _losses(self, model: RecurrentModel, batch: Batch) -> Tensor:
         mine = slice(self.global_rank, None, self.config.devices)
         inputs, targets, predicted = (part[mine] for part in batch)
-        raw, _ = self.model(inputs)
-        return self.model.loss(raw, targets)[predicted]
+        raw, _ = model(inputs)
+        return model.loss(raw, targets)[predicted]
 
     def _reduce(self, value: Tensor, how: str) -> Tensor:
         """`value` over all devices: its "mean" or "sum"."""
@@ -155,11 +175,23 @@ class Fitting(lightning.LightningModule):
         """Mean loss of the batch's predicted steps; DivergedError when it is not a number."""
         count = int(batch[2].sum())
         # The gradients of the devices are averaged, and their shares of the predicted steps differ.
-        loss = self._losses(batch).sum() * (self.config.devices / count)
+        loss = self._losses(self.model, batch).sum() * (self.config.devices / count)
         whole = self._reduce(loss.detach(), "mean")
         self._require_finite("loss", whole.item())
         self.log("train_loss", whole, on_epoch=True, on_step=False, prog_bar=True, batch_size=count, sync_dist=True)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        """The rate of the epoch: a resumed run finds it by the epoch's number."""
+        if self.config.schedule == "cosine":
+            left = (1 + math.cos(math.pi * self.current_epoch / self.config.max_epochs)) / 2
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.config.rate * left
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The average follows the weights."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def on_validation_epoch_start(self) -> None:
         """A new sum."""
@@ -167,7 +199,7 @@ class Fitting(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Sums, so that the mean is over steps and not over batches."""
-        losses = self._losses(batch)
+        losses = self._losses(self.judged, batch)
         self.valid_sum += losses.sum().item()
         self.valid_steps += len(losses)
 
@@ -179,7 +211,7 @@ class Fitting(lightning.LightningModule):
         self.log("valid_loss", total / steps, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam or RMSProp at a constant rate, with an L2 penalty in the gradient."""
+        """Adam or RMSProp, with an L2 penalty in the gradient."""
         config = self.config
         make = OPTIMISERS[config.optimiser]
         return make(self.model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
@@ -221,7 +253,8 @@ class Keeper(Callback):
             return
         valid, epoch = trainer.callback_metrics["valid_loss"].item(), trainer.current_epoch + 1
         if self.early.wait_count == 0:
-            save_tensors(self.best, split_off(pl_module.state_dict(), "model"), {"epoch": epoch, "valid_loss": valid})
+            judged = cast("Fitting", pl_module).judged
+            save_tensors(self.best, dict(judged.state_dict()), {"epoch": epoch, "valid_loss": valid})
         tensors = {f"fitting.{name}": value for name, value in pl_module.state_dict().items()}
         tensors |= flatten_optimiser(trainer.optimizers[0]) | {"random": random}
         # Without the patience, which is the run's: it may be another one when the run is taken up again.
@@ -263,7 +296,7 @@ def fit(
 ) -> Run:
     """Train until the valid split stops improving, then score the best weights; resumes what `folder` holds.
 
-    A finished run goes on where other `TrainConfig.LIMITS` leave it room, and is returned as it is where they do not.
+    A finished run goes on where other `TrainConfig.limits` leave it room, and is returned as it is where they do not.
     One thread is the default: at these sizes a second costs more than it does. Several devices work in processes of
     their own and end with the weights of one that had all their batches in one. Raises CheckpointError when `folder`
     belongs to a different run or is damaged, DivergedError when the loss is not a number; KeyboardInterrupt on Ctrl-C,

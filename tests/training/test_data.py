@@ -10,7 +10,7 @@ from scipy.io import savemat
 
 from training import data
 from training.data import adding, polymusic, sensors
-from training.data.sequences import Split, collate, next_step
+from training.data.sequences import Split, collate, next_step, similar_lengths
 from training.errors import DataError
 
 
@@ -37,6 +37,46 @@ def expect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rolls = polymusic.SETS["chorales"]
     known = type(rolls)(rolls.file, pooch.file_hash(str(path)), rolls.title, rolls.licence, rolls.references)
     monkeypatch.setitem(polymusic.SETS, "chorales", known)
+
+
+def test_transposed_music_is_the_same_music(music: Path) -> None:
+    """Every sequence keeps its intervals, moves by at most so many semitones, and stays in the range of the split."""
+    split = data.load("chorales").splits["train"]
+    used = np.flatnonzero(np.concatenate([inputs for inputs, _, _ in split.items]).any(0))
+    shifts = set()
+    for seed in range(20):
+        moved = polymusic.transposed(split, 3, torch.Generator().manual_seed(seed))
+        for (inputs, targets, predicted), before in zip(moved.items, split.items, strict=True):
+            (shift,) = [by for by in range(-3, 4) if np.array_equal(np.roll(before[0], by, axis=1), inputs)]
+            np.testing.assert_array_equal(np.roll(before[1], shift, axis=1), targets)
+            np.testing.assert_array_equal(before[2], predicted)
+            assert {*np.flatnonzero(inputs.any(0))} <= {*range(used[0], used[-1] + 1)}
+            shifts.add(shift)
+    assert len(shifts) > 1
+
+
+def test_transposed_music_leaves_no_note_out() -> None:
+    """What would leave the range that the split uses moves as far as it can, and nothing at either end wraps around."""
+    low, high = np.zeros((4, 88), dtype=np.uint8), np.zeros((4, 88), dtype=np.uint8)
+    low[:, [0, 5]], high[:, [80, 87]] = 1, 1
+    split = Split([next_step(low), next_step(high)])
+    for seed in range(20):
+        (first, *_), (second, *_) = polymusic.transposed(split, 40, torch.Generator().manual_seed(seed)).items
+        notes, above = np.flatnonzero(first[0]), np.flatnonzero(second[0])
+        assert notes[1] - notes[0] == 5
+        assert above[1] - above[0] == 7
+
+
+def test_batches_of_similar_lengths_hold_everything_once() -> None:
+    """Every sequence is in one batch, with far less padding than in batches drawn at random; seeds differ."""
+    lengths = np.random.default_rng(1).integers(10, 500, size=101).tolist()
+    batches = similar_lengths(lengths, 4, torch.Generator().manual_seed(1))
+    assert sorted(index for batch in batches for index in batch) == list(range(101))
+    assert sorted({len(batch) for batch in batches}) == [1, 4]
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    drawn = torch.randperm(101, generator=torch.Generator().manual_seed(1)).split(4)
+    assert padded < 0.8 * sum(len(batch) * max(lengths[index] for index in batch.tolist()) for batch in drawn)
+    assert batches != similar_lengths(lengths, 4, torch.Generator().manual_seed(2))
 
 
 def test_music_predicts_frames_two_to_the_last(music: Path) -> None:

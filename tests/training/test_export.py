@@ -21,6 +21,7 @@ from training.data.sequences import DataSet
 from training.errors import ExportError
 from training.export import build_graph, export
 from training.model import RecurrentModel
+from training.presets import PRESETS
 
 SCHEMA = json.loads(Path("models/manifest.schema.json").read_text())
 METRICS = [{"name": "nll", "split": "test", "value": 1.5, "unit": "nats/frame"}]
@@ -72,6 +73,20 @@ def replay(folder: Path) -> None:
         state = {pair["input"]: value for pair, value in zip(manifest["state"], found[len(outputs) :], strict=True)}
     for pair in manifest["state"]:
         close(state[pair["input"]], golden[f"state.{pair['name']}"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_step_is_lean_and_in_parity(name: str, tiny: DataSet, tmp_path: Path) -> None:
+    """At toy size: what only training does leaves no node behind, and the skip is one product and one sum."""
+    settings = {key: value for key, value in PRESETS[name].model.items() if key != "hidden"}
+    finished(tmp_path / "run", tiny, PRESETS[name].cell, **settings)
+    replay(export(tmp_path / "run", tmp_path / "models", "preset"))
+    plain = finished(tmp_path / "plain", tiny, PRESETS[name].cell)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "models" / "preset" / "1" / "model.onnx").graph.node]
+    extra = ["Gemm", "Add"] if settings.get("skip") else []
+    assert sorted(nodes) == sorted([*(node.op_type for node in build_graph(plain).graph.node), *extra])
+    training = json.loads((tmp_path / "models" / "preset" / "1" / "manifest.json").read_text())["training"]
+    assert settings.items() <= training.items()
 
 
 @pytest.mark.parametrize("cell", UNITS)

@@ -1,6 +1,7 @@
 """The command line: each command does what its help says, and refusals are one line."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from tests.training import strangers
 from tests.training.test_export import replay
 from tests.training.test_trainer import StopAt
 from training import __main__ as cli
-from training import ship
+from training import data, ship
 from training.checkpoint import Run
 from training.config import TrainConfig
+from training.data.sequences import DataSet
 from training.errors import TrainingError
-from training.trainer import fit
+from training.presets import PRESETS, Preset
+from training.trainer import configure, fit
 
 COMMANDS = ("fit", "sweep", "compare", "evaluate", "export", "adopt", "data", "ship")
 runner = CliRunner()
@@ -230,11 +233,31 @@ def test_data_lists_and_checks() -> None:
 
 def test_ship_trains_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of the table becomes a model folder; the same command again replaces it and adds no version."""
-    monkeypatch.setitem(ship.SHIPPED, "tiny", ship.Shipped("digits", "gru3", 6, TrainConfig(max_epochs=1)))
+    monkeypatch.setitem(ship.SHIPPED, "tiny", Preset("digits", "gru3", {"hidden": 6}, TrainConfig(max_epochs=1)))
     for _ in range(2):
         call("ship", "tiny", "--runs", str(tmp_path / "runs"), "--models", str(tmp_path / "models"))
     replay(tmp_path / "models" / "tiny" / "1")
     assert [path.name for path in (tmp_path / "models" / "tiny").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_one_would_have_typed(
+    name: str, tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model and training reach the run, in a folder of its name; what is typed wins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.LOADERS, PRESETS[name].data, lambda _: tiny)
+    call("fit", "--preset", name, "--hidden", "5", "--epochs", "1", "--transpose", "0")
+    run, preset = Run.load(Path("runs", name)), PRESETS[name]
+    assert run.train == replace(preset.train, max_epochs=1, transpose=0)
+    assert run.model == configure(tiny, preset.cell, **(preset.model | {"hidden": 5}))
+    assert run.result is not None
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    """The message lists the known ones."""
+    with pytest.raises(TrainingError, match="unknown preset 'x': choose one of jsb-best, "):
+        runner.invoke(cli.app, ["fit", "--preset", "x"], catch_exceptions=False)
 
 
 def test_an_unknown_shipped_model_is_refused(tmp_path: Path) -> None:

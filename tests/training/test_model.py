@@ -79,6 +79,53 @@ def test_dropout_is_between_layers_and_only_in_training() -> None:
     assert torch.equal(flat.train()(x)[0], flat(x)[0])
 
 
+@pytest.mark.parametrize("name", ["input_dropout", "head_dropout", "recurrent_dropout"])
+@pytest.mark.parametrize("cell", ["gru", "gru3", "mgu2", "lstm"])
+def test_dropouts_are_of_training_alone(name: str, cell: str) -> None:
+    """Off, they draw nothing and change no bit; on, two training passes differ and evaluation is as without."""
+    x, plain, dropping = torch.randn(2, 6, 4), make(cell), make(cell, **{name: 0.5})
+    expected, before = plain(x)[0], torch.get_rng_state()
+    assert torch.equal(plain.train()(x)[0], expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(dropping(x)[0], expected)
+    dropping.train()
+    assert not torch.equal(dropping(x)[0], dropping(x)[0])
+    assert torch.equal(dropping.eval()(x)[0], expected)
+
+
+def test_a_sequence_drops_the_same_units_at_all_steps() -> None:
+    """The head sees zeros or twice the values, in the same places from the first step to the last; rows differ."""
+    model = make(head_dropout=0.5).train()
+    kept = model._drop_features(torch.ones(7, 16, 5), 0.5)
+    assert {*kept.unique().tolist()} == {0.0, 2.0}
+    assert torch.equal(kept, kept[:1].expand_as(kept))
+    assert len(kept[0].unique(dim=0)) > 1
+
+
+def test_weights_that_are_dropped_get_no_gradient() -> None:
+    """Of U about half is missing in a pass, in the values and in the gradients; W and biases are all there."""
+    model = make(recurrent_dropout=0.5).train()
+    model(torch.randn(3, 6, 4))[0].sum().backward()
+    (cell,) = model.layers
+    for weight in (cell.u, cell.u_gates):
+        assert weight is not None
+        assert weight.grad is not None
+        assert 0.2 < (weight.grad == 0).float().mean() < 0.8
+    assert cell.w.grad is not None
+    assert (cell.w.grad != 0).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_skip_adds_the_inputs_own_product(head: str) -> None:
+    """The head values are those without it plus V times the encoded input, over sequences as over steps."""
+    model, x = make(head=head, skip=True), torch.randn(2, 6, 4)
+    torch.testing.assert_close(model(x)[0], unrolled(model, x)[0])
+    assert model.skip is not None
+    found, v = model(x)[0], model.skip.weight.detach().clone()
+    torch.nn.init.zeros_(model.skip.weight)
+    torch.testing.assert_close(found, model(x)[0] + (x - model.x_mean) / model.x_std @ v.T)
+
+
 def test_a_learned_initial_state_is_trained() -> None:
     """Every state, the LSTM's c too, gets a gradient; without it the state is zero."""
     model = make("lstm", learned_initial_state=True)

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from training.checkpoint import Run, load_tensors
 from training.config import ModelConfig, TrainConfig
 from training.data.sequences import DataSet, Split
-from training.errors import CheckpointError, ConfigError, DivergedError
+from training.errors import CheckpointError, ConfigError, DataError, DivergedError
 from training.progress import short
 from training.trainer import configure, fit
 
@@ -79,6 +79,66 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert resumed.result is not None
     assert resumed.result["metrics"] == whole.result["metrics"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+ALL = {"schedule": "cosine", "average": 0.9, "similar_lengths": True}
+
+
+def test_a_run_with_all_that_helps_is_resumed_exactly(tiny: DataSet, tmp_path: Path) -> None:
+    """Schedule, average, batches and what is dropped go on where they were, to the last bit."""
+    config = replace(CONFIG, **ALL)
+    model = model_for(tiny, input_dropout=0.2, head_dropout=0.3, recurrent_dropout=0.3, skip=True)
+    fit(tiny, model, config, tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        fit(tiny, model, config, tmp_path / "cut", callbacks=(StopAt(4, RuntimeError("the power went")),))
+    fit(tiny, model, config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+class Watch(Callback):
+    """Keeps every step's weights and every epoch's rate."""
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        """A copy of the head's weights."""
+        self.weights.append(pl_module.state_dict()["model.head.weight"].clone())
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Of the only group."""
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_average_is_what_is_kept(tiny: DataSet, tmp_path: Path) -> None:
+    """`best` holds the moving average of every step's weights, from the first on; the weights went the same way."""
+    watch, plain = Watch(), Watch()
+    config = replace(CONFIG, max_epochs=1)
+    fit(tiny, model_for(tiny), replace(config, average=0.9), tmp_path / "a", callbacks=(watch,))
+    fit(tiny, model_for(tiny), config, tmp_path / "b", callbacks=(plain,))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(watch.weights, plain.weights, strict=True))
+    expected = watch.weights[0]
+    for weights in watch.weights[1:]:
+        expected = 0.9 * expected + 0.1 * weights
+    torch.testing.assert_close(load_tensors(tmp_path / "a" / "best.safetensors")[0]["head.weight"], expected)
+
+
+def test_the_cosine_falls_from_the_rate_to_nothing(tiny: DataSet, tmp_path: Path) -> None:
+    """One rate an epoch; the number of epochs belongs to it and may not change, the patience may."""
+    watch, config = Watch(), replace(CONFIG, schedule="cosine", max_epochs=4, patience=9)
+    fit(tiny, model_for(tiny), config, tmp_path, callbacks=(watch,))
+    expected = [CONFIG.rate * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
+    np.testing.assert_allclose(watch.rates, expected)
+    with pytest.raises(CheckpointError, match="max_epochs=4, not 5"):
+        fit(tiny, model_for(tiny), replace(config, max_epochs=5), tmp_path)
+    assert fit(tiny, model_for(tiny), replace(config, patience=10), tmp_path).train.patience == 9
+
+
+def test_only_piano_rolls_are_transposed(tiny: DataSet, tmp_path: Path) -> None:
+    """Six notes are none."""
+    with pytest.raises(DataError, match="only piano rolls of 88 notes can be transposed: leave out --transpose"):
+        fit(tiny, model_for(tiny), replace(CONFIG, transpose=2), tmp_path)
 
 
 def test_early_stopping_survives_interruption(tiny: DataSet, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.io import loadmat
 
 from training.config import DataInfo
@@ -93,6 +94,25 @@ def read(path: Path) -> dict[str, Split]:
         split: Split([next_step(np.ascontiguousarray(roll, dtype=np.uint8)) for roll in sequences])
         for split, sequences in rolls.items()
     }
+
+
+def transposed(split: Split, semitones: int, order: torch.Generator) -> Split:
+    """Every sequence moved by a whole number of semitones, at most `semitones` up or down, drawn by `order`.
+
+    No note leaves the range of the split; a sequence that spans it stays. DataError for what is not piano rolls.
+    """
+    if any(values.ndim != 2 or values.shape[1] != NOTES for item in split.items for values in item[:2]):
+        raise DataError(f"only piano rolls of {NOTES} notes can be transposed: leave out --transpose")
+    used = [np.flatnonzero(inputs.any(0) | targets.any(0)) for inputs, targets, _ in split.items]
+    lowest, highest = min(notes[0] for notes in used), max(notes[-1] for notes in used)
+    drawn = torch.randint(-semitones, semitones + 1, (len(used),), generator=order).tolist()
+    shifts = [min(max(shift, lowest - notes[0]), highest - notes[-1]) for shift, notes in zip(drawn, used, strict=True)]
+    return Split(
+        [
+            (np.roll(inputs, shift, axis=1), np.roll(targets, shift, axis=1), predicted)
+            for (inputs, targets, predicted), shift in zip(split.items, shifts, strict=True)
+        ]
+    )
 
 
 def load(name: str) -> DataSet:
