@@ -14,7 +14,9 @@ from prometheus_client.utils import floatToGoString
 
 _SECONDS = (1e-5, 25e-6, 5e-5, 1e-4, 25e-5, 5e-4, 1e-3, 25e-4, 5e-3, 1e-2, 25e-3, 0.1, 0.25, 1.0, 2.5, 10.0)
 _POWERS = tuple(float(2**k) for k in range(14))
-_FOLD = 10_000
+# Values that are sorted into buckets at a time: a tenth of a microsecond each, from here on however many there are. All
+# histograms of a run come due together, and the loop stands still meanwhile: six times 10,000 took it 6 ms.
+_FOLD = 256
 _MODEL = ("model", "version")
 
 

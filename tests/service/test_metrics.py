@@ -66,6 +66,19 @@ def test_what_was_observed_is_folded_before_it_grows(monkeypatch: pytest.MonkeyP
     assert 'h_sum{model="m",version="1"} 10500.0' in exposed(registry)
 
 
+def test_a_fold_holds_nobody_up() -> None:
+    """No observation has much more to do than another: those before it wait for it by the hundred, not the thousand."""
+    child = RunHistogram("h", "Some text.", BOUNDS, LABELS, CollectorRegistry()).labels("m", "1")
+    folds = []
+    for _ in range(20_000):
+        waiting = len(child._fresh)
+        child.observe((1.0,))
+        if not child._fresh:
+            folds.append(waiting + 1)
+    assert folds
+    assert max(folds) < 1000
+
+
 def test_a_name_is_taken_once() -> None:
     """The registry refuses a second histogram of the same name, as it does for its own."""
     registry = CollectorRegistry()
