@@ -39,7 +39,8 @@ def run(quick: bool) -> Iterator[Row]:
     p99 = {name: _percentile(one, 99) for name, one in taken.items()}
     late = max(one.value.late for each in taken.values() for one in each)
     detail = "; ".join(
-        f"{name}: p50 {_percentile(one, 50) * 1e6:,.0f}, p99 {p99[name] * 1e6:,.0f} us{doubts(one)}"
+        f"{name}: p50 {_percentile(one, 50) * 1e6:,.0f}, p99 {p99[name] * 1e6:,.0f} us, "
+        f"{median(each.server for each in one):.0%} busy{doubts(one)}"
         for name, one in taken.items()
     )
     detail += f"; sent late, p99: {late * 1e6:,.0f} us" + (f" ({UNSURE})" if late > LATE else "")
