@@ -42,6 +42,8 @@ CREATE TABLE earlier (
 CREATE INDEX earlier_of ON earlier (session, number);
 CREATE TABLE expired (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT;
 """
+# The driver decodes what SQLite says, which may quote spoilt bytes.
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
 # The driver looks for an adapter of `bytes` at every value, in vain, which takes longer than a copy.
 _blob = bytearray
 _COLUMNS = "id, model, version, idle_ttl, created_at, metadata, token, step, expires_at"
@@ -94,9 +96,11 @@ class SqliteStore:
             raise StoreUnavailable(f"{where} cannot be opened: {error}; may this user write there?") from error
         try:
             self._prepare(db, synchronous, where)
-        except sqlite3.Error as error:
+        except _FAILURES as error:
             db.close()
             kind = getattr(error, "sqlite_errorname", "")
+            if isinstance(error, UnicodeDecodeError):
+                raise StoreInvalid(f"{where} is damaged: bring back a copy; it was left as it is") from error
             if kind == "SQLITE_NOTADB":
                 raise StoreInvalid(f"{where} is not an SQLite file; it was left as it is") from error
             if kind == "SQLITE_BUSY":
@@ -379,7 +383,7 @@ class SqliteStore:
             self._db.rollback()
 
     def _failed(self, error: Exception) -> Exception:
-        if not isinstance(error, sqlite3.Error):
+        if not isinstance(error, _FAILURES):
             return error
         return StoreUnavailable(f"the session store {self._path} failed: {error}; send the call again")
 

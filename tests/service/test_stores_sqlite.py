@@ -278,6 +278,14 @@ async def test_a_text_that_was_spoilt_is_one_session_s_trouble(path: Path, colum
     await store.close()
 
 
+async def test_a_schema_that_was_spoilt_is_refused(path: Path) -> None:
+    """SQLite quotes bytes that are no UTF-8, on which the driver fails in its own way."""
+    await opened(path).close()
+    spoil(path, b"CREATE INDEX earlier_of", b"CREATE \xffNDEX earlier_of")
+    with pytest.raises(StoreInvalid, match="damaged"):
+        opened(path)
+
+
 def spoil(path: Path, before: bytes, after: bytes) -> None:
     """Changes bytes that a file has in one place."""
     head, tail = path.read_bytes().split(before)
