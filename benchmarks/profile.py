@@ -22,12 +22,12 @@ from benchmarks.report import LIBRARIES, Row, provenance
 
 PAGE = Path(__file__).with_name("profile.md")
 SAMPLES = 250  # a second
-REST = "rest"
+REST, IDLE = "rest", "_worker ("
 
 # Stage -> how a frame, `function (path:line)`, looks that belongs to it; the first that fits.
 SERVING = {
     "ONNX Runtime": r"/onnxruntime/",
-    "digests": r"^digests? .*/service/wire/__init__",
+    "digests": r"\bdigests?\b.*/service/wire/__init__",
     "decode, encode": r"/service/wire/",
     "batcher, queues": r"/service/(batcher|work|queues|steps|runtime|graphs|metrics)\.py",
     "slab, commit": r"/service/(slab|commits)\.py",
@@ -40,7 +40,7 @@ STARTING = {
     "proofs": r"/service/proof\.py",
     "graphs of chunks": r"/service/(scan|recurrence|operators)\.py",
     "sessions of ONNX Runtime": r"/service/device\.py",
-    "warm-up": r"^OrtRunner.warm_up |^warm_up ",
+    "warm-up": r"\bwarm_up .*/service/runtime\.py",
     "files, manifests": r"/service/(registry|manifest)\.py",
     "the app": r"/service/(app|routers/\w+)\.py",
 }
@@ -69,11 +69,16 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 def fold(samples: str, stages: Mapping[str, str]) -> dict[str, float]:
-    """The share of each stage in py-spy's raw samples, `outer;inner;... count` a line; what is of none is the rest."""
+    """The share of each stage in py-spy's raw samples, `outer;inner;... count` a line; what is of none is the rest.
+
+    A thread that waits for work, or for its turn to take it, does none.
+    """
     counts: Counter[str] = Counter()
     for line in samples.splitlines():
         stack, _, count = line.rpartition(" ")
-        counts[next(filter(None, (_stage(frame, stages) for frame in reversed(stack.split(";")))), REST)] += int(count)
+        frames = stack.split(";")[::-1]
+        if not frames[0].startswith(IDLE):
+            counts[next(filter(None, (_stage(frame, stages) for frame in frames)), REST)] += int(count)
     return {stage: counts[stage] / (counts.total() or 1) for stage in (*stages, REST)}
 
 

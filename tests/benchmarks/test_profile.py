@@ -25,8 +25,18 @@ def test_the_innermost_stage_counts() -> None:
 
 def test_digests_are_told_from_the_rest_of_the_wire() -> None:
     """Both are functions of `service/wire`."""
-    samples = "digests (/latch/service/wire/__init__.py:9) 1\nread_block (/latch/service/wire/frames.py:9) 1\n"
+    digests, decode = (
+        "Block.digests (/latch/service/wire/__init__.py:9)",
+        "read_block (/latch/service/wire/frames.py:9)",
+    )
+    samples = f"{digests} 1\n{decode} 1\n"
     assert shares(samples, profile.SERVING) == {"digests": 0.5, "decode, encode": 0.5}
+
+
+def test_a_thread_that_waits_for_work_does_none() -> None:
+    """Whether it sleeps or wants the interpreter's lock, the core's time is another's."""
+    samples = f"run (threading.py:9);_worker (/python/concurrent/futures/thread.py:81) 5\n{SERVE} 1\n"
+    assert shares(samples, profile.SERVING) == {"batcher, queues": 1.0}
 
 
 def test_a_module_that_is_imported_is_the_imports() -> None:
