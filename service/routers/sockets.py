@@ -239,7 +239,9 @@ class Socket:
         try:
             while self._backlog:
                 await self.room()
-                await self.take(self._backlog.popleft())
+                message = self._backlog.popleft()
+                if not self.take_now(message):
+                    await self.take(message)
         except Exception as error:  # noqa: BLE001 - as above
             self.end(error)
         self._behind = None

@@ -173,23 +173,28 @@ async def test_a_flood_that_reads_nothing_is_not_read(house: House, sessions: in
     assert socket.most <= 20
 
 
-@pytest.mark.parametrize("together", [True, False])
-async def test_what_is_owed_exceeds_the_limit_by_one_block_at_most(house: House, together: bool) -> None:
+@pytest.mark.parametrize(("ahead", "rows", "most"), [(0, 1, 19 + 16), (1, 1, 19 + 16), (0, 2, 20)])
+async def test_what_is_owed_exceeds_the_limit_by_one_block_at_most(
+    house: House, ahead: int, rows: int, most: int
+) -> None:
     """Messages of sixteen frames: a block is taken where one reply is still allowed, and frames stop in between."""
     names = [f"s{i}" for i in range(16)]
     client = await house.many(*names)
     client.wire.reads = False
     rounds = 100
     for i in range(rounds):
-        numbers = [i + 1] * 16 if together else [i + 1 + (channel == 5) for channel in range(16)]
-        client.send(b"".join(peer.step(channel, ROW, first) for channel, first in enumerate(numbers)))
+        frames = [peer.step(channel, ROW, i + 1) for channel in range(16)]
+        frames[5] = peer.step(5, np.repeat(ROW, rows, axis=0), i * rows + 1 + ahead)  # one, or no block at all
+        client.send(b"".join(frames))
     await client.until(lambda: client.wire.paused)
     client.read()
     await client.until(lambda: len(replies(client)) == 16 * rounds)
     [socket] = Watched.alive
-    assert socket.most <= (19 + 16 if together else 20)
+    assert socket.most <= most
     assert socket._owed == 0
-    assert [house.at(name) for name in names] == [rounds if together or i != 5 else 0 for i in range(16)]
+    assert [house.at(name) for name in names] == [
+        rounds if i != 5 else 0 if ahead else rounds * rows for i in range(16)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,19 @@ async def test_a_message_of_many_frames_holds_nobody_up(house: House, frame: byt
     assert turns >= 3
     assert socket.most <= 20
     assert house.at("b") == turns
+
+
+async def test_a_block_that_had_to_wait_runs_as_one(house: House) -> None:
+    """Flow control puts messages off; what is a block when its turn comes is no sixteen requests."""
+    client = await house.many(*[f"s{i}" for i in range(16)])
+    taken: list[int] = []
+    [socket] = Watched.alive
+    take = socket.take_now
+    socket.take_now = lambda message: taken.append(take(message)) or taken[-1]  # type: ignore[func-returns-value,method-assign]
+    for i in range(30):
+        client.send(b"".join(peer.step(channel, ROW, i + 1) for channel in range(16)))
+    await client.until(lambda: len(replies(client)) == 16 * 30)
+    assert taken == [True] * 30
 
 
 @pytest.mark.parametrize("together", [True, False])
