@@ -4,6 +4,7 @@ Rule: a sample counts for the innermost frame that belongs to a stage, so a libr
 without the sampler says what a message costs, the samples only how that is shared out.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -183,6 +184,8 @@ def _sampled(load: Callable[[], Any], *target: str) -> str:
         command = [spy, "record", "--format", "raw", "--full-filenames", "--rate", str(SAMPLES), "--output", file]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         sampler = subprocess.Popen([*command, *target], cwd=ROOT, text=True, **pipes)  # noqa: S603 - a tool of ours
+        # Beside the generator it would look when that sleeps, at the same point of each of its requests.
+        os.sched_setaffinity(sampler.pid, {SERVER})
         load()
         said, _ = sampler.communicate()
         if sampler.returncode:
