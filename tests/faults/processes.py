@@ -57,20 +57,27 @@ class Process:
         return (self.folder / "log").read_text()
 
     async def start(self) -> Self:
-        """Starts it, again too, and waits until it is ready."""
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own would be tied to one loop
-                self.command(), stdout=log, stderr=log, env=os.environ | self.environment()
-            )
+        """Starts it, again too, and waits until it is ready.
+
+        One that ends, since a busy store did not answer in time, is started again, as orchestrators do.
+        """
+        self._launch()
         end = time.monotonic() + PATIENCE
         async with httpx.AsyncClient(timeout=PATIENCE) as client:
             while True:
                 with suppress(httpx.HTTPError):
                     if (await client.get(self.url + self._ready)).status_code == 200:
                         return self
-                assert self._process.poll() is None, self.log
-                assert time.monotonic() < end, "the process did not get ready"
+                assert time.monotonic() < end, f"the process did not get ready: {self.log}"
                 await asyncio.sleep(0.02)
+                if self._process is not None and self._process.poll() is not None:
+                    self._launch()
+
+    def _launch(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, env=os.environ | self.environment()
+            )
 
     async def kill(self) -> None:
         """Ends it as a crash does: `kill -9`."""
