@@ -29,18 +29,9 @@ PRESETS = {
     "jsb-best": Preset(
         "chorales",
         "gru",
-        {"hidden": 200, "skip": True, "head_dropout": 0.3, "recurrent_dropout": 0.2},
+        {"hidden": 200, "skip": True, "input_dropout": 0.2, "head_dropout": 0.5, "recurrent_dropout": 0.3},
         TrainConfig(
-            rate=0.002, schedule="cosine", average=0.995, weight_decay=0.0, batch_size=4, max_epochs=120, patience=120,
-            transpose=3, similar_lengths=True,
-        ),
-    ),
-    "nottingham-best": Preset(
-        "nottingham",
-        "gru",
-        {"hidden": 200, "skip": True, "head_dropout": 0.3, "recurrent_dropout": 0.2},
-        TrainConfig(
-            rate=0.003, schedule="cosine", average=0.995, weight_decay=0.0, batch_size=8, max_epochs=30, patience=30,
+            rate=0.003, schedule="cosine", average=0.99, weight_decay=0.0, batch_size=8, max_epochs=100, patience=100,
             similar_lengths=True,
         ),
     ),

@@ -10,7 +10,7 @@ from typing import Any
 from training import data
 from training.config import TrainConfig
 from training.export import export
-from training.presets import Preset
+from training.presets import PRESETS, Preset
 from training.trainer import configure, fit
 
 # Chung 2014's sizes, about 20,000 parameters for each of its three units; the variants keep the GRU's 46 units.
@@ -18,6 +18,7 @@ HIDDEN = {"lstm": 36, "rnn": 100}
 UNITS = ("gru", "gru1", "gru2", "gru3", "mgu", "mgu1", "mgu2", "mgu3", "lstm", "rnn")
 SHIPPED = {f"chorales-{cell}": Preset("chorales", cell, {"hidden": HIDDEN.get(cell, 46)}) for cell in UNITS} | {
     "sensors": Preset("sensors", "gru", {"hidden": 32}, TrainConfig(rate=0.005, patience=8)),
+    "chorales-best": PRESETS["jsb-best"],
 }
 
 

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from training import errors
@@ -93,6 +94,11 @@ def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
         model.change = deviation((targets - before) / model.y_std)
 
 
+def moved(average: Tensor, weight: Tensor, _: Tensor | int, *, share: float) -> Tensor:
+    """A moving average after one more step."""
+    return average.lerp(weight, share)
+
+
 def hush_hints() -> None:
     """Nothing of Lightning's about itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -118,8 +124,9 @@ class Fitting(lightning.LightningModule):
         self.model, self.config, self.data, self.threads = model, config, data, threads
         self.average: AveragedModel | None = None
         if config.average:
-            follow = get_ema_multi_avg_fn(config.average)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(model, multi_avg_fn=follow)
+            # Not torch's own function for it, which cannot be sent to the processes of several devices.
+            average = partial(moved, share=1 - config.average)
+            self.average = AveragedModel(model, avg_fn=average).requires_grad_(False)
         self.valid_sum, self.valid_steps = 0.0, 0
 
     @property

@@ -7,18 +7,21 @@ from pathlib import Path
 import onnx
 import pytest
 
-from training import data, findings, reproduce
+from training import data, findings, reproduce, ship
 from training.__main__ import app
 from training.cells import UNITS
 from training.experiments import EXPERIMENTS
-from training.ship import SHIPPED
+from training.presets import PRESETS
 
 README = Path("training/README.md").read_text()
+# What a preset's score stands beside.
+PAPERS = (("Bai 2018", "gru"), ("Bai 2018", "TCN"), ("RRU 2021", "gru"), ("RRU 2021", "RRU"))
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("chorales-")])
-def test_the_units_table_is_what_the_manifests_say(name: str) -> None:
+@pytest.mark.parametrize("cell", ship.UNITS)
+def test_the_units_table_is_what_the_manifests_say(cell: str) -> None:
     """Title, units, parameters, valid and test NLL and node count of every row."""
+    name = f"chorales-{cell}"
     manifest = json.loads(Path("models", name, "1", "manifest.json").read_text())
     nodes = len(onnx.load(Path("models", name, "1", "model.onnx")).graph.node)
     unit, nll = manifest["unit"], {m["split"]: m["value"] for m in manifest["metrics"]}
@@ -27,6 +30,18 @@ def test_the_units_table_is_what_the_manifests_say(name: str) -> None:
         f"| {nll['valid']:.2f} | {nll['test']:.2f} | {nodes} |"
     )
     assert row in README
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_presets_table_is_what_the_manifests_say(name: str) -> None:
+    """The model it ships as, its size, its scores, and those of the papers beside them; no other preset is named."""
+    (model,) = [model for model, row in ship.SHIPPED.items() if row == PRESETS[name]]
+    manifest = json.loads(Path("models", model, "1", "manifest.json").read_text())
+    nll = {m["split"]: m["value"] for m in manifest["metrics"]}
+    papers = EXPERIMENTS["music"].arms[PRESETS[name].data].papers
+    figures = [papers[paper][other] for paper, other in PAPERS]
+    row = [f"`{name}`", f"`{model}`", f"{manifest['parameters']:,}", f"{nll['valid']:.2f}", f"{nll['test']:.2f}"]
+    assert f"| {' | '.join([*row, *(f'{figure:.2f}' for figure in figures)])} |" in README
 
 
 def test_the_sensors_figures_are_measured() -> None:

@@ -392,7 +392,7 @@ def test_two_devices_are_one_with_twice_the_batch(tiny: DataSet, tmp_path: Path)
     extra = tiny.splits["train"].items[0]
     data = replace(tiny, splits=tiny.splits | {"train": Split([*tiny.splits["train"].items, extra])})
     plain = model_for(data, dropout=0.0)
-    config = replace(CONFIG, batch_size=10)
+    config = replace(CONFIG, batch_size=10, average=0.9, similar_lengths=True)
     two = replace(config, batch_size=5, devices=2)
     one = fit(data, plain, config, tmp_path / "one")
     both = fit(data, plain, two, tmp_path / "two")
