@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from math import ceil
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,9 +38,6 @@ from service.work import BlockReply, BlockRun, BlockWork, Chunk, ChunksRun, dele
 log = logging.getLogger(__name__)
 
 _WORKER_STEPS = 8
-
-# A run of a session that has the model to itself grows to so many times what else a run may take.
-_MOST_PATIENCE = 4
 
 
 class Runner(Protocol):
@@ -102,7 +98,6 @@ class Batcher:
         self._ledger = ledger
         self._committer = Committer(slab, self._queues, snapshots, ledger)
         self._is_shared = ledger is not None and ledger.store.is_shared
-        self._patience = 1  # how many times as long a run may take, because in the last ones nobody else came
         self._running: dict[Slot, None] = {}  # those that get back in line when their run has ended, oldest first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
         metrics.queue_depth.set_function(lambda: self._queues.depth)
@@ -203,7 +198,6 @@ class Batcher:
                 if chunk.slot in self._running:  # the others are being saved, or were
                     chunk.settle(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            self._patience = min(2 * self._patience, _MOST_PATIENCE) if self._is_alone else 1
             self._queues.resume(self._running)
 
     async def _serve_block(self, work: BlockWork) -> None:
@@ -344,18 +338,11 @@ class Batcher:
         """Of the steps that a run could take, those that keep it short: whoever comes meanwhile waits for its end.
 
         A run that is not short at `_WORKER_STEPS` goes to a worker, where fewer would cost more in hops than they save.
-        Where nobody has come during the last runs either, they grow: what each costs beside its steps is what a
-        backfill loses.
         """
-        steps, patience = min(steps, self._max_run_steps), self._patience if self._is_alone else 1
-        while steps > _WORKER_STEPS and not self._runner.is_short(rows, ceil(steps / patience)):
+        steps = min(steps, self._max_run_steps)
+        while steps > _WORKER_STEPS and not self._runner.is_short(rows, steps):
             steps = max(_WORKER_STEPS, 3 * steps // 4)
         return steps
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether one session has all the work there is."""
-        return len(self._queues) == 1
 
     async def _run(
         self, inputs: Array, state: list[Array], wanted: tuple[str, ...]
