@@ -8,11 +8,13 @@ nothing, a power cut may lose the last commits).
 """
 
 import asyncio
+import logging
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -21,6 +23,8 @@ import orjson
 
 from service.errors import LatchError, SessionCorrupt, SessionExists, SettingsInvalid, StoreInvalid, StoreUnavailable
 from service.stores import Save, Saved, SessionRecord, Stored, missing
+
+log = logging.getLogger(__name__)
 
 _APPLICATION = 0x4C617463  # "Latc", in the header of the file
 _VERSION = 1
@@ -281,12 +285,20 @@ class SqliteStore:
         def page() -> list[Stored]:
             rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM sessions WHERE id > ? AND expires_at > ? AND (? IS NULL OR model = ?) "  # noqa: S608
-                "ORDER BY id LIMIT ?",
-                (after, self._now, model, model, limit),
-            ).fetchall()  # a statement that broke off would keep the file open
-            return [self._stored(row, b"") for row in rows]
+                "ORDER BY id",
+                (after, self._now, model, model),
+            )
+            with closing(rows):  # a statement that broke off would keep the file open
+                return [*islice(self._readable(rows), limit)]
 
         return await self._transact(page)
+
+    def _readable(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[Stored]:
+        for row in rows:
+            try:
+                yield self._stored(row, b"")
+            except SessionCorrupt:
+                log.exception("a list of sessions goes on without one")
 
     async def sweep(self) -> None:
         """Looks through the next part of the file for what expired, and forgets the oldest of that."""
