@@ -123,3 +123,23 @@ async def test_a_step_that_is_being_saved_at_the_end_is_answered_by_its_save(met
         bench.step(slot, 2)
     assert not bench.batcher.is_busy(slot)
     await bench.ledger.close()
+
+
+async def test_a_block_waits_behind_one_that_is_being_saved(metrics: Metrics) -> None:
+    """It runs once that is saved, from where it left the sessions; a third that shares one of them comes after."""
+    bench = StoredBench(metrics)
+    slots = [await bench.create(name) for name in "abc"]
+    bench.store.open.clear()
+    async with stored(bench):
+        blocks = [bench.block(slots[:2], [[1], [2]])]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        blocks += [bench.block(slots[:2], [[3], [4]]), bench.block(slots[1:], [[5], [6]])]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert [block.taken for block in blocks] == [True] * 3
+        assert bench.runner.runs == [(2, 1)]
+        bench.store.open.set()
+        assert [await block for block in blocks] == [[1, 2], [13, 24], [245, 6]]
+        assert bench.runner.runs == [(2, 1)] * 3
+        assert [stored.step for stored in [await bench.store.load(name) for name in "abc"]] == [2, 3, 1]
