@@ -20,7 +20,9 @@ from websockets.frames import Frame
 
 from service.drain import Drain
 from service.errors import SettingsInvalid
+from service.routers.front import FrontDoor
 from service.routers.sockets import ABORT_SECONDS
+from service.step_protocol import StepProtocol
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +145,9 @@ class _Server(uvicorn.Server):
             await self._until(lambda: self._is_quiet, GOODBYE_SECONDS)
             for task in list(self.server_state.tasks):
                 task.cancel()  # the doors answer for what it waits for
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, StepProtocol):
+                    connection.cut()
             await self._until(lambda: not self.server_state.tasks, GOODBYE_SECONDS)
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
@@ -207,7 +212,7 @@ def configure(app: Any, *, host: str, port: int, max_message_bytes: int) -> uvic
         host=host,
         port=port,
         loop="auto",
-        http="httptools",
+        http=StepProtocol if isinstance(app, FrontDoor) else "httptools",
         ws=_WebSocket,
         ws_max_size=max_message_bytes,
         # Rows of float32 do not compress, and a compressor a socket costs more memory than the session.

@@ -18,7 +18,7 @@ from service.sessions import SessionManager
 from service.wire import native
 
 JSON, PACKED = "application/json", "application/octet-stream"
-_KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell them
+KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell them
 
 
 class BoundedRoute(APIRoute):
@@ -55,7 +55,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str
     kind, coding, size = "none", "identity", 0
     for name, value in scope["headers"]:
         if name == b"content-type":
-            kind = _KINDS.get(value) or value.decode("latin-1").partition(";")[0].strip().lower()
+            kind = KINDS.get(value) or value.decode("latin-1").partition(";")[0].strip().lower()
         elif name == b"content-length":
             size = int(value)
         elif name == b"content-encoding":

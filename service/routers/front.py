@@ -35,6 +35,11 @@ class FrontDoor:
         self._steps = steps
         self._streams = streams
 
+    @property
+    def step_door(self) -> StepDoor | None:
+        """Takes steps past ASGI, too; None once every answer is the last one."""
+        return None if self.is_leaving else self._steps
+
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """One call, socket or lifespan."""
         kind = scope["type"]

@@ -6,7 +6,9 @@ Rule: the hot path of HTTP; raw ASGI, nothing per call that a step does not need
 import asyncio
 import logging
 import re
-from typing import NamedTuple
+from collections.abc import Awaitable, Coroutine
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
@@ -22,13 +24,29 @@ from service.wire.frames import packed_request
 log = logging.getLogger(__name__)
 
 _NUMBER = re.compile("[1-9][0-9]{0,18}")
+_FAILED = "the service failed on this call; its log says why"
 
 
 class Answer(NamedTuple):
-    """An HTTP reply: status is 200."""
+    """An HTTP reply."""
 
-    body: bytes
+    status: int
     headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+class Plain(Protocol):
+    """A step that came past ASGI; see `service/step_protocol.py`."""
+
+    session_id: str
+    kind: str
+    query: bytes
+
+    def reply(self, answer: Answer) -> None:
+        """Answers; a second time, nobody."""
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Has a task of the server do what must wait."""
 
 
 class StepDoor:
@@ -42,38 +60,73 @@ class StepDoor:
     """
 
     def __init__(self, manager: SessionManager, metrics: Metrics, *, max_body_bytes: int, max_steps: int) -> None:
+        self.max_body_bytes = max_body_bytes
         self._manager = manager
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
         self._max_steps = max_steps
 
     async def serve(self, session_id: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """One call, whatever becomes of it."""
-        try:
-            answer = await self.answer(session_id, scope, receive)
-        except LatchError as error:
-            await self._refuse(error, scope, receive, send)
-        except asyncio.CancelledError:  # as in the front door
-            await self._refuse(Draining(), scope, receive, send)
-        except Exception:
-            log.exception("a step of session %s failed", session_id)
-            await self._refuse(Internal("the service failed on this call; its log says why"), scope, receive, send)
-        else:
-            await send({"type": "http.response.start", "status": 200, "headers": answer.headers})
-            await send({"type": "http.response.body", "body": answer.body})
+        """One ASGI call, whatever becomes of it."""
+        status, headers, body = await self._outcome(self.answer(session_id, scope, receive))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     async def answer(self, session_id: str, scope: Scope, receive: Receive) -> Answer:
         """Reads a request, has it applied, and says what came of it. Raises LatchError; then nothing has changed."""
-        kind, body = await read_body(scope, receive, self._max_body_bytes, (JSON, PACKED))
-        query = scope["query_string"]
+        kind, body = await read_body(scope, receive, self.max_body_bytes, (JSON, PACKED))
+        return await self._applied(session_id, kind, scope["query_string"], body)
+
+    def take(self, call: Plain, body: bytes) -> None:
+        """One call past ASGI: it is answered from where its run ends, with no task or future of its own."""
+        try:
+            session = self._manager.resident(call.session_id)
+            if session is None:
+                call.later(self._take_later(call, body))
+            else:
+                request = self._request(session, call.kind, call.query, body)
+                self._manager.submit(session, request, partial(self._tell, call, body, session))
+        except LatchError as error:
+            self.refuse(call, error)
+        except Exception:
+            log.exception("a step of session %s failed", call.session_id)
+            self.refuse(call, Internal(_FAILED))
+
+    def refuse(self, call: Plain, error: LatchError) -> None:
+        """Answers a call with an error."""
+        call.reply(self._refusal(error))
+
+    def _tell(self, call: Plain, body: bytes, session: Session, outcome: StepReply | LatchError) -> None:
+        if isinstance(outcome, StepReply):
+            call.reply(self._answer(session, call.kind, outcome))
+        elif isinstance(outcome, MadeAnew):
+            call.later(self._take_later(call, body))
+        else:
+            self.refuse(call, outcome)
+
+    async def _take_later(self, call: Plain, body: bytes) -> None:
+        call.reply(await self._outcome(self._applied(call.session_id, call.kind, call.query, body)))
+
+    async def _outcome(self, answering: Awaitable[Answer]) -> Answer:
+        try:
+            return await answering
+        except LatchError as error:
+            return self._refusal(error)
+        except asyncio.CancelledError:  # as in the front door
+            return self._refusal(Draining())
+        except Exception:
+            log.exception("a step failed")
+            return self._refusal(Internal(_FAILED))
+
+    async def _applied(self, session_id: str, kind: str, query: bytes, body: bytes) -> Answer:
         while True:
             session = self._manager.resident(session_id) or await self._manager.find(session_id)
             request = self._request(session, kind, query, body)
             try:
-                reply = await self._manager.step(session, request)
-                break
+                return self._answer(session, kind, await self._manager.step(session, request))
             except MadeAnew:  # the caller means whichever session has the id now
                 continue
+
+    def _answer(self, session: Session, kind: str, reply: StepReply) -> Answer:
         headers = [
             (
                 b"server-timing",
@@ -88,7 +141,7 @@ class StepDoor:
             content = session.engine.codec.encode_reply(reply, self._manager.expires_at(session))
             headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", b"%d" % len(content)))
-        return Answer(content, headers)
+        return Answer(200, headers, content)
 
     def _request(self, session: Session, kind: str, query: bytes, body: bytes) -> StepRequest:
         if kind == PACKED:
@@ -125,9 +178,10 @@ class StepDoor:
             )
         return packed_request(body, steps, rows.names(names, "outputs"), first_step, self._max_steps)
 
-    async def _refuse(self, error: LatchError, scope: Scope, receive: Receive, send: Send) -> None:
+    def _refusal(self, error: LatchError) -> Answer:
         self._metrics.errors.labels(error.code).inc()
-        await error_response(error)(scope, receive, send)
+        response = error_response(error)
+        return Answer(response.status_code, response.raw_headers, bytes(response.body))
 
 
 def _facts(reply: StepReply) -> list[tuple[bytes, bytes]]:

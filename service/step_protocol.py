@@ -1,0 +1,134 @@
+"""`StepProtocol`: uvicorn's HTTP, but that a step comes and goes by plain calls (`routers.steps.Plain`).
+
+A scope, a task, an event and the task's second turn cost a request more than the step that it carries.
+
+Rule: a shortcut for what clients send as a rule: a short body, announced and plain, of one of the two types, while no
+other answer is owed on its connection. All else is uvicorn's, and the answers are the same.
+"""
+
+import asyncio
+import re
+from collections.abc import Coroutine
+from typing import Any
+
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.errors import Draining, Malformed
+from service.routers import KINDS
+from service.routers.front import FrontDoor
+from service.routers.steps import Answer, StepDoor
+
+_PATH = re.compile(rb"/v1/sessions/([A-Za-z0-9][A-Za-z0-9._~:-]{0,127})/steps(?:\?([^#]*))?")
+_NOT_PLAIN = {b"content-encoding", b"transfer-encoding", b"upgrade"}
+_NOBODY_WAITS = asyncio.Event()
+
+
+class _Step:
+    """A step and the way back, in the place of uvicorn's cycle of a request, of which it has what uvicorn asks for."""
+
+    disconnected = response_complete = False
+    more_body = True
+    message_event = _NOBODY_WAITS
+
+    def __init__(
+        self, protocol: "StepProtocol", door: StepDoor, session_id: str, kind: str, query: bytes, keep_alive: bool
+    ) -> None:
+        self.session_id = session_id
+        self.kind = kind
+        self.query = query
+        self.keep_alive = keep_alive
+        self.body = bytearray()
+        self.door = door
+        self._protocol = protocol
+
+    def reply(self, answer: Answer) -> None:
+        """See `Plain`."""
+        if not self.response_complete:
+            self.response_complete = True
+            self._protocol.send_answer(answer, keep_alive=self.keep_alive)
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """See `Plain`."""
+        tasks = self._protocol.tasks
+        task = self._protocol.loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
+class StepProtocol(HttpToolsProtocol):
+    """A connection to a `FrontDoor`."""
+
+    app: FrontDoor
+    _owed: _Step | None = None
+
+    def on_message_begin(self) -> None:
+        """A request begins; its scope is made once it is known that somebody needs one."""
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+
+    def on_headers_complete(self) -> None:
+        """Decides which way the request goes."""
+        if step := self._as_step():
+            self.cycle = step  # type: ignore[assignment]
+            return
+        url, expects, headers = self.url, self.expect_100_continue, self.headers
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Hands over a step."""
+        super().on_message_complete()
+        step: object = self.cycle
+        if isinstance(step, _Step) and not step.response_complete:
+            self._owed = step
+            step.door.take(step, bytes(step.body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is answered any more."""
+        step: object = self.cycle
+        if isinstance(step, _Step) and step.more_body:
+            step.door.refuse(step, Malformed("the client left before the body was whole"))
+        super().connection_lost(exc)
+
+    def send_answer(self, answer: Answer, *, keep_alive: bool) -> None:
+        """Answers the step that is owed."""
+        self._owed = None
+        if not self.transport.is_closing():
+            content = [STATUS_LINE[answer.status]]
+            for name, value in (*self.server_state.default_headers, *answer.headers):
+                content += (name, b": ", value, b"\r\n")
+            content += (b"\r\n" if keep_alive else b"connection: close\r\n\r\n", answer.body)
+            self.transport.write(b"".join(content))
+            if not keep_alive:
+                self.transport.close()
+        self.on_response_complete()
+
+    def cut(self) -> None:
+        """Whoever waits for a step is told that the service ends."""
+        if self._owed is not None:
+            self._owed.door.refuse(self._owed, Draining())
+
+    def _as_step(self) -> _Step | None:
+        door = self.app.step_door
+        owes = self.cycle is not None and not self.cycle.response_complete
+        if door is None or owes or self.flow.write_paused or self.expect_100_continue:
+            return None
+        found = _PATH.fullmatch(self.url)
+        if not found or self.parser.get_method() != b"POST":
+            return None
+        kind = size = None
+        for name, value in self.headers:
+            if name == b"content-type":
+                kind = KINDS.get(value)
+            elif name == b"content-length":
+                size = int(value)
+            elif name in _NOT_PLAIN:
+                return None
+        if kind is None or size is None or size > min(HIGH_WATER_LIMIT, door.max_body_bytes):
+            return None
+        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        return _Step(self, door, found[1].decode(), kind, found[2] or b"", keep_alive)

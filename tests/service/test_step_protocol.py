@@ -1,0 +1,229 @@
+"""Steps past ASGI: the same answers as through it, in order, whatever way a request is written."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.step_protocol import StepProtocol
+from tests.service.conftest import Server, serving
+
+PACKED = "application/octet-stream"
+ROW = {"inputs": [[1, 2, 3]]}
+BODY = json.dumps(ROW).encode()
+
+
+class Connection:
+    """A connection on which a test writes what it likes."""
+
+    def __init__(self, server: Server) -> None:
+        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=30)
+        self._reader = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        """Bytes as they are."""
+        self.socket.sendall(data)
+
+    def reply(self) -> tuple[int, dict[str, str], Any]:
+        """The next answer: status, headers, and what its body says."""
+        line = self._reader.readline()
+        while line == b"HTTP/1.1 100 Continue\r\n":
+            self._reader.readline()
+            line = self._reader.readline()
+        headers = {}
+        while (field := self._reader.readline().decode().strip()) != "":
+            name, _, value = field.partition(": ")
+            headers[name.lower()] = value
+        body = self._reader.read(int(headers["content-length"]))
+        return int(line.split()[1]), headers, json.loads(body) if "json" in headers["content-type"] else body
+
+    def is_closed(self) -> bool:
+        """Whether nothing more comes."""
+        return self._reader.read(1) == b""
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[Connection]:
+    """Opens a connection, and closes it."""
+    connection = Connection(server)
+    with connection.socket:
+        yield connection
+
+
+def request(
+    session: str,
+    body: bytes = BODY,
+    *,
+    query: str = "",
+    kind: str = "application/json",
+    version: str = "1.1",
+    **headers: str,
+) -> bytes:
+    """A step as clients write it."""
+    fields = {"Host": "x", "Content-Type": kind, "Content-Length": str(len(body))} | headers
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST /v1/sessions/{session}/steps{query} HTTP/{version}\r\n{lines}\r\n".encode() + body
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step that comes, whether it goes past ASGI."""
+    found: list[bool] = []
+    decide = StepProtocol._as_step
+
+    def watched(self: StepProtocol) -> Any:
+        step = decide(self)
+        if b"/steps" in self.url:
+            found.append(step is not None)
+        return step
+
+    monkeypatch.setattr(StepProtocol, "_as_step", watched)
+    return found
+
+
+def test_the_short_way_answers_as_the_long_one(server: Server, taken: list[bool]) -> None:
+    """The same status, headers and body for steps, retries, conflicts and everything that is wrong with a body."""
+    rows = np.ones((2, 3), np.float32).tobytes()
+    calls: list[tuple[bytes, dict[str, str]]] = [
+        (json.dumps(ROW | {"step": 1}).encode(), {}),
+        (json.dumps(ROW | {"step": 1}).encode(), {}),
+        (json.dumps(ROW | {"step": 7}).encode(), {}),
+        (json.dumps(ROW | {"outputs": ["h", "y"]}).encode(), {}),
+        (json.dumps(ROW | {"outputs": ["nonsense"]}).encode(), {}),
+        (rows, {"kind": PACKED, "query": "?step=3&outputs=h,y"}),
+        (rows, {"kind": PACKED, "query": "?step=3&outputs=h,y"}),
+        (rows[:-1], {"kind": PACKED}),
+        (b'{"inputs": [[1, 2, NaN]]}', {}),
+        (b'{"inputs": [[1, 2]]}', {}),
+        (b"{", {}),
+        (b"", {}),
+        (BODY, {"query": "?step=1"}),
+    ]
+
+    def answers(**way: str) -> list[Any]:
+        session, found = server.create(), []
+        with connected(server) as connection:
+            for name, body, options in [*((session, *call) for call in calls), ("nobody", BODY, {})]:
+                connection.send(request(name, body, **options, **way))
+                status, headers, said = connection.reply()
+                headers = {name: value for name, value in headers.items() if name not in ("server-timing", "date")}
+                found.append((status, headers, said | {"expires_at": ""} if isinstance(said, dict) else said))
+        found.append(server.http.get(f"/v1/sessions/{session}").json()["step"])
+        return found
+
+    short, long = answers(), answers(Expect="100-continue")
+    *replies, step = short
+    assert [status for status, *_ in replies] == [200, 200, 409, 200, 422, 200, 200, 422, 422, 422, 400, 400, 422, 404]
+    assert step == 4
+    assert short == long
+    assert taken == [True] * len(replies) + [False] * len(replies)
+
+
+@pytest.mark.parametrize(
+    ("written", "is_short"),
+    [
+        (lambda session: request(session), True),
+        (lambda session: request(session, version="1.0", Connection="keep-alive"), True),
+        (lambda session: request(session, connection="close"), True),
+        (lambda session: request(session, kind="application/json; charset=utf-8"), False),
+        (lambda session: request(f"%{ord(session[0]):x}{session[1:]}"), False),
+        (lambda session: request(session).replace(b"POST /v1", b"POST http://x/v1"), False),
+        (lambda session: chunked(session, BODY[:5], BODY[5:]), False),
+        (lambda session: request(session, b" " * 70_000 + BODY), False),
+    ],
+)
+def test_whichever_way_it_is_written_a_step_is_applied(
+    server: Server, taken: list[bool], written: Callable[[str], bytes], is_short: bool
+) -> None:
+    """In one piece and byte by byte; what is not plain takes the long way."""
+    session = server.create()
+    with connected(server) as connection:
+        data = written(session)
+        connection.send(data)
+        assert connection.reply()[2]["step"] == 1
+        if b"HTTP/1.0" in data or b"close" in data:
+            assert connection.is_closed()
+            return
+        for byte in data if len(data) < 1000 else ():
+            connection.send(bytes([byte]))
+        if len(data) < 1000:
+            assert connection.reply()[2]["step"] == 2
+    assert set(taken) == {is_short}
+
+
+def chunked(session: str, *parts: bytes) -> bytes:
+    """A body whose length is not announced."""
+    head = request(session, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    return head + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b""))
+
+
+def test_pipelined_requests_are_answered_in_order(server: Server, taken: list[bool]) -> None:
+    """Steps, a step that is refused, and other calls, written at once; after them the connection is as good as new."""
+    session = server.create()
+    step = request(session)
+    look = f"GET /v1/sessions/{session} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with connected(server) as connection:
+        connection.send(step * 3 + request(session, b"{") + look + step + look)
+        replies = [connection.reply() for _ in range(7)]
+        assert [status for status, *_ in replies] == [200, 200, 200, 400, 200, 200, 200]
+        assert [said.get("step") for *_, said in replies] == [1, 2, 3, None, 3, 4, 4]
+        connection.send(step)
+        assert connection.reply()[2]["step"] == 5
+    assert taken == [True] + [False] * 4 + [True]
+
+
+def test_who_does_not_read_is_not_read_from(server: Server) -> None:
+    """Answers that nobody takes are few, and so are the steps that are applied for them; all come when he reads."""
+    session, rows, count = server.create(), 4000, 150
+    data = request(session, np.ones((rows, 3), np.float32).tobytes(), kind=PACKED, query="?outputs=y,h")
+    with connected(server) as connection:
+        writer = threading.Thread(target=connection.send, args=(data * count,))
+        writer.start()
+        while (step := server.http.get(f"/v1/sessions/{session}").json()["step"]) == 0 or step != steady(
+            server, session
+        ):
+            pass
+        assert step < 4000 * count
+        assert [int(connection.reply()[1]["latch-step"]) for _ in range(count)] == [
+            *range(4000, 4000 * count + 1, 4000)
+        ]
+        writer.join()
+
+
+def steady(server: Server, session: str) -> int:
+    """The step of a session a while later."""
+    time.sleep(0.5)
+    return int(server.http.get(f"/v1/sessions/{session}").json()["step"])
+
+
+def test_a_session_that_must_be_looked_for_is_answered_too(repository: Path, tmp_path: Path, taken: list[bool]) -> None:
+    """After a restart it is in the store alone."""
+    url = f"sqlite:///{tmp_path}/sessions.db"
+    with serving(repository, store_url=url) as server:
+        session = server.create()
+    for step in (1, 2):
+        with serving(repository, store_url=url) as server, connected(server) as connection:
+            connection.send(request(session))
+            assert connection.reply()[2]["step"] == step
+    assert taken == [True] * 2
+
+
+def test_a_fault_of_the_service_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its connection goes on."""
+    session = server.create()
+    with connected(server) as connection:
+        with monkeypatch.context() as broken:
+            broken.setattr("service.routers.steps.StepDoor._request", lambda *_: 1 / 0)
+            connection.send(request(session))
+            status, _, said = connection.reply()
+            assert (status, said["code"]) == (500, "internal")
+        connection.send(request(session))
+        assert connection.reply()[2]["step"] == 1
