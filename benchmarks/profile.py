@@ -1,7 +1,11 @@
 """Where the time of the serving core goes, by stage: samples of py-spy under every load whose goal is missed or near.
 
 Rule: a sample counts for the innermost frame that belongs to a stage, so a library's time is its caller's. A round
-without the sampler says what a message costs, the samples only how that is shared out.
+without the sampler says what a message costs on the loop's thread and on all others, by the system's account of each;
+the samples only how that is shared out. What the service itself says of its runs stands beside it.
+
+A sampler takes every thread that could run for one that does, and here all of them share a core. Not weighed by what
+each has used, the loop that wants the core while a worker runs the model took up to half of the model's time.
 """
 
 import os
@@ -9,21 +13,23 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from benchmarks import bulk, cold, latch, models
 from benchmarks.doors import CONNECTIONS, VARIANTS, WARM
 from benchmarks.latch import MODEL, Latch, rolls
 from benchmarks.load import Line, closed_loop, open_loop
-from benchmarks.machine import ROOT, SERVER, Ticks, pinned
+from benchmarks.machine import ROOT, SERVER, pinned
 from benchmarks.report import LIBRARIES, Row, provenance
 
 PAGE = Path(__file__).with_name("profile.md")
 SAMPLES = 250  # a second
 REST, IDLE = "rest", "_worker ("
+WORKER = re.compile(r"[\w.]*\b_bootstrap \(")  # the outermost frame of every thread but the first
 
 # Stage -> how a frame, `function (path:line)`, looks that belongs to it; the first that fits.
 SERVING = {
@@ -48,11 +54,32 @@ STARTING = {
 
 
 class Profile(NamedTuple):
-    """What was run, microseconds of processor time that each message cost, and how many of them each stage took."""
+    """What was run, microseconds of processor time that each message cost, and how many of them each stage took; and
+    how many of the clock its runs took, which the service has measured.
+    """
 
     what: str
     cost: float
     stages: dict[str, float]
+    runs: float | None = None
+
+
+class Used(NamedTuple):
+    """Seconds that a service has used: of processor time on the loop's thread and on all others; of runs' time."""
+
+    loop: float
+    others: float
+    runs: float
+
+    @classmethod
+    def now(cls, service: Latch) -> Self:
+        """Until now."""
+        tasks = {task.name: task / "schedstat" for task in Path(f"/proc/{service.pid}/task").iterdir()}
+        seconds = {name: int(file.read_text().split()[0]) * 1e-9 for name, file in tasks.items()}
+        loop = seconds.pop(str(service.pid))
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/metrics") as page:
+            sums = re.findall(r"(?m)^latch_compute_seconds_sum\{.*\} (\S+)", page.read().decode())
+        return cls(loop, sum(seconds.values()), sum(map(float, sums)))
 
 
 def run(quick: bool) -> Iterator[Row]:
@@ -64,6 +91,8 @@ def run(quick: bool) -> Iterator[Row]:
             profiles[unit].append(profile)
             shares = sorted(profile.stages.items(), key=lambda one: -one[1])
             detail = ", ".join(f"{stage} {share / profile.cost:.0%}" for stage, share in shares if share)
+            if profile.runs is not None:
+                detail += f"; runs, by the service's own clock: {profile.runs / profile.cost:.0%}"
             yield Row(f"{profile.what}: the core's time", "", "", f"{profile.cost:,.0f} us", None, detail)
     if not quick:
         PAGE.write_text(page(profiles))
@@ -83,6 +112,21 @@ def fold(samples: str, stages: Mapping[str, str]) -> dict[str, float]:
     return {stage: counts[stage] / (counts.total() or 1) for stage in (*stages, REST)}
 
 
+def weigh(samples: str, stages: Mapping[str, str], loop: float, others: float) -> dict[str, float]:
+    """What each stage took of the `loop`'s time and of all `others`', each shared out by the samples of its own."""
+    lines = samples.splitlines()
+    costs = dict.fromkeys((*stages, REST), 0.0)
+    for cost, own in (
+        (loop, [line for line in lines if not WORKER.match(line)]),
+        (others, [line for line in lines if WORKER.match(line)]),
+    ):
+        shares = fold("\n".join(own), stages)
+        for stage, share in shares.items():
+            costs[stage] += share * cost
+        costs[REST] += (1 - sum(shares.values())) * cost  # nobody was seen in it
+    return costs
+
+
 def _stage(frame: str, stages: Mapping[str, str]) -> str | None:
     """A module that is being imported is no stage of its own: the import is."""
     if frame.startswith("<module>"):
@@ -98,13 +142,20 @@ def page(profiles: Mapping[str, Sequence[Profile]]) -> str:
         "`python -m benchmarks profile`: microseconds of processor time that a message costs the service, and how many",
         "of them each stage takes, by samples of its Python frames (`benchmarks/profile.py` says what is in a stage).",
         "",
+        "`runs` checks the samples by another way: the time of the runs by the service's own clock",
+        "(`latch_compute_seconds`), which is that in ONNX Runtime, the few microseconds around it, and, where runs",
+        "have a thread, what the loop does meanwhile on the same core.",
+        "",
         *provenance((*LIBRARIES, "py-spy")),
     ]
     for unit, rows in profiles.items():
         stages = list(rows[0].stages)
-        lines += ["", f"| us {unit} | all | {' | '.join(stages)} |", "|---|" + "---:|" * (len(stages) + 1)]
+        checks = [] if rows[0].runs is None else ["runs"]
+        lines += ["", f"| us {unit} | all | {' | '.join(stages + checks)} |"]
+        lines.append("|---|" + "---:|" * (1 + len(stages + checks)))
         for row in rows:
-            cells = " | ".join(f"{share:,.0f} ({share / row.cost:.0%})" for share in row.stages.values())
+            shares = [*row.stages.values(), *([] if row.runs is None else [row.runs])]
+            cells = " | ".join(f"{share:,.0f} ({share / row.cost:.0%})" for share in shares)
             lines.append(f"| {row.what} | {row.cost:,.0f} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -150,11 +201,12 @@ def _loaded(
             open_loop(lines, rate, seconds)
             return rate
 
-        before = Ticks.now(service.pid).server
+        before = Used.now(service)
         done = load() * seconds / replies
-        cost = (Ticks.now(service.pid).server - before) / done * 1e6
+        used = Used(*((after - first) / done * 1e6 for first, after in zip(before, Used.now(service), strict=True)))
         samples = _sampled(load, "--duration", str(max(1, round(seconds))), "--pid", str(service.pid))
-    return _profile(what, cost, samples, SERVING)
+    cost = used.loop + used.others
+    return Profile(what, cost, weigh(samples, SERVING, used.loop, used.others), used.runs)
 
 
 def _starting(times: int) -> Iterator[Profile]:
@@ -169,11 +221,9 @@ def _starting(times: int) -> Iterator[Profile]:
         with pinned(SERVER):
             costs = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(times)]  # noqa: S603 - our own
         samples = "".join(_sampled(lambda: None, "--", *command) for _ in range(times))
-    yield _profile(f"cold start, {cold.MODELS} models", min(costs) * 1e6, samples, STARTING)
-
-
-def _profile(what: str, cost: float, samples: str, stages: Mapping[str, str]) -> Profile:
-    return Profile(what, cost, {stage: share * cost for stage, share in fold(samples, stages).items()})
+    cost = min(costs) * 1e6
+    shares = fold(samples, STARTING)
+    yield Profile(f"cold start, {cold.MODELS} models", cost, {stage: share * cost for stage, share in shares.items()})
 
 
 def _sampled(load: Callable[[], Any], *target: str) -> str:

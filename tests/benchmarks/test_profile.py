@@ -46,7 +46,19 @@ def test_a_module_that_is_imported_is_the_imports() -> None:
     assert shares(samples, profile.STARTING) == {"imports": 0.5, "files, manifests": 0.25, profile.REST: 0.25}
 
 
+def test_each_thread_is_weighed_by_what_it_used() -> None:
+    """However often it was seen; what a thread used that was never seen is the rest."""
+    worker = "Thread._bootstrap (/python/threading.py:9);_worker (/python/concurrent/futures/thread.py:58);" + SERVE[8:]
+    run = f"{worker};run (/env/site-packages/onnxruntime/capi/session.py:9)"
+    shared = profile.weigh(f"{SERVE} 9\n{run} 3\n{worker} 1\n", profile.SERVING, 100.0, 200.0)
+    assert (shared["ONNX Runtime"], shared["batcher, queues"], shared[profile.REST]) == (150.0, 150.0, 0.0)
+    assert profile.weigh(f"{SERVE} 9\n", profile.SERVING, 100.0, 20.0)[profile.REST] == 20.0
+
+
 def test_the_page_has_a_row_a_scenario_and_a_column_a_stage() -> None:
     """Microseconds, with their shares."""
     rows = [profile.Profile("a load", 200.0, {"ONNX Runtime": 150.0, profile.REST: 50.0})]
     assert "| a load | 200 | 150 (75%) | 50 (25%) |" in profile.page({"a message": rows})
+    checked = profile.page({"a message": [rows[0]._replace(runs=160.0)]})
+    assert "| us a message | all | ONNX Runtime | rest | runs |\n|---|---:|---:|---:|---:|\n" in checked
+    assert "| a load | 200 | 150 (75%) | 50 (25%) | 160 (80%) |" in checked
