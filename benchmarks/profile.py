@@ -40,7 +40,7 @@ SERVING = {
     "slab, commit": r"/service/(slab|commits)\.py",
     "store": r"/service/(stores/|ledger|snapshot)",
     "routers, sessions": r"/service/(routers/|sessions|app)",
-    "uvicorn, uvloop, kernel": r"/service/server\.py|/(uvicorn|websockets|httptools|asyncio|starlette)/",
+    "uvicorn, uvloop, kernel": r"/service/(server|step_protocol)|/(uvicorn|websockets|httptools|asyncio|starlette)/",
 }
 STARTING = {
     "imports": r"<frozen importlib",
@@ -144,7 +144,8 @@ def page(profiles: Mapping[str, Sequence[Profile]]) -> str:
         "",
         "`runs` checks the samples by another way: the time of the runs by the service's own clock",
         "(`latch_compute_seconds`), which is that in ONNX Runtime, the few microseconds around it, and, where runs",
-        "have a thread, what the loop does meanwhile on the same core.",
+        "have a thread (256 units), what the loop does meanwhile on the same core. There, too, a loop that is ready",
+        "and waits for the core counts as uvicorn, uvloop, kernel, which so have more than their due.",
         "",
         *provenance((*LIBRARIES, "py-spy")),
     ]
