@@ -46,7 +46,9 @@ class _Step:
         """See `Plain`."""
         if not self.response_complete:
             self.response_complete = True
-            self._protocol.send_answer(answer, keep_alive=self.keep_alive)
+            protocol = self._protocol
+            del self._protocol  # a closed connection and its last step would wait for the collector
+            protocol.send_answer(answer, keep_alive=self.keep_alive)
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """See `Plain`."""

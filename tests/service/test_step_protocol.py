@@ -1,9 +1,11 @@
 """Steps past ASGI: the same answers as through it, in order, whatever way a request is written."""
 
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.step_protocol import StepProtocol
+from service.step_protocol import StepProtocol, _Step
 from tests.service.conftest import Server, serving
 
 PACKED = "application/octet-stream"
@@ -227,3 +229,22 @@ def test_a_fault_of_the_service_is_told(server: Server, monkeypatch: pytest.Monk
             assert (status, said["code"]) == (500, "internal")
         connection.send(request(session))
         assert connection.reply()[2]["step"] == 1
+
+
+def test_a_closed_connection_leaves_nothing_for_the_collector(server: Server) -> None:
+    """A connection and its last step do not keep each other."""
+    gc.collect()
+    gc.disable()
+    try:
+        with connected(server) as connection:
+            connection.send(request(server.create()))
+            connection.reply()
+            [weak] = [
+                weakref.ref(each) for each in server.uvicorn.server_state.connections if isinstance(each.cycle, _Step)
+            ]
+        deadline = time.monotonic() + 10
+        while weak() is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        gc.enable()
