@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training import adopt, compare, data, experiments, findings, options, reproduce, ship, sweep
+from training.artifact import check_name
 from training.cells import UNITS
 from training.checkpoint import Run, replace
 from training.config import TrainConfig
@@ -142,6 +143,11 @@ def fit(
     }
     chosen, how = options.settings_for(data_set.info, settings)
     model = configure(data_set, cell, **chosen)
+    model_name = export_name or options.slug(data_set.info.name)
+    if export is None:
+        export = bool(data_set.info.own)
+    if export:
+        check_name(model_name)
     folder = run or Path("runs") / f"{data_set.info.name}-{cell}"
     before = Run.load(folder) if (folder / "run.json").is_file() else None
     try:
@@ -155,12 +161,9 @@ def fit(
     result = done.result or {}
     console.print(f"{folder}: best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']} s")
     show(data_set, [Metric(**metric) for metric in result["metrics"]])
-    if export is None:
-        export = bool(data_set.info.own)
     if export or data_set.info.own:
         console.print(f"wrote {', '.join(map(str, write_report(folder, done, data_set)))}")
     if export:
-        model_name = export_name or options.slug(data_set.info.name)
         if before == done and (models / model_name).is_dir():
             console.print(f"the run had finished before: {models / model_name} is left as it is")
         else:

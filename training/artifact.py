@@ -6,6 +6,7 @@ Its one rule: a version appears whole or not at all. It must not know where a gr
 import hashlib
 import importlib.resources
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -27,8 +28,22 @@ def next_version(folder: Path) -> str:
     return str(1 + max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0))
 
 
+def _schema() -> dict[str, Any]:
+    return json.loads((importlib.resources.files("models") / "manifest.schema.json").read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def check_name(name: str, version: str = "1") -> None:
+    """ExportError when a model or its version may not be called so: they are folders' names too."""
+    allowed = _schema()["properties"]
+    for what, called in (("model", name), ("version", version)):
+        pattern = allowed["name" if what == "model" else what]["pattern"]
+        if not re.search(pattern, called):
+            raise ExportError(f"a {what} cannot be called {called!r}: its name must match {pattern}")
+
+
 def free_version(models: Path, name: str, version: str | None, *, force: bool) -> str:
-    """`version`, or the next free one; ExportError when it exists and may not be replaced."""
+    """`version`, or the next free one; ExportError when it exists and may not be replaced, or for a wrong name."""
+    check_name(name, version or "1")
     version = version or next_version(models / name)
     target = models / name / version
     if target.exists() and not force:
@@ -38,9 +53,8 @@ def free_version(models: Path, name: str, version: str | None, *, force: bool) -
 
 def check_manifest(manifest: Manifest) -> None:
     """ExportError when `manifest` breaks the schema."""
-    schema = json.loads((importlib.resources.files("models") / "manifest.schema.json").read_text("utf-8"))
     try:
-        jsonschema.validate(manifest, schema)
+        jsonschema.validate(manifest, _schema())
     except jsonschema.ValidationError as error:
         raise ExportError(f"the manifest breaks the contract at {error.json_path}: {error.message}") from error
 

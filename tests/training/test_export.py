@@ -188,11 +188,31 @@ def test_without_parity_no_artifact_is_written(
     assert (models / "kept" / "1" / "manifest.json").read_bytes() == good
 
 
-def test_a_manifest_against_the_contract_is_not_written(tiny: DataSet, tmp_path: Path) -> None:
-    """A name that the schema refuses leaves nothing behind."""
+@pytest.mark.parametrize(
+    ("name", "version", "words"),
+    [
+        ("Not A Name", None, "a model cannot be called 'Not A Name'"),
+        ("../up", None, "'../up'"),
+        ("a", "0/b", "version"),
+    ],
+)
+def test_a_name_that_no_folder_may_have_is_refused_at_once(
+    tiny: DataSet, tmp_path: Path, name: str, version: str | None, words: str
+) -> None:
+    """It leaves nothing behind, in the models' folder or beside it."""
     finished(tmp_path / "run", tiny)
-    with pytest.raises(ExportError, match=r"breaks the contract at \$\.name"):
-        export(tmp_path / "run", tmp_path / "models", "Not A Name")
+    with pytest.raises(ExportError, match=words):
+        export(tmp_path / "run", tmp_path / "models", name, version)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_manifest_against_the_contract_is_not_written(tiny: DataSet, tmp_path: Path) -> None:
+    """What the schema refuses leaves nothing behind."""
+    finished(tmp_path / "run", tiny)
+    run = Run.load(tmp_path / "run")
+    replace(run, data=replace(run.data, task="guess")).save(tmp_path / "run")
+    with pytest.raises(ExportError, match=r"breaks the contract at \$\.task"):
+        export(tmp_path / "run", tmp_path / "models", "kept")
     assert not list((tmp_path / "models").iterdir())
 
 

@@ -180,6 +180,13 @@ def test_an_option_of_another_kind_is_refused(tmp_path: Path) -> None:
         call("fit", "--text", str(tmp_path / "novel.txt"), "--horizon", "3")
 
 
+def test_a_models_name_is_refused_before_the_training(tmp_path: Path, waves: Path) -> None:
+    """Not after it."""
+    with pytest.raises(TrainingError, match=r"a model cannot be called '\.\./x'"):
+        call("fit", "--csv", str(waves), "--targets", "b", "--name", "../x", "--run", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("words", [[], ["digits", "--csv", "x.csv"]])
 def test_one_data_set_is_asked_for(words: list[str]) -> None:
     """Neither none nor two."""

@@ -54,6 +54,7 @@ def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
         ("a,b\n1,2\n3,x\n5,6\n", "line 3, column 'b': 'x' is not a number; correct it"),
         ('a,b\n1,2\n3,"3,5"\n5,6\n', "line 3, column 'b': '3,5' is not a number"),
         ("a,b\n1,2\n3,inf\n", "line 3, column 'b': 'inf' is too large"),
+        ("a,b\n1,2\n3,1e39\n", "line 3, column 'b': '1e39' is too large"),
         ("a,b\n1,2\n3\n", "line 3: 1 cells where the header has 2"),
         ('a,b\n1,"2\n3,4\n', "line 3: unexpected end of data"),
         ("a,b\n", "has no rows"),

@@ -20,6 +20,8 @@ from training.errors import DataError
 
 MISSING = frozenset({"", "-", "?", "na", "n/a", "nan", "null", "none", "#n/a"})
 DELIMITERS = (",", ";", "\t")
+# That a 32-bit float can hold; a float of Python's own, as comparing with one of numpy's warns of what is larger.
+LARGEST = float(np.finfo(np.float32).max)
 UNIT = re.compile(r"(?P<name>.*\S)\s*[\[(](?P<unit>[^\[\]()]+)[\])]$")
 
 
@@ -142,7 +144,7 @@ def _checked(
 ) -> NDArray[np.float64]:
     """A column of numbers; DataError at the first cell that is none, or that a 32-bit float cannot hold."""
     for cell, value, line in zip(cells, numbers, lines, strict=True):
-        if value is None or abs(value) > np.finfo(np.float32).max:
+        if value is None or abs(value) > LARGEST:
             what = "not a number" if value is None else "too large"
             raise DataError(
                 f"{path}, line {line}, column {name!r}: {cell!r} is {what}; correct it, leave the cell empty, or "
