@@ -104,7 +104,7 @@ def fit(
 
     `latch-train fit chorales --cell mgu2 --seed 2 --run runs/mine`
 
-    `latch-train fit --preset jsb-best`
+    `latch-train fit --preset jsb-best` · `latch-train fit --preset nottingham-best`
 
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """

@@ -19,6 +19,7 @@ UNITS = ("gru", "gru1", "gru2", "gru3", "mgu", "mgu1", "mgu2", "mgu3", "lstm", "
 SHIPPED = {f"chorales-{cell}": Preset("chorales", cell, {"hidden": HIDDEN.get(cell, 46)}) for cell in UNITS} | {
     "sensors": Preset("sensors", "gru", {"hidden": 32}, TrainConfig(rate=0.005, patience=8)),
     "chorales-best": PRESETS["jsb-best"],
+    "nottingham-best": PRESETS["nottingham-best"],
 }
 
 

@@ -263,7 +263,7 @@ def test_a_preset_is_what_one_would_have_typed(
 
 def test_an_unknown_preset_is_refused() -> None:
     """The message lists the known ones."""
-    with pytest.raises(TrainingError, match="unknown preset 'x': choose one of jsb-best"):
+    with pytest.raises(TrainingError, match="unknown preset 'x': choose one of jsb-best, nottingham-best"):
         runner.invoke(cli.app, ["fit", "--preset", "x"], catch_exceptions=False)
 
 

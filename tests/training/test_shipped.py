@@ -36,11 +36,11 @@ def session_of(name: str) -> onnxruntime.InferenceSession:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_keeps_the_contract(name: str) -> None:
-    """Schema, checksums, golden replay; name and version are the folder's; no file has 500 kB, of the best no 1 MB."""
+    """Schema, checksums, golden replay; name and version are the folder's; no file has 500 kB, of the best no 2 MB."""
     replay(FOLDERS[name])
     manifest = manifest_of(name)
     assert (manifest["name"], manifest["version"]) == (name, "1")
-    limit = 1_000_000 if SHIPPED[name] in PRESETS.values() else 500_000
+    limit = 2_000_000 if SHIPPED[name] in PRESETS.values() else 500_000
     assert all(path.stat().st_size < limit for path in FOLDERS[name].iterdir())
     assert {metric["split"] for metric in manifest["metrics"]} == {"valid", "test"}
     unit = manifest["unit"]
@@ -131,7 +131,8 @@ def scores(name: str, found: data.DataSet) -> float:
             y, *after = session.run(["y", *(pair["output"] for pair in manifest["state"])], {"x": x[None], **state})
             state = {pair["input"]: value for pair, value in zip(manifest["state"], after, strict=True)}
             if manifest["head"] == "bernoulli":
-                p = y[0].astype(np.float64)
+                # ONNX Runtime's Sigmoid is 0 below about -18, where a float32 could tell more.
+                p = np.maximum(y[0].astype(np.float64), 2**-25)
                 total += -(xlogy(target, p) + xlog1py(1 - target, -p)).sum() if asked else 0  # 0 log 0 is 0
             else:
                 total += np.abs((y[0] - target) / std).mean() if asked else 0
