@@ -4,6 +4,7 @@ Its one rule: a run that was interrupted and resumed ends with the weights of on
 know ONNX or the manifest.
 """
 
+import atexit
 import importlib.metadata
 import logging
 import math
@@ -140,6 +141,8 @@ class Fitting(lightning.LightningModule):
         hush_hints()
         hush_advice()
         torch.set_num_threads(self.threads)
+        if self.config.devices > 1:
+            atexit.register(leave_group)
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Called anew each epoch: the order depends on seed and epoch alone, so a resumed run sees the same one."""
@@ -222,6 +225,12 @@ class Fitting(lightning.LightningModule):
         config = self.config
         make = OPTIMISERS[config.optimiser]
         return make(self.model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
+
+
+def leave_group() -> None:
+    """Ends the threads that speak with the other processes: they must not outlive the interpreter, or it may abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def random_states(devices: int, device: torch.device) -> Tensor:
