@@ -19,7 +19,7 @@ from service.routers import KINDS
 from service.routers.front import FrontDoor
 from service.routers.steps import Answer, StepDoor
 
-_PATH = re.compile(rb"/v1/sessions/([A-Za-z0-9][A-Za-z0-9._~:-]{0,127})/steps(?:\?([^#]*))?")
+_PATH = re.compile(rb"/v1/sessions/([\w.~:-]+)/steps(?:\?([^#]*))?")
 _NOT_PLAIN = {b"content-encoding", b"transfer-encoding", b"upgrade"}
 _NOBODY_WAITS = asyncio.Event()
 

@@ -87,6 +87,7 @@ class SqliteStore:
         self._numbers: dict[str, int] = {}  # rows of sessions that were saved: found without the index, a fifth quicker
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
+        self._is_failing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._db = self._open(synchronous)
 
@@ -347,6 +348,8 @@ class SqliteStore:
         """Transactions, until nothing waits."""
         loop = asyncio.get_running_loop()
         while self._waiting:
+            if self._is_failing:
+                await loop.run_in_executor(self._thread, self._fold)
             waiting, self._waiting = self._waiting, []
             results: Sequence[Any]
             try:
@@ -354,6 +357,7 @@ class SqliteStore:
                 await loop.run_in_executor(self._thread, self._db.commit)
             except Exception as error:  # noqa: BLE001 - whatever it is, everybody is told
                 self._undo()
+                self._is_failing |= isinstance(error, sqlite3.OperationalError)  # no room, mostly
                 results = [self._failed(error)] * len(waiting)
             for (_, future), result in zip(waiting, results, strict=True):
                 if future.done():
@@ -389,6 +393,12 @@ class SqliteStore:
                     break
             else:
                 return results
+
+    def _fold(self) -> None:
+        """Brings the log into the file, after which it is written over from its beginning: that takes no more room."""
+        with suppress(sqlite3.Error):  # still no room for what is new in the file: again before the next transaction
+            (is_busy, *_) = self._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            self._is_failing = bool(is_busy)
 
     def _undo(self) -> None:
         with suppress(sqlite3.Error):  # a full disk has ended the transaction already

@@ -1,6 +1,7 @@
 """SQLite's own ways to fail: files that are something else, newer, locked, read-only or full, and clocks that jump."""
 
 import asyncio
+import resource
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -212,6 +213,28 @@ async def test_a_full_disk_loses_nothing(path: Path) -> None:
     store._db.execute("PRAGMA max_page_count = 1000000")
     assert await store.save([Save("a", token(2), token(3), large)]) == [True]
     assert (await store.load("a")).saved == large
+    await store.close()
+
+
+async def test_a_log_that_has_taken_all_the_room_begins_anew(path: Path) -> None:
+    """It is brought into the file, which has room for the same rows, and what is sent again is saved."""
+    store, refused = opened(path), 0
+    await made(store, "a")
+    await store.close()
+    store, (soft, hard) = opened(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        for i in range(1, 400):
+            save = [Save("a", token(i), token(i + 1), saved(i))]
+            try:
+                assert await store.save(save) == [True]
+            except StoreUnavailable:
+                refused += 1
+                assert await store.save(save) == [True]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused > 3
+    assert (await store.load("a")).saved == saved(399)
     await store.close()
 
 
