@@ -96,12 +96,16 @@ class StepDoor:
         call.reply(self._refusal(error))
 
     def _tell(self, call: Plain, body: bytes, session: Session, outcome: StepReply | LatchError) -> None:
-        if isinstance(outcome, StepReply):
-            call.reply(self._answer(session, call.kind, outcome))
-        elif isinstance(outcome, MadeAnew):
+        if isinstance(outcome, MadeAnew):
             call.later(self._take_later(call, body))
-        else:
+        elif isinstance(outcome, LatchError):
             self.refuse(call, outcome)
+        else:
+            try:
+                call.reply(self._answer(session, call.kind, outcome))
+            except Exception:
+                log.exception("an answer of session %s could not be made", call.session_id)
+                self.refuse(call, Internal(_FAILED))
 
     async def _take_later(self, call: Plain, body: bytes) -> None:
         call.reply(await self._outcome(self._applied(call.session_id, call.kind, call.query, body)))

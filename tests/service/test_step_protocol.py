@@ -218,17 +218,20 @@ def test_a_session_that_must_be_looked_for_is_answered_too(repository: Path, tmp
     assert taken == [True] * 2
 
 
-def test_a_fault_of_the_service_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its connection goes on."""
+@pytest.mark.parametrize(("broken_part", "next_step"), [("_request", 1), ("_answer", 2)])
+def test_a_fault_of_the_service_is_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch, broken_part: str, next_step: int
+) -> None:
+    """Before the step or after it; the connection goes on."""
     session = server.create()
     with connected(server) as connection:
         with monkeypatch.context() as broken:
-            broken.setattr("service.routers.steps.StepDoor._request", lambda *_: 1 / 0)
+            broken.setattr(f"service.routers.steps.StepDoor.{broken_part}", lambda *_: 1 / 0)
             connection.send(request(session))
             status, _, said = connection.reply()
             assert (status, said["code"]) == (500, "internal")
         connection.send(request(session))
-        assert connection.reply()[2]["step"] == 1
+        assert connection.reply()[2]["step"] == next_step
 
 
 def test_a_closed_connection_leaves_nothing_for_the_collector(server: Server) -> None:
