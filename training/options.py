@@ -49,7 +49,13 @@ MaxGap = Annotated[
     int | None,
     option("Missing rows that are filled with the last value; more end a sequence; 6 when left out.", panel=OWN),
 ]
-Time = Annotated[str | None, option("The column of times; the first of ISO dates when left out.", panel=OWN)]
+Time = Annotated[
+    str | None,
+    option("The column of times, or Date,Time for two; the first of dates when left out, '' for none.", panel=OWN),
+]
+TimeFormat = Annotated[
+    str | None, option("How they are written, as of strptime: '%d/%m/%Y %H:%M'; found when left out.", panel=OWN)
+]
 Split = Annotated[str | None, option("Percent of the data for train/valid/test; 70/15/15 when left out.", panel=OWN)]
 Window = Annotated[
     int | None, option("Steps of a training sequence; 192 of a CSV, 128 of a text, 200 of sound.", panel=OWN)

@@ -199,12 +199,16 @@ def test_a_file_too_short_to_split_is_refused(csv: Csv) -> None:
         load(csv(3))
 
 
-def test_a_column_that_never_changes_is_refused(csv: Csv) -> None:
-    """Its deviation is no unit to measure in."""
+def test_a_column_that_never_changes_is_left_out(csv: Csv) -> None:
+    """Its deviation is no unit to measure in; where it was asked for, that is said."""
     path = csv()
-    path.write_text("a,b,c\n" + "".join(f"{row},{row / 2},5\n" for row in range(200)))
-    with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
-        load(path, targets=("a",))
+    path.write_text("a,b,c\n" + "".join(f"{row},{row / 2},{row // 150}\n" for row in range(200)))
+    data = load(path, targets=("a",))
+    assert data.info.inputs == (("a", ""), ("b", ""))
+    assert "c: never changes in the rows that train: left out" in data.notes
+    for asked in ({"targets": ("c",)}, {"targets": ("a",), "inputs": ("a", "c")}):
+        with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
+            load(path, **asked)
 
 
 def test_inputs_that_are_never_there_together_are_refused(csv: Csv) -> None:

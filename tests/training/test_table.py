@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.table import name_and_unit, read
+from training.data.table import find, name_and_unit, read
 from training.errors import DataError
 
 
@@ -61,17 +61,82 @@ def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
         ("", "has no rows"),
         ("1,2\n3,4\n", "line 1: 1, 2 are no names"),
         ("a,a\n3,4\n", "line 1: column 1 is called 'a'; name each, and once"),
-        ("a,\n3,4\n", "line 1: column 2 is called ''"),
+        (",\n3,4\n", "line 1: ,  are no names"),
+        ("a,,column 2\n3,4,5\n", "line 1: column 2 is called 'column 2'; name each, and once"),
         ("a,b\nx,y\n", "has no column of numbers under its header a, b"),
         ("d,a\n2026-01-02,1\n2026-01-01,2\n", "line 3, column 'd': 2026-01-01 is before the time of the row above"),
         ("d,a\n2026-01-02,1\n2026-01-02,2\n", "line 3, column 'd': 2026-01-02 repeats the time"),
         ("d,a\n2026-01-02,1\nlater,2\n", "line 3, column 'd': 'later' is not a time such as"),
+        ("d,a\n01.12.2026,1\n31.11.2026,2\n", r"line 3, column 'd': '31\.11\.2026' is not a time such as"),
+        ("d,a\n01/02/2026,1\n02/03/2026,2\n", "line 2, column 'd': '01/02/2026' may name the day first or the month"),
     ],
 )
 def test_what_is_wrong_is_told_by_line_and_column(tmp_path: Path, text: str, words: str) -> None:
     """So that it can be found in an editor."""
     with pytest.raises(DataError, match=rf"plant\.csv.*{words}"):
         read(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("cells", "apart"),
+    [
+        (("01.03.2026 00:10:00", "01.03.2026 00:20:00"), 600),
+        (("3/1/26 23:00", "3/2/26 0:00", "3/13/26 0:00"), 3600),
+        (("28/02/2026", "1/03/2026"), 86400),
+        (("02/28/2026 11:00 PM", "03/01/2026 1:00 AM"), 7200),
+        (("2026-02", "2026-03"), 28 * 86400),
+        (("2026/02/28", "2026/03/01"), 86400),
+        (("20260228T2300+0100", "20260301T0000+0100"), 3600),
+    ],
+)
+def test_times_are_read_as_people_write_them(tmp_path: Path, cells: tuple[str, ...], apart: int) -> None:
+    """Where the day and the month could be either, what is no date or goes back decides."""
+    table = read(written(tmp_path, "at,a\n" + "".join(f"{cell},{row}\n" for row, cell in enumerate(cells))))
+    assert table.seconds is not None
+    assert table.seconds[1] - table.seconds[0] == apart
+
+
+def test_a_day_and_a_time_of_the_day_may_stand_apart(tmp_path: Path) -> None:
+    """They are found, or named; a format says what nobody could guess; and one may want no times at all."""
+    path = written(tmp_path, "Date;Time;hour;a\n30/04/2026;18.30.00;18;1\n30/04/2026;19.30.00;19;2\n")
+    found = read(path)
+    assert (found.columns, found.ignored) == (("hour", "a"), ())
+    named = read(path, time="Date,hour", written="%d/%m/%Y %H")
+    assert (named.columns, named.ignored) == (("a",), ("Time (text)",))
+    for table, first in ((found, 1777573800), (named, 1777572000)):
+        assert table.seconds is not None
+        assert table.seconds.tolist() == [first, first + 3600]
+    none = read(path, time="")
+    assert (none.seconds, none.ignored) == (None, ("Date (text)", "Time (text)"))
+    with pytest.raises(DataError, match=r"line 3, column 'Date': 30/04/2026 repeats .* one step with --time ''"):
+        read(path, time="Date")
+    with pytest.raises(DataError, match="line 2, column 'Date': '30/04/2026' is not a time in the format %m"):
+        read(path, time="Date", written="%m")
+
+
+def test_commas_are_decimal_points_where_they_separate_nothing(tmp_path: Path) -> None:
+    """As spreadsheets write them in half of Europe; it is said, since it could be a thousand."""
+    table = read(written(tmp_path, "a;b\n1,5;2\n-0,25;3e1\n"))
+    np.testing.assert_array_equal(table.values, [[1.5, 2], [-0.25, 30]])
+    assert table.notes == ("a comma in a number is its decimal point",)
+    with pytest.raises(DataError, match=r"line 2, column 'a': '1\.234,5' is not a number"):
+        read(written(tmp_path, "a;b\n1.234,5;2\n"), wanted=("a",))
+
+
+def test_columns_may_lack_a_name(tmp_path: Path) -> None:
+    """An index that only counts the rows is no input; other columns are called by their place."""
+    table = read(written(tmp_path, ",a,,\n0,7,4,\n1,8,6,\n"))
+    assert table.columns == ("a", "column 3")
+    assert table.ignored == ("column 1 (counts the rows)", "column 4 (empty)")
+
+
+def test_a_column_is_found_without_its_unit(tmp_path: Path) -> None:
+    """As long as it is the only one."""
+    path = written(tmp_path, "flow [l],flow [m3],heat [K]\n1,2,3\n")
+    header = read(path, wanted=("heat",)).columns
+    assert [find(path, header, name) for name in ("heat", "flow [l]")] == ["heat [K]", "flow [l]"]
+    with pytest.raises(DataError, match="no column 'flow': its header is"):
+        find(path, header, "flow")
 
 
 def test_a_row_without_values_is_a_row(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from training.config import DataInfo
 from training.data.sequences import DataSet, Item, Reference, Split
 from training.data.splits import SPLITS, check_percentages, percentages
-from training.data.table import Table, name_and_unit, read
+from training.data.table import Table, find, name_and_unit, read
 from training.data.windows import scoring_pieces, training_windows
 from training.errors import DataError
 
@@ -44,6 +44,7 @@ class Options:
     max_gap: int = 6
     window: int = 192
     time: str | None = None
+    time_format: str | None = None
     licence: str = "the user's own; not stated"
 
     def __post_init__(self) -> None:
@@ -73,13 +74,18 @@ class Grid:
 
 def load(path: Path, options: Options) -> DataSet:
     """The forecast of `options.targets`, `options.horizon` rows after each row of `path`."""
-    table = read(path, time=options.time, wanted=(*options.targets, *options.inputs))
-    inputs = options.inputs or table.columns
-    columns = tuple(dict.fromkeys((*inputs, *options.targets)))
+    table = read(path, time=options.time, written=options.time_format, wanted=(*options.targets, *options.inputs))
+    targets = tuple(find(path, table.columns, name) for name in options.targets)
+    inputs = tuple(find(path, table.columns, name) for name in options.inputs)
     rows, spacing, notes = even_rows(table, options.max_gap)
-    grid = fill(table, columns, inputs, rows, options.max_gap)
     ends = percentages(len(rows), options.split)
-    x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in options.targets]
+    if not inputs:
+        still = _still(table, rows[: ends[0]]) - set(targets)
+        inputs = tuple(name for name in table.columns if name not in still)
+        notes += [f"{name}: never changes in the rows that train: left out" for name in table.columns if name in still]
+    columns = tuple(dict.fromkeys((*inputs, *targets)))
+    grid = fill(table, columns, inputs, rows, options.max_gap)
+    x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in targets]
     for index in x + y:
         if len(np.unique(grid.values[: ends[0], index][grid.start[: ends[0]] >= 0])) < 2:
             raise DataError(
@@ -105,23 +111,30 @@ def load(path: Path, options: Options) -> DataSet:
     ahead = f"{options.horizon} row{'s' if options.horizon > 1 else ''}" + duration(spacing, options.horizon)
     info = DataInfo(
         name=path.stem,
-        description=f"{', '.join(features[name][0] for name in options.targets)} {ahead} ahead, with uncertainty",
+        description=f"{', '.join(features[name][0] for name in targets)} {ahead} ahead, with uncertainty",
         task="forecast",
         head="gaussian",
         inputs=tuple(features[name] for name in inputs),
-        outputs=tuple(features[name] for name in options.targets),
+        outputs=tuple(features[name] for name in targets),
         source=path.name,
         sha256=table.sha256,
         split=f"by time: the first {options.split[0]}% train, the next {options.split[1]}% valid, the rest test",
         licence=options.licence,
-        feedback="identity" if options.horizon == 1 and tuple(inputs) == options.targets else None,
+        feedback="identity" if options.horizon == 1 and inputs == targets else None,
         standardise=True,
     )
     asked = np.concatenate([targets[predicted] for _, targets, predicted in parts["train"]])
     references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
     splits = {name: Split(items) for name, items in parts.items()}
     ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
-    return DataSet(info, splits, references, (*ignored, *notes, *grid.notes))
+    return DataSet(info, splits, references, (*ignored, *table.notes, *notes, *grid.notes))
+
+
+def _still(table: Table, rows: NDArray[np.int64]) -> set[str]:
+    """Columns that have no two values in `rows` of the table, of which those below 0 are absent."""
+    part = table.values[rows[rows >= 0]].T
+    varied = [np.unique(values[~np.isnan(values)]).size > 1 for values in part]
+    return {name for name, varies in zip(table.columns, varied, strict=True) if not varies}
 
 
 def cut(

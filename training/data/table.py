@@ -9,13 +9,14 @@ import hashlib
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from training.data import times
 from training.errors import DataError
 
 MISSING = frozenset({"", "-", "?", "na", "n/a", "nan", "null", "none", "#n/a"})
@@ -30,7 +31,8 @@ class Table:
     """Number columns side by side: values [rows, columns] with NaN where a cell is missing.
 
     `seconds` [rows] is the time of each row since 1970 in UTC (a time without a zone counts as UTC), None without a
-    time column; `lines` [rows] are the rows' lines in the file; `ignored` are columns and why they are none of these.
+    time column; `lines` [rows] are the rows' lines in the file; `ignored` are columns and why they are none of these;
+    `notes` say what was read otherwise than it stands.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Table:
     seconds: NDArray[np.float64] | None
     lines: NDArray[np.int64]
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def take(self, columns: tuple[str, ...]) -> NDArray[np.float64]:
         """The values of some columns [rows, len(columns)]; DataError names the first that is none of the table's."""
@@ -55,42 +58,60 @@ def name_and_unit(header: str) -> tuple[str, str]:
     return (found["name"], found["unit"]) if found else (header, "")
 
 
-def read(path: Path, *, time: str | None = None, wanted: tuple[str, ...] = ()) -> Table:
+def find(path: Path, columns: Sequence[str], name: str) -> str:
+    """The column called `name`, with or without its unit; DataError where there is none, or several."""
+    if name in columns:
+        return name
+    named = [column for column in columns if name_and_unit(column)[0] == name]
+    if len(named) != 1:
+        raise DataError(f"{path} has no column {name!r}: its header is {', '.join(columns)}")
+    return named[0]
+
+
+def read(path: Path, *, time: str | None = None, written: str | None = None, wanted: tuple[str, ...] = ()) -> Table:
     """The table in `path`: a header, then rows; separated by comma, semicolon or tab.
 
     A column is one of numbers where most of its cells are, or where it is `wanted`; text in it is then an error. The
-    timestamps are the first column of ISO dates, or `time`, which may also be seconds since 1970. Raises DataError.
+    timestamps are in `time`, columns separated by commas and joined (`Date,Time`), or else in the first column of
+    dates, with that of the times of the day beside it; "" is none. `written` is their format, see `times.seconds`.
+    Raises DataError.
     """
-    header, rows, lines, sha256 = _cells(path)
-    for name in (*wanted, *([time] if time is not None else [])):
-        if name not in header:
-            raise DataError(f"{path} has no column {name!r}: its header is {', '.join(header)}")
-    ignored, columns, values = [], [], []
-    seconds: NDArray[np.float64] | None = None
+    header, unnamed, rows, lines, sha256, comma = _cells(path)
+    named = {find(path, header, name) for name in wanted}
+    clock = tuple(find(path, header, name) for name in time.split(",")) if time else ()
+    texts: dict[str, list[str]] = {}
+    ignored: dict[str, str] = {}
+    columns, values, notes = [], [], list[str]()
     for index, name in enumerate(header):
         cells = [row[index].strip() for row in rows]
-        if name == time:
-            seconds = _times(path, name, cells, lines)
-            continue
-        numbers = [_number(cell) for cell in cells]
+        numbers = [_number(cell, comma=comma) for cell in cells]
         known = sum(value is not None and not math.isnan(value) for value in numbers)
-        texts = numbers.count(None)
-        if name in wanted or known > texts:
+        if name in clock:
+            texts[name] = cells
+        elif name in unnamed and _is_count(numbers):
+            ignored[name] = "counts the rows"
+        elif name in named or known > numbers.count(None):
             columns.append(name)
             values.append(_checked(path, name, cells, numbers, lines))
-        elif texts == 0:
-            ignored.append(f"{name} (empty)")
-        elif time is None and seconds is None and _time(cells[0]) is not None:
-            seconds = _times(path, name, cells, lines)
+            if not notes and any("," in cell for cell in cells):
+                notes.append("a comma in a number is its decimal point")
+        elif numbers.count(None) == 0:
+            ignored[name] = "empty"
         else:
-            ignored.append(f"{name} (text)")
+            texts[name] = cells
     if not columns:
         raise DataError(f"{path} has no column of numbers under its header {', '.join(header)}")
-    return Table(path, sha256, tuple(columns), np.stack(values, axis=1), seconds, np.array(lines), tuple(ignored))
+    if time is None:
+        clock = _clock(texts)
+    ignored |= {name: "text" for name in texts if name not in clock}
+    said = tuple(f"{name} ({ignored[name]})" for name in header if name in ignored)
+    seconds = _seconds(path, clock, texts, written, lines) if clock else None
+    table = np.stack(values, axis=1)
+    return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes))
 
 
-def _cells(path: Path) -> tuple[list[str], list[list[str]], list[int], str]:
-    """Header, rows, the line of each row, and the file's sha256."""
+def _cells(path: Path) -> tuple[list[str], set[str], list[list[str]], list[int], str, bool]:
+    """Header, names in it that are ours, rows, the line of each row, the file's sha256, and whether commas are free."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
@@ -100,7 +121,8 @@ def _cells(path: Path) -> tuple[list[str], list[list[str]], list[int], str]:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
     first = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count), strict=True)
+    delimiter = max(DELIMITERS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     rows: list[list[str]] = []
     lines: list[int] = []
@@ -123,20 +145,30 @@ def _cells(path: Path) -> tuple[list[str], list[list[str]], list[int], str]:
         raise DataError(f"{path} has no rows: a header and then a row for each step is needed")
     if all(_number(name) is not None for name in header):
         raise DataError(f"{path}, line 1: {', '.join(header[:4])} are no names; the first line must name the columns")
+    unnamed = {f"column {index + 1}" for index, name in enumerate(header) if not name}  # such as an index of pandas
+    header = [name or f"column {index + 1}" for index, name in enumerate(header)]
     for name in header:
-        if not name or header.count(name) > 1:
+        if header.count(name) > 1:
             raise DataError(f"{path}, line 1: column {header.index(name) + 1} is called {name!r}; name each, and once")
-    return header, rows, lines, hashlib.sha256(content).hexdigest()
+    return header, unnamed, rows, lines, hashlib.sha256(content).hexdigest(), delimiter != ","
 
 
-def _number(cell: str) -> float | None:
-    """NaN for a missing cell, None for text."""
+def _number(cell: str, *, comma: bool = False) -> float | None:
+    """NaN for a missing cell, None for text; where cells are not separated by it, a comma is a decimal point."""
     if cell.lower() in MISSING:
         return math.nan
+    if comma and "." not in cell:
+        cell = cell.replace(",", ".")
     try:
         return float(cell)
     except ValueError:
         return None
+
+
+def _is_count(numbers: list[float | None]) -> bool:
+    """Whether they only count the rows."""
+    first = numbers[0]
+    return first is not None and numbers == [first + row for row in range(len(numbers))]
 
 
 def _checked(
@@ -153,27 +185,24 @@ def _checked(
     return np.array(numbers, dtype=np.float64)
 
 
-def _time(cell: str) -> float | None:
-    """Seconds since 1970 of an ISO date, or of a number that says so itself; None for anything else."""
+def _clock(texts: dict[str, list[str]]) -> tuple[str, ...]:
+    """The column of dates among those of text, and the one of the times of the day where the dates have none."""
+    day = next((name for name, cells in texts.items() if times.is_time(cells[0])), None)
+    if day is None:
+        return ()
+    clock = next((name for name, cells in texts.items() if times.is_clock(cells[0])), None)
+    if clock is None or not times.is_time(f"{texts[day][0]} {texts[clock][0]}"):
+        return (day,)
+    return day, clock
+
+
+def _seconds(
+    path: Path, columns: tuple[str, ...], texts: dict[str, list[str]], written: str | None, lines: list[int]
+) -> NDArray[np.float64]:
+    """The time of each row, whose parts stand in `columns`; DataError at the first that is none, or not later."""
+    cells = [" ".join(parts) for parts in zip(*(texts[name] for name in columns), strict=True)]
     try:
-        moment = datetime.fromisoformat(cell)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    except ValueError:
-        value = _number(cell)
-        return value if value is not None and math.isfinite(value) else None
-
-
-def _times(path: Path, name: str, cells: list[str], lines: list[int]) -> NDArray[np.float64]:
-    """A column of times, which must go up; DataError at the first that does not, or is none."""
-    times: list[float] = []
-    for cell, line in zip(cells, lines, strict=True):
-        value = _time(cell)
-        if value is None:
-            raise DataError(f"{path}, line {line}, column {name!r}: {cell!r} is not a time such as 2026-01-31 14:00")
-        if times and value <= times[-1]:
-            word = "repeats" if value == times[-1] else "is before"
-            raise DataError(
-                f"{path}, line {line}, column {name!r}: {cell} {word} the time of the row above; sort the rows by time"
-            )
-        times.append(value)
-    return np.array(times)
+        return times.seconds(cells, written)
+    except times.NoTime as error:
+        where = f"{path}, line {lines[error.row]}, column {','.join(columns)!r}"
+        raise DataError(f"{where}: {error}") from error

@@ -1,0 +1,106 @@
+"""A column of times: ISO dates, the usual ways to write a day of the calendar, or a format that was asked for.
+
+Its one rule: a column has one way of writing, in which every cell is later than the one above; where two ways fit, it
+asks instead of guessing. It must not know files.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+Reader = Callable[[str], float]
+
+DAYS = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y", "%m/%d/%y", "%Y/%m/%d", "%Y-%m")
+CLOCKS = ("%H:%M", "%H:%M:%S", "%H.%M.%S", "%I:%M %p", "%I:%M:%S %p")
+
+
+def _utc(moment: datetime) -> float:
+    return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+
+
+def _iso(cell: str) -> float:
+    return _utc(datetime.fromisoformat(cell))
+
+
+def _formatted(written: str) -> Reader:
+    return lambda cell: _utc(datetime.strptime(cell, written))
+
+
+def _finite(cell: str) -> float:
+    value = float(cell)
+    if not math.isfinite(value):
+        raise ValueError(cell)
+    return value
+
+
+DATES = tuple(_formatted(f"{day} {clock}".strip()) for day in DAYS for clock in ("", *CLOCKS))
+
+
+class NoTime(ValueError):
+    """Why a column holds no times; `row` counts from 0."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(why)
+        self.row = row
+
+
+def is_time(cell: str) -> bool:
+    """Whether a cell is a date, with or without a time of the day."""
+    return bool(_able(cell, (_iso, *DATES)))
+
+
+def is_clock(cell: str) -> bool:
+    """Whether a cell is a time of the day alone."""
+    return bool(_able(cell, map(_formatted, CLOCKS)))
+
+
+def seconds(cells: Sequence[str], written: str | None = None) -> NDArray[np.float64]:
+    """Seconds since 1970 of each cell, [rows]; a time without a zone counts as UTC.
+
+    `written` is the format of `datetime.strptime` that they are in; else they are ISO dates, a day of `DAYS` with or
+    without a time of `CLOCKS`, or seconds since 1970 themselves. Raises NoTime at the first cell that is no time or not
+    later than the one above.
+    """
+    known = f"in the format {written}" if written else "such as 2026-01-31 14:00"
+    furthest = NoTime(0, f"{cells[0]!r} is not a time {known}; --time-format says how times are written")
+    for readers in ((_formatted(written),),) if written else ((_iso,), DATES, (_finite,)):
+        fits = []
+        for read in _able(cells[0], readers):
+            try:
+                fits.append(_rising(cells, read, known))
+            except NoTime as error:
+                furthest = max(error, furthest, key=lambda one: one.row)
+        if any(not np.array_equal(fits[0], other) for other in fits):
+            why = "may name the day first or the month; --time-format says which, such as %d/%m/%Y"
+            raise NoTime(0, f"{cells[0]!r} {why}")
+        if fits:
+            return fits[0]
+    raise furthest
+
+
+def _rising(cells: Sequence[str], read: Reader, known: str) -> NDArray[np.float64]:
+    times: list[float] = []
+    for row, cell in enumerate(cells):
+        try:
+            times.append(read(cell))
+        except ValueError:
+            raise NoTime(row, f"{cell!r} is not a time {known}") from None
+        if row and times[-1] <= times[-2]:
+            word = "repeats" if times[-1] == times[-2] else "is before"
+            ways = "sort the rows by time, or count each as one step with --time ''"
+            raise NoTime(row, f"{cell} {word} the time of the row above; {ways}")
+    return np.array(times)
+
+
+def _able(cell: str, readers: Iterable[Reader]) -> list[Reader]:
+    """Those that can read a cell."""
+    able = []
+    for read in readers:
+        with suppress(ValueError):
+            read(cell)
+            able.append(read)
+    return able
