@@ -57,7 +57,7 @@ class Doors:
         session: its id.
         model: what it runs.
         http: a client that calls share.
-        seconds: that one try may take.
+        seconds: that one try may take, or over HTTP one wait of it.
     """
 
     def __init__(self, session: str, model: Model, http: httpx.AsyncClient, seconds: float = TRY_SECONDS) -> None:
@@ -75,10 +75,10 @@ class Doors:
 
     async def call(self, method: str, url: str, path: str = "", **options: Any) -> httpx.Response:
         """A call of HTTP to the session. Raises LostAnswerError, RefusedError."""
-        try:
-            async with asyncio.timeout(self._seconds):
-                reply = await self._http.request(method, f"{url}/v1/sessions/{self.session}{path}", **options)
-        except (httpx.HTTPError, TimeoutError) as error:
+        address = f"{url}/v1/sessions/{self.session}{path}"
+        try:  # a timeout of its own: one from outside could come while it closes other connections, and those stay open
+            reply = await self._http.request(method, address, timeout=self._seconds, **options)
+        except httpx.HTTPError as error:
             raise LostAnswerError(repr(error)) from error
         if reply.is_success:
             return reply
