@@ -184,10 +184,10 @@ class StepRunner:
             )
         declared = node.shape[:axis] + node.shape[axis + 1 :]
         shape = self.shapes.get(name, tuple(declared))
-        open_sizes = [size for size in shape if not isinstance(size, int)]
-        if open_sizes:
+        if not all(isinstance(size, int) for size in shape):
+            sizes = "x".join(str(size) if isinstance(size, int) else "1" for size in shape)
             raise ExportError(
-                f"{name!r} has shape {node.shape}: say its sizes without the batch, as --shape {name}=512"
+                f"{name!r} has shape {node.shape}: say its sizes without the batch, such as --shape {name}={sizes}"
             )
         if len(shape) != len(declared) or any(
             isinstance(a, int) and a != b for a, b in zip(declared, shape, strict=True)

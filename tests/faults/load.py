@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import anyio
 import httpx
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -57,7 +58,7 @@ class Doors:
         session: its id.
         model: what it runs.
         http: a client that calls share.
-        seconds: that one try may take, or over HTTP one wait of it.
+        seconds: that one try may take.
     """
 
     def __init__(self, session: str, model: Model, http: httpx.AsyncClient, seconds: float = TRY_SECONDS) -> None:
@@ -75,10 +76,11 @@ class Doors:
 
     async def call(self, method: str, url: str, path: str = "", **options: Any) -> httpx.Response:
         """A call of HTTP to the session. Raises LostAnswerError, RefusedError."""
-        address = f"{url}/v1/sessions/{self.session}{path}"
-        try:  # a timeout of its own: one from outside could come while it closes other connections, and those stay open
-            reply = await self._http.request(method, address, timeout=self._seconds, **options)
-        except httpx.HTTPError as error:
+        try:
+            # Not `asyncio.timeout`: a request that it cuts may be closing connections of others, which then stay open.
+            with anyio.fail_after(self._seconds):
+                reply = await self._http.request(method, f"{url}/v1/sessions/{self.session}{path}", **options)
+        except (httpx.HTTPError, TimeoutError) as error:
             raise LostAnswerError(repr(error)) from error
         if reply.is_success:
             return reply
@@ -170,6 +172,13 @@ class Doors:
             raise _failure(body)
 
 
+async def _leave(call: Awaitable[T], seconds: float) -> T:
+    """Dies between send and reply, if that does not come in time. Raises LostAnswerError."""
+    with anyio.move_on_after(seconds):  # not `asyncio.timeout`, as above
+        return await call
+    raise LostAnswerError("left")
+
+
 async def _receive(socket: ClientConnection) -> str | bytes:
     """The next message. Raises LostAnswerError where it is `going_away`: what has no answer by then was not read."""
     message = await socket.recv()
@@ -250,14 +259,13 @@ class Client:
             await self.doors.call("PUT", url, json={"model": self.doors.model.name})
             self._is_made = True
         rows, first, rng = self.sending, self.step + 1, self._rng
-        tries = [asyncio.create_task(rng.choice(self.doors.kinds)(url, rows, first))]
-        if rng.random() < self._load.leaves:  # dies between send and reply
+        tries = [rng.choice(self.doors.kinds)(url, rows, first)]
+        if rng.random() < self._load.leaves:
             self._load.counts["clients that left"] += 1
-            await asyncio.sleep(rng.random() * 0.01)
-            tries[0].cancel()
+            tries = [_leave(tries[0], rng.random() * 0.01)]
         elif rng.random() < self._load.doubles:  # the same at another door, at the same time
             self._load.counts["sent twice at once"] += 1
-            tries.append(asyncio.create_task(rng.choice(self.doors.kinds)(rng.choice(self._load.urls), rows, first)))
+            tries.append(rng.choice(self.doors.kinds)(rng.choice(self._load.urls), rows, first))
         outcomes = await asyncio.gather(*tries, return_exceptions=True)
         replies = [outcome for outcome in outcomes if isinstance(outcome, Reply)]
         if not replies or (wrong := [each for each in outcomes if isinstance(each, RefusedError)]):

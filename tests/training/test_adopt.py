@@ -91,7 +91,7 @@ def test_a_sample_is_what_the_golden_vectors_are_made_of(tmp_path: Path) -> None
         (Plan(["state=stateN@1"], ["rate=fast"], ["x=6"]), "the value of 'rate' is no int64 in JSON"),
         (Plan(["state=stateN@1"], ["rate=[1]"], ["x=6"]), r"constant 'rate' has shape \[\], its value \[1\]"),
         (Plan(["state=stateN@1"], ["pace=1"], ["x=6"]), "does not take 'pace': it takes x, state, rate"),
-        (Plan(["state=stateN@1"], ["rate=1"]), r"'x' has shape \['batch', 'samples'\]: say .* --shape x=512"),
+        (Plan(["state=stateN@1"], ["rate=1"]), r"'x' has shape \['batch', 'samples'\]: say .* such as --shape x=1"),
         (Plan(["state=stateN@1"], ["rate=1"], ["x=6x1"]), r"--shape of 'x' is \[6, 1\], but the graph says"),
         (Plan(["state=stateN@1"], ["rate=1"], ["x=5"]), "the graph refuses a step of 2 sessions"),
         (Plan(["state=stateN"], ["rate=1"], ["x=6"]), "'state' has .*: its batch axis 0 is fixed at 2; .* state@1"),
