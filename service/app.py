@@ -120,7 +120,7 @@ def create_app(settings: Settings) -> FrontDoor:
         max_steps=settings.max_steps,
         slow_reader=settings.slow_reader_ms / 1000,
     )
-    front = FrontDoor(app, app.state.steps, StreamDoor(sockets))
+    front = FrontDoor(app, app.state.steps, StreamDoor(sockets), settings.origins.split(","))
     app.state.drain = Drain(manager, sockets, front)
     return front
 

@@ -73,6 +73,13 @@ class NotFound(LatchError):
     ws_close = 4404
 
 
+class ForeignOrigin(LatchError):
+    """A web page of another host sent this, or opened the socket; `LATCH_ORIGINS` names those that may."""
+
+    code = "foreign_origin"
+    http_status = 403
+
+
 class ChannelNotOpen(LatchError):
     """A frame for a channel that no session is bound to; open it first."""
 

@@ -27,6 +27,11 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    origins: str = Field(
+        "",
+        description="Origins of web pages that may call, beside the service's own host: https://a.example,"
+        "http://localhost:3000, or * for all",
+    )
     models: Path = Field(Path("models"), description="The model repository: <name>/<version>/{model.onnx, ...}")
     reload_ms: int = Field(
         5_000, ge=0, description="How often the model repository is looked at for versions that came or went; 0: never"

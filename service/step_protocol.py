@@ -20,7 +20,7 @@ from service.routers.front import FrontDoor
 from service.routers.steps import Answer, StepDoor
 
 _PATH = re.compile(rb"/v1/sessions/([\w.~:-]+)/steps(?:\?([^#]*))?")
-_NOT_PLAIN = {b"content-encoding", b"transfer-encoding", b"upgrade"}
+_NOT_PLAIN = {b"content-encoding", b"transfer-encoding", b"upgrade", b"origin"}
 _NOBODY_WAITS = asyncio.Event()
 
 

@@ -4,12 +4,12 @@ Rule: a shortcut, never another behaviour. A step costs microseconds; FastAPI's 
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import Draining
+from service.errors import Draining, ForeignOrigin
 from service.routers import error_response
 from service.routers.steps import StepDoor
 from service.routers.stream import StreamDoor
@@ -24,13 +24,16 @@ class FrontDoor:
         app: everything but steps and sockets.
         steps: `POST /v1/sessions/{id}/steps`.
         streams: every WebSocket.
+        origins: of web pages that may call, beside those of the host that they call; `*` is all. Browsers say of what
+            origin a page is, and let one of any open a WebSocket; other clients say nothing.
 
     Attributes:
         is_leaving: every answer over HTTP is the last one on its connection.
     """
 
-    def __init__(self, app: FastAPI, steps: StepDoor, streams: StreamDoor) -> None:
+    def __init__(self, app: FastAPI, steps: StepDoor, streams: StreamDoor, origins: Collection[str] = ()) -> None:
         self.is_leaving = False
+        self._origins = origins
         self.app = app
         self._steps = steps
         self._streams = streams
@@ -43,6 +46,9 @@ class FrontDoor:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """One call, socket or lifespan."""
         kind = scope["type"]
+        if kind != "lifespan" and (error := self._foreign(scope)):
+            self.app.state.metrics.errors.labels(error.code).inc()
+            return error_response(error)(scope, receive, send)
         if kind == "http":
             if self.is_leaving:
                 send = _last(send)
@@ -55,6 +61,19 @@ class FrontDoor:
         if kind == "websocket":
             return self._streams.serve(scope, receive, send)
         return self.app(scope, receive, send)
+
+    def _foreign(self, scope: Scope) -> ForeignOrigin | None:
+        headers = dict(scope["headers"])
+        said = headers.get(b"origin")
+        if said is None or "*" in self._origins:
+            return None
+        origin, host = said.decode("latin-1"), headers.get(b"host", b"").decode("latin-1")
+        if origin in self._origins or origin.partition("://")[2] == host:
+            return None
+        return ForeignOrigin(
+            f"a web page of {origin} may not call {host}: LATCH_ORIGINS is to name it, separated by commas from others",
+            origin=origin,
+        )
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

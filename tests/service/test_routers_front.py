@@ -1,11 +1,15 @@
 """What goes where: the front door hands on steps and sockets, and FastAPI answers everything else as it would alone."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from service.routers.front import FrontDoor
+from tests.service.conftest import Server
 
 
 class Doors:
@@ -24,7 +28,7 @@ class Doors:
 
     def enter(self, **scope: Any) -> Any:
         """Who answers a call."""
-        asyncio.run(self.app(scope, None, None))  # type: ignore[arg-type]
+        asyncio.run(self.app({"headers": []} | scope, None, None))  # type: ignore[arg-type]
         return self.came[-1]
 
 
@@ -86,3 +90,38 @@ def test_what_is_no_step_has_the_one_shape_of_an_error(server: Any, method: str,
     assert reply.status_code == status
     assert reply.json()["code"] == {404: "not_found", 405: "method_not_allowed"}[status]
     assert ("allow" in reply.headers) == (status == 405)
+
+
+FOREIGN = "https://elsewhere.example"
+
+
+def call(server: Server, session: str, origin: str, path: str) -> httpx.Response:
+    """A step, or another call, as a page of that origin sends it."""
+    body = {"inputs": [[1.0, 2.0, 3.0]]} if path == "steps" else {}
+    return server.http.post(f"/v1/sessions/{session}/{path}", json=body, headers={"origin": origin})
+
+
+@pytest.mark.parametrize("path", ["steps", "reset"])
+@pytest.mark.parametrize("origin", [FOREIGN, "null", "http://[", "http://127.0.0.1:1"])
+def test_a_web_page_of_another_host_is_refused(server: Server, origin: str, path: str) -> None:
+    """On every door, before anything has moved, and counted."""
+    session = server.create()
+    reply = call(server, session, origin, path)
+    assert (reply.status_code, reply.json()["code"], reply.json()["origin"]) == (403, "foreign_origin", origin)
+    with pytest.raises(InvalidStatus) as refused, server.socket(session, origin=origin):
+        pass
+    response = refused.value.response
+    assert (response.status_code, b"LATCH_ORIGINS" in response.body) == (403, True)
+    assert server.http.get(f"/v1/sessions/{session}").json()["step"] == 0
+    assert 'latch_errors_total{code="foreign_origin"}' in server.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("origins", ["", f"http://a.example,{FOREIGN}", "*"])
+def test_pages_of_the_service_and_those_that_are_named_may_call(start: Callable[..., Server], origins: str) -> None:
+    """Its own are those of the host that they call, by whatever name, and who is no page says nothing."""
+    server = start(origins=origins)
+    session = server.create()
+    for count, origin in enumerate([server.url, FOREIGN] if origins else [server.url], 1):
+        assert call(server, session, origin, "steps").json()["step"] == count
+        with server.socket(session, origin=origin) as socket:
+            assert f'"step":{count}' in socket.recv(timeout=10)
