@@ -28,8 +28,7 @@ Key = tuple[str, str, int]
 class Record:
     """What one run gave: its scores in the arm's metric, its sizes, its settings and its valid loss by epoch.
 
-    `parameters` are those of the recurrent layer, `weights` those of the whole model; `seconds` are those of the last
-    sitting.
+    `parameters` are those of the recurrent layer, `weights` those of the whole model.
     """
 
     arm: str

@@ -246,11 +246,13 @@ def random_states(devices: int, device: torch.device) -> Tensor:
 class Keeper(Callback):
     """Writes `best` and `last` after every epoch and restores `last` before the first.
 
-    Early stopping has judged the epoch by then (at the end of its validation); its verdict is saved too.
+    Early stopping has judged the epoch by then (at the end of its validation); its verdict is saved too, and how long
+    the run has taken since it `started`, by the monotonic clock.
     """
 
-    def __init__(self, folder: Path, early: EarlyStopping) -> None:
+    def __init__(self, folder: Path, early: EarlyStopping, started: float) -> None:
         self.last, self.best, self.early = folder / "last.safetensors", folder / "best.safetensors", early
+        self.started = started
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Weights, optimiser, early stopping and random numbers, as they were when the last epoch ended."""
@@ -275,7 +277,8 @@ class Keeper(Callback):
         tensors |= flatten_optimiser(trainer.optimizers[0]) | {"random": random}
         # Without the patience, which is the run's: it may be another one when the run is taken up again.
         early = {"wait_count": self.early.wait_count, "best_score": self.early.best_score.item()}
-        save_tensors(self.last, tensors, {"epoch": epoch, "early_stopping": early})
+        seconds = time.monotonic() - self.started
+        save_tensors(self.last, tensors, {"epoch": epoch, "early_stopping": early, "seconds": seconds})
 
 
 def raised_elsewhere(failed: ProcessRaisedException) -> Exception:
@@ -285,18 +288,19 @@ def raised_elsewhere(failed: ProcessRaisedException) -> Exception:
     return kind(words) if isinstance(kind, type) and issubclass(kind, errors.TrainingError) else failed
 
 
-def resume_point(folder: Path, config: TrainConfig) -> tuple[int, bool]:
-    """How many whole epochs `folder` holds, and whether the limits of `config` leave room for more."""
+def resume_point(folder: Path, config: TrainConfig) -> tuple[int, bool, float]:
+    """Whole epochs that `folder` holds, whether the limits of `config` leave room for more, and the seconds so far."""
     last = folder / "last.safetensors"
     if not last.is_file():
-        return 0, True
+        return 0, True, 0.0
     meta = load_tensors(last)[1]
     if meta["epoch"] > config.max_epochs:
         raise ConfigError(
             f"max_epochs is {config.max_epochs}, but the run in {folder} has {meta['epoch']} epochs already: "
             f"ask for at least as many, or choose another --run"
         )
-    return meta["epoch"], meta["epoch"] < config.max_epochs and meta["early_stopping"]["wait_count"] < config.patience
+    unfinished = meta["epoch"] < config.max_epochs and meta["early_stopping"]["wait_count"] < config.patience
+    return meta["epoch"], unfinished, meta.get("seconds", 0.0)  # a run of an older version has none
 
 
 def fit(
@@ -329,10 +333,10 @@ def fit(
     found.same_as(run)
     if found.result is not None and found.train == config:
         return found
-    epoch, unfinished = resume_point(folder, config)
+    epoch, unfinished, seconds = resume_point(folder, config)
     if found.result is not None and not unfinished:
         return found
-    started = time.monotonic()
+    started = time.monotonic() - seconds
     torch.set_num_threads(threads)
     lightning.seed_everything(config.seed, verbose=False)
     model = RecurrentModel(model_config)
@@ -350,7 +354,7 @@ def fit(
             max_epochs=config.max_epochs,
             gradient_clip_val=config.clip,
             logger=LOGGERS[logs](folder),
-            callbacks=[early, *callbacks, Keeper(folder, early), *([EpochBar(early)] if progress else [])],
+            callbacks=[early, *callbacks, Keeper(folder, early, started), *([EpochBar(early)] if progress else [])],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=progress,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from training.checkpoint import Run, load_tensors
+from training.checkpoint import Run, load_tensors, save_tensors
 from training.config import ModelConfig, TrainConfig
 from training.data.sequences import DataSet, Split
 from training.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -44,10 +44,10 @@ class StopAt(Callback):
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Best and last checkpoints hold the same bits."""
+    """Best and last checkpoints hold the same bits, whatever time they took."""
     for name in ("best.safetensors", "last.safetensors"):
         (mine, my_meta), (theirs, their_meta) = load_tensors(first / name), load_tensors(second / name)
-        assert my_meta == their_meta
+        assert my_meta | {"seconds": 0} == their_meta | {"seconds": 0}
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
@@ -78,6 +78,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert whole.result is not None
     assert resumed.result is not None
     assert resumed.result["metrics"] == whole.result["metrics"]
+
+
+def test_a_runs_seconds_are_those_of_all_its_parts(tiny: DataSet, tmp_path: Path) -> None:
+    """Not those since it was last taken up."""
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path, callbacks=(StopAt(4, KeyboardInterrupt()),))
+    last = tmp_path / "last.safetensors"
+    tensors, meta = load_tensors(last)
+    assert 0 < meta["seconds"] < 1000
+    save_tensors(last, tensors, meta | {"seconds": 1000 + meta["seconds"]})
+    resumed = fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    assert resumed.result is not None
+    assert resumed.result["seconds"] > 1000 + meta["seconds"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
