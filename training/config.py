@@ -80,7 +80,8 @@ class TrainConfig:
     the `devices`: processes on the CPU (`accelerator` cpu), or GPUs (gpu). `schedule` cosine lets the rate fall to 0
     over `max_epochs`. `average` is the decay, a step, of the moving average of the weights that is validated and kept
     (0: the weights themselves). `transpose` moves every training sequence of piano rolls by a number of semitones, at
-    most so many up or down, drawn anew in every epoch. `similar_lengths` makes batches with little padding.
+    most so many up or down, drawn anew in every epoch but the last `settle`, which leave the music as it is.
+    `similar_lengths` makes batches with little padding.
     """
 
     SCHEDULES: ClassVar[tuple[str, ...]] = ("constant", "cosine")
@@ -96,6 +97,7 @@ class TrainConfig:
     patience: int = 15
     clip: float = 1.0
     transpose: int = 0
+    settle: int = 0
     similar_lengths: bool = False
     devices: int = 1
     accelerator: str = "cpu"
@@ -105,7 +107,7 @@ class TrainConfig:
         _require(self.accelerator in ("cpu", "gpu"), f"unknown accelerator {self.accelerator!r}: choose cpu or gpu")
         for name in ("rate", "batch_size", "max_epochs", "patience", "clip", "devices"):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "transpose", "seed"):
+        for name in ("weight_decay", "transpose", "settle", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         known = ", ".join(self.SCHEDULES)
         _require(self.schedule in self.SCHEDULES, f"unknown schedule {self.schedule!r}: choose one of {known}")
@@ -113,8 +115,8 @@ class TrainConfig:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What only says when to stop; under a schedule every epoch's rate depends on how many there will be."""
-        return ("max_epochs", "patience") if self.schedule == "constant" else ("patience",)
+        """What only says when to stop; a schedule, or to settle, depends on how many epochs there will be."""
+        return ("max_epochs", "patience") if self.schedule == "constant" and not self.settle else ("patience",)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ Clip = Annotated[float, option("Largest gradient norm.", panel=TRAINING)]
 Transpose = Annotated[
     int, option("Piano rolls are moved by at most so many semitones, anew in every epoch.", panel=TRAINING)
 ]
+Settle = Annotated[int, option("Epochs at the end in which nothing is transposed.", panel=TRAINING)]
 SimilarLengths = Annotated[
     bool, option("Make batches of sequences of nearly one length.", "--similar-lengths", panel=TRAINING)
 ]

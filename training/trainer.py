@@ -150,7 +150,7 @@ class Fitting(lightning.LightningModule):
         order = torch.Generator().manual_seed(1_000_003 * config.seed + self.current_epoch)
         split = self.data.splits["train"]
         size = config.batch_size * config.devices
-        if config.transpose:
+        if config.transpose and self.current_epoch < config.max_epochs - config.settle:
             split = transposed(split, config.transpose, order)
         # The generator is given in any case: a loader without one takes a number from the model's random numbers.
         if config.similar_lengths:

@@ -154,6 +154,22 @@ def test_only_piano_rolls_are_transposed(tiny: DataSet, tmp_path: Path) -> None:
         fit(tiny, model_for(tiny), replace(CONFIG, transpose=2), tmp_path)
 
 
+def test_the_last_epochs_are_not_transposed(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which these are depends on how many there are, so that may not change."""
+    asked = []
+
+    def transposed(split: Split, semitones: int, _: torch.Generator) -> Split:
+        asked.append(semitones)
+        return split
+
+    monkeypatch.setattr("training.trainer.transposed", transposed)
+    config = replace(CONFIG, transpose=3, settle=3, max_epochs=5, patience=9)
+    fit(tiny, model_for(tiny), config, tmp_path)
+    assert asked == [3, 3]
+    with pytest.raises(CheckpointError, match="max_epochs=5, not 6"):
+        fit(tiny, model_for(tiny), replace(config, max_epochs=6), tmp_path)
+
+
 def test_early_stopping_survives_interruption(tiny: DataSet, tmp_path: Path) -> None:
     """Patience counted before the interruption counts after it."""
     config = replace(CONFIG, rate=3.0, clip=1e9, max_epochs=60, patience=4)
