@@ -29,10 +29,10 @@ PRESETS = {
     "jsb-best": Preset(
         "chorales",
         "gru",
-        {"hidden": 200, "skip": True, "input_dropout": 0.2, "head_dropout": 0.5, "recurrent_dropout": 0.3},
+        {"hidden": 400, "skip": True, "input_dropout": 0.1, "head_dropout": 0.5, "recurrent_dropout": 0.3},
         TrainConfig(
-            rate=0.003, schedule="cosine", average=0.99, weight_decay=0.0, batch_size=8, max_epochs=100, patience=100,
-            similar_lengths=True,
+            rate=0.003, schedule="cosine", average=0.99, weight_decay=0.0, batch_size=8, max_epochs=500, patience=500,
+            transpose=5, settle=150, similar_lengths=True,
         ),
     ),
     "nottingham-best": Preset(
