@@ -120,7 +120,8 @@ def create_app(settings: Settings) -> FrontDoor:
         max_steps=settings.max_steps,
         slow_reader=settings.slow_reader_ms / 1000,
     )
-    front = FrontDoor(app, app.state.steps, StreamDoor(sockets), settings.origins.split(","))
+    origins = {origin.strip().rstrip("/") for origin in settings.origins.split(",")} - {""}
+    front = FrontDoor(app, app.state.steps, StreamDoor(sockets), origins)
     app.state.drain = Drain(manager, sockets, front)
     return front
 

@@ -1,4 +1,5 @@
-"""The front door: the ASGI app that hands steps and sockets straight to their doors, and all else to FastAPI.
+"""The front door: the ASGI app that hands steps and sockets straight to their doors, and all else to FastAPI; web pages
+of other hosts stay outside.
 
 Rule: a shortcut, never another behaviour. A step costs microseconds; FastAPI's way to a route costs a hundred.
 """

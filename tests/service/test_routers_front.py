@@ -102,7 +102,7 @@ def call(server: Server, session: str, origin: str, path: str) -> httpx.Response
 
 
 @pytest.mark.parametrize("path", ["steps", "reset"])
-@pytest.mark.parametrize("origin", [FOREIGN, "null", "http://[", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("origin", [FOREIGN, "null", "", "http://[", "http://127.0.0.1:1"])
 def test_a_web_page_of_another_host_is_refused(server: Server, origin: str, path: str) -> None:
     """On every door, before anything has moved, and counted."""
     session = server.create()
@@ -116,7 +116,7 @@ def test_a_web_page_of_another_host_is_refused(server: Server, origin: str, path
     assert 'latch_errors_total{code="foreign_origin"}' in server.http.get("/metrics").text
 
 
-@pytest.mark.parametrize("origins", ["", f"http://a.example,{FOREIGN}", "*"])
+@pytest.mark.parametrize("origins", ["", f"http://a.example, {FOREIGN}/", "*"])
 def test_pages_of_the_service_and_those_that_are_named_may_call(start: Callable[..., Server], origins: str) -> None:
     """Its own are those of the host that they call, by whatever name, and who is no page says nothing."""
     server = start(origins=origins)
