@@ -77,25 +77,6 @@ def test_what_is_wrong_is_told_by_line_and_column(tmp_path: Path, text: str, wor
         read(written(tmp_path, text))
 
 
-@pytest.mark.parametrize(
-    ("cells", "apart"),
-    [
-        (("01.03.2026 00:10:00", "01.03.2026 00:20:00"), 600),
-        (("3/1/26 23:00", "3/2/26 0:00", "3/13/26 0:00"), 3600),
-        (("28/02/2026", "1/03/2026"), 86400),
-        (("02/28/2026 11:00 PM", "03/01/2026 1:00 AM"), 7200),
-        (("2026-02", "2026-03"), 28 * 86400),
-        (("2026/02/28", "2026/03/01"), 86400),
-        (("20260228T2300+0100", "20260301T0000+0100"), 3600),
-    ],
-)
-def test_times_are_read_as_people_write_them(tmp_path: Path, cells: tuple[str, ...], apart: int) -> None:
-    """Where the day and the month could be either, what is no date or goes back decides."""
-    table = read(written(tmp_path, "at,a\n" + "".join(f"{cell},{row}\n" for row, cell in enumerate(cells))))
-    assert table.seconds is not None
-    assert table.seconds[1] - table.seconds[0] == apart
-
-
 def test_a_day_and_a_time_of_the_day_may_stand_apart(tmp_path: Path) -> None:
     """They are found, or named; a format says what nobody could guess; and one may want no times at all."""
     path = written(tmp_path, "Date;Time;hour;a\n30/04/2026;18.30.00;18;1\n30/04/2026;19.30.00;19;2\n")

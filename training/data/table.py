@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,20 @@ class Table:
             if column not in self.columns:
                 raise DataError(f"{self.path} has no number column {column!r}: it has {', '.join(self.columns)}")
         return self.values[:, [self.columns.index(column) for column in columns]]
+
+
+class _Cells(NamedTuple):
+    """What stands in a file: `header` and `rows`, and the line of each row.
+
+    `unnamed` are names of the header that are ours; `comma` is whether a comma separates nothing.
+    """
+
+    header: list[str]
+    unnamed: set[str]
+    rows: list[list[str]]
+    lines: list[int]
+    sha256: str
+    comma: bool
 
 
 def name_and_unit(header: str) -> tuple[str, str]:
@@ -110,8 +125,8 @@ def read(path: Path, *, time: str | None = None, written: str | None = None, wan
     return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes))
 
 
-def _cells(path: Path) -> tuple[list[str], set[str], list[list[str]], list[int], str, bool]:
-    """Header, names in it that are ours, rows, the line of each row, the file's sha256, and whether commas are free."""
+def _cells(path: Path) -> _Cells:
+    """The file, taken apart."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
@@ -150,7 +165,7 @@ def _cells(path: Path) -> tuple[list[str], set[str], list[list[str]], list[int],
     for name in header:
         if header.count(name) > 1:
             raise DataError(f"{path}, line 1: column {header.index(name) + 1} is called {name!r}; name each, and once")
-    return header, unnamed, rows, lines, hashlib.sha256(content).hexdigest(), delimiter != ","
+    return _Cells(header, unnamed, rows, lines, hashlib.sha256(content).hexdigest(), delimiter != ",")
 
 
 def _number(cell: str, *, comma: bool = False) -> float | None:
