@@ -38,10 +38,10 @@ PRESETS = {
     "nottingham-best": Preset(
         "nottingham",
         "gru",
-        {"hidden": 300, "skip": True, "head_dropout": 0.5, "recurrent_dropout": 0.2},
+        {"hidden": 400, "skip": True, "head_dropout": 0.5, "recurrent_dropout": 0.2},
         TrainConfig(
-            rate=0.004, schedule="cosine", average=0.995, weight_decay=0.0, batch_size=8, max_epochs=160, patience=160,
-            similar_lengths=True,
+            rate=0.003, schedule="cosine", average=0.995, weight_decay=0.0, batch_size=8, max_epochs=260, patience=260,
+            transpose=5, settle=80, similar_lengths=True,
         ),
     ),
 }  # fmt: skip
