@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Collection
 
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Draining, ForeignOrigin
 from service.routers import error_response
@@ -16,6 +17,8 @@ from service.routers.steps import StepDoor
 from service.routers.stream import StreamDoor
 
 _BEFORE, _AFTER = "/v1/sessions/", "/steps"
+# What the service says in headers that browsers hide from a page of another origin unless they are told not to.
+_READABLE = ("location", "retry-after", "server-timing", "latch-step", "latch-replayed", "latch-already-applied")
 
 
 class FrontDoor:
@@ -25,8 +28,8 @@ class FrontDoor:
         app: everything but steps and sockets.
         steps: `POST /v1/sessions/{id}/steps`.
         streams: every WebSocket.
-        origins: of web pages that may call, beside those of the host that they call; `*` is all. Browsers say of what
-            origin a page is, and let one of any open a WebSocket; other clients say nothing.
+        origins: of web pages that may call and read the answers (CORS), beside those of the host that they call; `*` is
+            all. Browsers say of what origin a page is, and let one of any open a WebSocket; other clients say nothing.
 
     Attributes:
         is_leaving: every answer over HTTP is the last one on its connection.
@@ -38,6 +41,15 @@ class FrontDoor:
         self.app = app
         self._steps = steps
         self._streams = streams
+        self._http: ASGIApp = self._serve
+        if origins:  # their pages may read the answers, too
+            self._http = CORSMiddleware(
+                self._serve,
+                allow_origins=[*origins],
+                allow_methods=("*",),
+                allow_headers=("*",),
+                expose_headers=_READABLE,
+            )
 
     @property
     def step_door(self) -> StepDoor | None:
@@ -51,17 +63,18 @@ class FrontDoor:
             self.app.state.metrics.errors.labels(error.code).inc()
             return error_response(error)(scope, receive, send)
         if kind == "http":
-            if self.is_leaving:
-                send = _last(send)
-            path: str = scope["path"]
-            if scope["method"] == "POST" and path.startswith(_BEFORE) and path.endswith(_AFTER):
-                session_id = path[len(_BEFORE) : -len(_AFTER)]
-                if session_id and "/" not in session_id:
-                    return self._steps.serve(session_id, scope, receive, send)
-            return self._call(scope, receive, send)
+            return self._http(scope, receive, _last(send) if self.is_leaving else send)
         if kind == "websocket":
             return self._streams.serve(scope, receive, send)
         return self.app(scope, receive, send)
+
+    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        path: str = scope["path"]
+        if scope["method"] == "POST" and path.startswith(_BEFORE) and path.endswith(_AFTER):
+            session_id = path[len(_BEFORE) : -len(_AFTER)]
+            if session_id and "/" not in session_id:
+                return self._steps.serve(session_id, scope, receive, send)
+        return self._call(scope, receive, send)
 
     def _foreign(self, scope: Scope) -> ForeignOrigin | None:
         headers = dict(scope["headers"])

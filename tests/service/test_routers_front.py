@@ -125,3 +125,26 @@ def test_pages_of_the_service_and_those_that_are_named_may_call(start: Callable[
         assert call(server, session, origin, "steps").json()["step"] == count
         with server.socket(session, origin=origin) as socket:
             assert f'"step":{count}' in socket.recv(timeout=10)
+
+
+def test_named_pages_may_read_the_answers(start: Callable[..., Server]) -> None:
+    """A browser asks before it sends JSON, and shows a page what the answers allow: steps, other calls, errors."""
+    server = start(origins=FOREIGN)
+    session = server.create()
+    path, asks = f"/v1/sessions/{session}/steps", {"access-control-request-headers": "content-type"}
+    for method in ("POST", "PUT", "DELETE"):
+        asked = {**asks, "origin": FOREIGN, "access-control-request-method": method}
+        reply = server.http.options(path, headers=asked)
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, FOREIGN)
+        assert method in reply.headers["access-control-allow-methods"]
+        assert reply.headers["access-control-allow-headers"] == "content-type"
+        asked["origin"] = "https://a.third.example"
+        assert server.http.options(path, headers=asked).status_code == 403
+    body = {"inputs": [[1.0, 2.0, 3.0]]}
+    for status, where, sent in ((200, path, body), (200, path.replace("steps", "reset"), {}), (422, path, {"x": 1})):
+        reply = server.http.post(where, json=sent, headers={"origin": FOREIGN})
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, FOREIGN)
+        assert "latch-step" in reply.headers["access-control-expose-headers"].lower()
+    own = server.http.post(path, json=body, headers={"origin": server.url})
+    assert (own.status_code, "access-control-allow-origin" in own.headers) == (200, False)
+    assert server.http.post(path, json=body).json()["step"] == 2
