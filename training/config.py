@@ -112,6 +112,10 @@ class TrainConfig:
         known = ", ".join(self.SCHEDULES)
         _require(self.schedule in self.SCHEDULES, f"unknown schedule {self.schedule!r}: choose one of {known}")
         _require(0 <= self.average < 1, f"average must be in [0, 1), not {self.average}")
+        _require(
+            not self.transpose or self.settle < self.max_epochs,
+            f"settle must be less than {self.max_epochs} epochs, or nothing is transposed, not {self.settle}",
+        )
 
     @property
     def limits(self) -> tuple[str, ...]:

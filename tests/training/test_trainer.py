@@ -395,7 +395,11 @@ def test_impossible_threads_are_refused(threads: int, tiny: DataSet, tmp_path: P
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"rate": 0}, "rate must be more than 0"), ({"optimiser": "sgd"}, "unknown optimiser 'sgd'")],
+    [
+        ({"rate": 0}, "rate must be more than 0"),
+        ({"optimiser": "sgd"}, "unknown optimiser 'sgd'"),
+        ({"transpose": 5, "settle": 9, "max_epochs": 9}, "settle must be less than 9 epochs"),
+    ],
 )
 def test_impossible_training_is_refused(settings: dict[str, Any], words: str) -> None:
     """The message names the bad value."""
