@@ -37,6 +37,8 @@ from training.model import RecurrentModel
 from training.progress import EpochBar
 from training.scores import score_all
 
+log = logging.getLogger(__name__)
+
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda folder: CSVLogger(folder, name="logs", flush_logs_every_n_steps=1),  # a kill loses no epoch of it
     "tensorboard": lambda folder: TensorBoardLogger(folder, name="logs"),
@@ -129,6 +131,7 @@ class Fitting(lightning.LightningModule):
             average = partial(moved, share=1 - config.average)
             self.average = AveragedModel(model, avg_fn=average).requires_grad_(False)
         self.valid_sum, self.valid_steps = 0.0, 0
+        self.overflows = 0
 
     @property
     def judged(self) -> RecurrentModel:
@@ -191,8 +194,24 @@ class Fitting(lightning.LightningModule):
         self.log("train_loss", whole, on_epoch=True, on_step=False, prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm of all gradients (Pascanu 2013). One that grew beyond all numbers on its way back through a long
+        sequence has no direction: its batch moves nothing, as in mixed precision (Micikevicius 2018, 3.2).
+        """
+        del gradient_clip_val, gradient_clip_algorithm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not norm.isfinite():
+            self.overflows += 1
+            optimizer.zero_grad()  # a parameter without a gradient is left as it is
+
     def on_train_epoch_start(self) -> None:
         """The rate of the epoch: a resumed run finds it by the epoch's number."""
+        self.overflows = 0
         if self.config.schedule == "cosine":
             left = (1 + math.cos(math.pi * self.current_epoch / self.config.max_epochs)) / 2
             for group in self.trainer.optimizers[0].param_groups:
@@ -204,8 +223,18 @@ class Fitting(lightning.LightningModule):
             self.average.update_parameters(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        """A new sum."""
+        """A new sum, unless no batch of the epoch has moved anything."""
         self.valid_sum, self.valid_steps = 0.0, 0
+        batches = self.trainer.num_training_batches
+        if self.overflows == batches:
+            self._require_finite("gradient of every batch", math.inf)
+        if self.overflows and self.trainer.is_global_zero:
+            log.warning(
+                "epoch %d: the gradients of %d of %d batches overflowed and moved nothing: a lower --rate helps",
+                self.current_epoch + 1,
+                self.overflows,
+                batches,
+            )
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Sums, so that the mean is over steps and not over batches."""
@@ -352,7 +381,6 @@ def fit(
             strategy="auto" if config.devices == 1 else "ddp_spawn",
             use_distributed_sampler=False,
             max_epochs=config.max_epochs,
-            gradient_clip_val=config.clip,
             logger=LOGGERS[logs](folder),
             callbacks=[early, *callbacks, Keeper(folder, early, started), *([EpochBar(early)] if progress else [])],
             enable_checkpointing=False,

@@ -1,5 +1,6 @@
 """Fitting: it learns, resumes exactly, survives interruption and kill, and refuses what it cannot do."""
 
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.nn.utils import parameters_to_vector
 
 from training.checkpoint import Run, load_tensors, save_tensors
 from training.config import ModelConfig, TrainConfig
@@ -283,6 +285,44 @@ def test_a_loss_that_is_not_a_number_stops_the_run(split: str, what: str, tiny: 
         DivergedError, match=rf"the {what} became nan in epoch 1, step \d+, at rate 0.02.*; no epoch was"
     ):
         fit(data, model_for(data), CONFIG, tmp_path)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+class Overflow(Callback):
+    """Spoils the gradients of the first batches of a run, and notes the weights after every batch."""
+
+    def __init__(self, batches: int, value: float = math.inf) -> None:
+        self.batches, self.value = batches, value
+        self.weights: list[torch.Tensor] = []
+
+    def on_after_backward(self, _: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """One number is enough: all gradients are clipped by the norm of them all."""
+        if len(self.weights) < self.batches:
+            next(pl_module.parameters()).grad.view(-1)[0] = self.value  # type: ignore[union-attr]
+
+    def on_train_batch_end(self, _: lightning.Trainer, pl_module: lightning.LightningModule, *__: Any) -> None:
+        """All of them."""
+        self.weights.append(parameters_to_vector(pl_module.parameters()).detach().clone())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e30])
+def test_a_gradient_that_overflowed_moves_nothing(
+    value: float, tiny: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does one whose norm does; the batches after it count again, and the run says so."""
+    overflow = Overflow(2, value)
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=1), tmp_path, callbacks=(overflow,))
+    assert f"epoch 1: the gradients of 2 of {len(overflow.weights)} batches overflowed" in caplog.text
+    first, second, third = overflow.weights[:3]
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert third.isfinite().all()
+
+
+def test_a_run_whose_every_gradient_overflows_stops(tiny: DataSet, tmp_path: Path) -> None:
+    """No checkpoint is written of an epoch in which nothing moved."""
+    with pytest.raises(DivergedError, match="the gradient of every batch became inf in epoch 1, step 4, at rate"):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path, callbacks=(Overflow(10_000),))
     assert not (tmp_path / "last.safetensors").exists()
 
 
