@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from training.checkpoint import replace
 from training.experiments import RISING, Arm, Experiment
@@ -136,12 +137,14 @@ def plot(path: Path, experiment: Experiment, records: Sequence[Record]) -> None:
         plot_parameters(cloud, arm, mine, colours)
         for cell, found in mine.items():
             for index, one in enumerate(found):
-                label = cell if index == 0 else None
-                curves.plot(range(1, len(one.curve) + 1), one.curve, color=colours[cell], linewidth=0.8, label=label)
+                label, epochs = cell if index == 0 else None, range(1, len(one.curve) + 1)
+                # The dot at its end is all that there is of a curve of one epoch.
+                curves.plot(epochs, one.curve, ".-", color=colours[cell], linewidth=0.8, markevery=[-1], label=label)
         settled = [value for found in mine.values() for one in found for value in one.curve[len(one.curve) // 5 :]]
         if settled:
             edge = (max(settled) - min(settled)) * 0.05 or 0.1
             curves.set_ylim(min(settled) - edge, max(settled) + edge)
+        curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         curves.set(xlabel="epoch", ylabel="valid loss", title="learning curves")
         curves.legend(fontsize=7, ncols=2)
     picture.savefig(path, dpi=80, metadata={"Software": None})

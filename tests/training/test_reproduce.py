@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from training import experiments, findings, reproduce
@@ -178,6 +179,19 @@ def test_the_report_sets_ours_beside_the_papers(tiny: DataSet, tmp_path: Path) -
     assert "| TCN |  |  |  |  |  |  |  |  | 1.10 |" in page
     assert "1 runs of the table are left (about 0 min on one core)" in page
     assert "Reduced" not in page
+
+
+def test_a_curve_of_one_epoch_can_be_seen(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line through one point is none: there is a dot, at the end of every curve."""
+    pictures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda picture, *_, **__: pictures.append(picture))
+    records = [replace(fixed("gru", 1, 1.0), curve=[2.0]), fixed("mgu2", 1, 1.75)]
+    findings.plot(tmp_path / "scales.png", small(tiny), records)
+    *_, curves = pictures[0].axes
+    assert [(len(line.get_xdata()), line.get_marker(), line.get_markevery()) for line in curves.lines] == [
+        (1, ".", [-1]),
+        (3, ".", [-1]),
+    ]
 
 
 def test_a_report_of_nothing_says_so(tiny: DataSet, tmp_path: Path) -> None:
