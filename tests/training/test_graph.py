@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from onnx import numpy_helper
 
 from training.cells import UNITS
 from training.config import ModelConfig
@@ -55,6 +57,21 @@ def test_a_row_has_the_same_bits_in_any_batch(cell: str) -> None:
     for many, one in zip(together, alone, strict=True):
         for name, value in one.items():
             np.testing.assert_array_equal(many[name][2:3], value, err_msg=name)
+
+
+@pytest.mark.parametrize("lowering", ["primitives", "operator"])
+def test_weights_that_come_to_nothing_are_zero(lowering: str) -> None:
+    """None is left whose product with an input could be subnormal; those that count keep their bits."""
+    model = RecurrentModel(ModelConfig("gru", 6, 6, "bernoulli", hidden=5)).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.startswith("cells.0.w"):
+                value[:, 2] = torch.tensor([1e-45, -1e-39, 2e-38, -1e-31, 1e-29]).repeat(len(value) // 5)
+    graph = build_graph(model, lowering)
+    weights = [numpy_helper.to_array(tensor) for tensor in graph.graph.initializer]
+    small = np.concatenate([abs(each[abs(each) < 1e-20]) for each in weights if each.dtype == np.float32])
+    assert set(small.tolist()) == {0.0, float(np.float32(1e-29))}
+    check_parity(model, graph.SerializeToString())
 
 
 def test_the_operator_is_one_node_for_the_whole_unit() -> None:
