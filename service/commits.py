@@ -82,7 +82,7 @@ class Committer:
             arrival.settle(range(len(slots)), self._slab.commit(commits, state), 0.0)
             return False
         token = self._ledger.token()
-        saved = [*map(Saved, commits.steps, self._snapshots.pack(commits, state))]
+        saved = [*map(Saved, commits.steps, *self._snapshots.pack(commits, state))]
         self._ledger.write(_stored(slots), token, saved, partial(self._written, arrival, token))
         self._writing.update(slots)
         return True
@@ -125,7 +125,7 @@ class Committer:
         commits, state = snapshot.commits(slot)
         if self._ledger is not None and isinstance(slot, StoredSlot):
             token, future = self._ledger.token(), asyncio.get_running_loop().create_future()
-            saved = [Saved(snapshot.step, *self._snapshots.pack(commits, state))]
+            saved = [*map(Saved, commits.steps, *self._snapshots.pack(commits, state))]
             self._ledger.write([slot], token, saved, partial(_end, future), earlier)
             try:
                 outcome = (await future).outcome

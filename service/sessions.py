@@ -204,7 +204,8 @@ class SessionManager:
         """The snapshot of a session, after what it has waiting. Raises as `find`."""
         async with self._held(session_id) as (session, _):
             engine = session.engine
-            return engine.snapshots.pack(*snapshot(engine.slab, session).commits(session))[0]
+            [body], [header] = engine.snapshots.pack(*snapshot(engine.slab, session).commits(session))
+            return header + body
 
     async def restore(self, session_id: str, data: bytes) -> tuple[Session, bool]:
         """Has a session stand where a snapshot does; makes it if there is none of that id.
@@ -416,7 +417,7 @@ class SessionManager:
         saved = Saved(start.step, b"")
         if self._ledger is not None:
             session.token = self._ledger.token()
-            saved = Saved(start.step, *engine.snapshots.pack(*start.commits(session)))
+            [saved] = map(Saved, [start.step], *engine.snapshots.pack(*start.commits(session)))
         self.engines.check(engine)
         self._acquire(engine, session, ttl)
         try:

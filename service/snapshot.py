@@ -51,9 +51,10 @@ def snapshot(slab: StateSlab, slot: Slot) -> Snapshot:
 
 
 class _Layout(NamedTuple):
-    """The file of a reply size: its bytes with all values zero, and where the values stand in it."""
+    """The file of a reply size: its bytes with all values zero, those before the values, and where these stand."""
 
     template: Array
+    header: bytes
     places: dict[str, slice]
 
 
@@ -72,19 +73,24 @@ class SnapshotCodec:
         self._pairs = pairs
         self._layout = lru_cache(maxsize=64)(self._lay_out)
 
-    def pack(self, commits: Commits, state: Sequence[Array]) -> list[bytes]:
-        """The snapshots of what `commits` and `state` ([B, *shape] a pair) say of B slots."""
+    def pack(self, commits: Commits, state: Sequence[Array]) -> tuple[list[bytes], list[bytes]]:
+        """The snapshots of what `commits` and `state` ([B, *shape] a pair) say of B slots.
+
+        Returns:
+            B times the values, and B times the header that comes before them, which all with as long a reply share.
+        """
         sizes = [-1 if reply is None else len(reply) for reply in commits.replies]
         if sizes.count(sizes[0]) == len(sizes):
             return self._pack(sizes[0], commits, state)
-        packed: dict[int, bytes] = {}
+        packed: dict[int, tuple[bytes, bytes]] = {}
         for size in set(sizes):
             rows = [b for b, other in enumerate(sizes) if other == size]
             some = Commits._make([column[b] for b in rows] for column in commits)
-            packed |= zip(rows, self._pack(size, some, [values[rows] for values in state]), strict=True)
-        return [packed[b] for b in range(len(sizes))]
+            parts = self._pack(size, some, [values[rows] for values in state])
+            packed |= zip(rows, zip(*parts, strict=True), strict=True)
+        return [packed[b][0] for b in range(len(sizes))], [packed[b][1] for b in range(len(sizes))]
 
-    def _pack(self, size: int, commits: Commits, state: Sequence[Array]) -> list[bytes]:
+    def _pack(self, size: int, commits: Commits, state: Sequence[Array]) -> tuple[list[bytes], list[bytes]]:
         layout, count = self._layout(size), len(commits.steps)
         files = np.repeat(layout.template[None], count, axis=0)
         values = {
@@ -98,8 +104,8 @@ class SnapshotCodec:
             files[:, layout.places[name]] = np.ascontiguousarray(rows).view(np.uint8).reshape(count, -1)
         hashes = b"".join([xxh3_128_digest(file) for file in files])
         files[:, layout.places[_HASH]] = np.frombuffer(hashes, np.uint8).reshape(count, -1)
-        packed: list[bytes] = files.view(f"V{files.shape[1]}").ravel().tolist()
-        return packed
+        bodies = np.ascontiguousarray(files[:, len(layout.header) :])
+        return bodies.view(f"V{bodies.shape[1]}").ravel().tolist(), [layout.header] * count
 
     def unpack(self, data: bytes) -> Snapshot:
         """Reads a snapshot of this model version.
@@ -167,7 +173,7 @@ class SnapshotCodec:
             zeros["reply"] = np.zeros(reply_size, np.uint8)
         metadata = {"format": FORMAT, "version": str(VERSION), "model": self._model, "sha256": self._sha256}
         data = save(zeros, metadata)
-        return _Layout(np.frombuffer(data, np.uint8), _places(data))
+        return _Layout(np.frombuffer(data, np.uint8), data[: 8 + len(_header(data))], _places(data))
 
 
 def origin(data: bytes) -> tuple[tuple[str, str], str]:

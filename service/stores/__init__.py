@@ -32,10 +32,23 @@ class SessionRecord(Protocol):
 
 
 class Saved(msgspec.Struct, frozen=True, gc=False):
-    """Where a session stood when it was saved: its step, and the snapshot (see `snapshot.py`) of that moment."""
+    """Where a session stood when it was saved.
+
+    Attributes:
+        step: its step.
+        body: the snapshot (see `snapshot.py`) of that moment, without its header.
+        header: the first bytes of the snapshot, which many sessions have in common: a store may keep them once, or give
+            everything as the body.
+    """
 
     step: int
-    snapshot: bytes
+    body: bytes
+    header: bytes = b""
+
+    @property
+    def snapshot(self) -> bytes:
+        """The snapshot, whole."""
+        return self.header + self.body
 
 
 class Stored(msgspec.Struct, frozen=True):

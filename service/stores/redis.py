@@ -98,7 +98,7 @@ class RedisStore:
 
     async def save(self, saves: Sequence[Save]) -> Sequence[bool]:
         """Writes all, in one script a shard, and says for each whether it was saved."""
-        longest = max((len(each.saved.snapshot) for each in saves), default=0)
+        longest = max((len(each.saved.header) + len(each.saved.body) for each in saves), default=0)
         parts = self._parts([each.id for each in saves], min(_ROWS, _BYTES // (longest + 1) + 1))
         calls = []
         for part in parts:
@@ -107,8 +107,9 @@ class RedisStore:
             for each in (saves[number] for number in part):
                 keys.append(session_key(each.id))
                 left = _KEEP if each.earlier is None else each.earlier
-                step, snapshot = each.saved.step, each.saved.snapshot
-                rows += (_ROW.pack(each.expected, left, each.token, step, len(snapshot)), snapshot)
+                header, body = each.saved.header, each.saved.body
+                size = len(header) + len(body)
+                rows += (_ROW.pack(each.expected, left, each.token, each.saved.step, size), header, body)
             calls.append(Call(keys, [self._keep_steps, b"".join(rows)]))
         done = [False] * len(saves)
         replies = await self._link.run(SAVE, calls, is_unsure=_lacks_one)

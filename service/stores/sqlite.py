@@ -27,25 +27,40 @@ from service.stores import Save, Saved, SessionRecord, Stored, missing
 log = logging.getLogger(__name__)
 
 _APPLICATION = 0x4C617463  # "Latc", in the header of the file
-_VERSION = 1
+_VERSION = 2
 _BUSY_SECONDS = 5.0
 _CHECKPOINT_PAGES = 4000
 _SWEEP_ROWS = 2000
 _NUMBERS = 100_000
+_HEADERS_AT_HAND = 1000
 
+# The headers of snapshots, which are nearly half of each, are kept once: a commit writes half as many pages.
+_HEADERS = "CREATE TABLE headers (number INTEGER PRIMARY KEY, bytes BLOB NOT NULL UNIQUE) STRICT;"
 # The small columns stand first: who looks for what expired reads no snapshots.
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE sessions (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, expires_at REAL NOT NULL, idle_ttl REAL NOT NULL,
     model TEXT NOT NULL, version TEXT NOT NULL, created_at REAL NOT NULL, metadata TEXT NOT NULL,
-    token BLOB NOT NULL, step INTEGER NOT NULL, snapshot BLOB NOT NULL
+    token BLOB NOT NULL, step INTEGER NOT NULL, header INTEGER NOT NULL, body BLOB NOT NULL
 ) STRICT;
 CREATE TABLE earlier (
-    number INTEGER PRIMARY KEY, session TEXT NOT NULL, step INTEGER NOT NULL, snapshot BLOB NOT NULL
+    number INTEGER PRIMARY KEY, session TEXT NOT NULL, step INTEGER NOT NULL, header INTEGER NOT NULL,
+    body BLOB NOT NULL
 ) STRICT;
 CREATE INDEX earlier_of ON earlier (session, number);
 CREATE TABLE expired (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT;
+{_HEADERS}
 """
+# Of format 1: what stands there has no header, and its whole snapshot as the body.
+_UPGRADE = """
+ALTER TABLE sessions RENAME COLUMN snapshot TO body;
+ALTER TABLE sessions ADD COLUMN header INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE earlier RENAME COLUMN snapshot TO body;
+ALTER TABLE earlier ADD COLUMN header INTEGER NOT NULL DEFAULT 0;
+INSERT INTO headers VALUES (0, x'');
+"""
+# A header that is lost to damage is as bad as one that is spoilt: whoever reads the snapshot says so.
+_SNAPSHOT = "body, coalesce((SELECT bytes FROM headers WHERE headers.number = header), x'')"
 # The driver decodes what SQLite says, which may quote spoilt bytes.
 _FAILURES = (sqlite3.Error, UnicodeDecodeError)
 # The driver looks for an adapter of `bytes` at every value, in vain, which takes longer than a copy.
@@ -85,6 +100,7 @@ class SqliteStore:
         self._epoch = wall() - time.monotonic()
         self._swept = 0
         self._numbers: dict[str, int] = {}  # rows of sessions that were saved: found without the index, a fifth quicker
+        self._headers: dict[bytes, int] = {}  # their rows, as far as they are committed, or about to be
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._is_failing = False
@@ -137,6 +153,8 @@ class SqliteStore:
                 f"{where} has format {version}, this version of Latch knows up to {_VERSION}: run the newer one, "
                 "or name another file; it was left as it is"
             )
+        elif version < _VERSION:
+            db.executescript(f"BEGIN IMMEDIATE; {_HEADERS} {_UPGRADE} PRAGMA user_version = {_VERSION}; COMMIT;")
         db.text_factory = bytes  # a text that was spoilt is told of where it is decoded, with whose it is
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute(f"PRAGMA synchronous = {synchronous}")
@@ -160,7 +178,7 @@ class SqliteStore:
                 raise SessionExists(f"session {record.id!r} exists already")
             self._forget(record.id)
             self._db.execute(
-                f"INSERT INTO sessions ({_COLUMNS}, snapshot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                f"INSERT INTO sessions ({_COLUMNS}, header, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
                 (
                     record.id,
                     record.model,
@@ -171,7 +189,8 @@ class SqliteStore:
                     token,
                     saved.step,
                     now + record.idle_ttl,
-                    saved.snapshot,
+                    self._header(saved.header),
+                    saved.body,
                 ),
             )
 
@@ -183,10 +202,10 @@ class SqliteStore:
         def load() -> Stored:
             # By number, so that the id is that of the row, too, and not that of the index.
             number = "(SELECT number FROM sessions WHERE id = ?)"
-            row = self._one(f"SELECT {_COLUMNS}, snapshot FROM sessions WHERE number = {number}", session)  # noqa: S608
+            row = self._one(f"SELECT {_COLUMNS}, {_SNAPSHOT} FROM sessions WHERE number = {number}", session)  # noqa: S608
             if row is None:
                 raise missing(session, expired=self._one("SELECT 1 FROM expired WHERE id = ?", session) is not None)
-            stored = self._stored(row[:-1], row[-1])
+            stored = self._stored(row[:-2], *row[-2:])
             if stored.id != session:  # an index with spoilt bytes leads to another row
                 raise SessionCorrupt(
                     f"session {session!r} cannot be read from {self._path}: found another in its place"
@@ -201,7 +220,7 @@ class SqliteStore:
         """Up to `keep_steps` saves before the last one, oldest first."""
 
         def earlier() -> list[Saved]:
-            statement = "SELECT step, snapshot FROM earlier WHERE session = ? ORDER BY number"
+            statement = f"SELECT step, {_SNAPSHOT} FROM earlier WHERE session = ? ORDER BY number"  # noqa: S608
             return [Saved(*row) for row in self._db.execute(statement, (session,))]
 
         return await self._transact(earlier)
@@ -216,14 +235,16 @@ class SqliteStore:
             if len(self._numbers) > _NUMBERS:
                 self._numbers.clear()
             number_of, find = self._numbers.get, self._number
+            headers = {header: self._header(header) for header in {each.saved.header for each in saves}}
             done = self._db.executemany(
-                "UPDATE sessions SET token = ?, step = ?, snapshot = ?, expires_at = ? + idle_ttl "
+                "UPDATE sessions SET token = ?, step = ?, header = ?, body = ?, expires_at = ? + idle_ttl "
                 "WHERE number = ? AND token = ?",
                 [
                     (
                         _blob(each.token),
                         each.saved.step,
-                        _blob(each.saved.snapshot),
+                        headers[each.saved.header],
+                        _blob(each.saved.body),
                         now,
                         number_of(each.id) or find(each.id),
                         _blob(each.expected),
@@ -244,14 +265,23 @@ class SqliteStore:
             self._numbers[session] = found[0]
         return self._numbers.get(session)
 
+    def _header(self, header: bytes) -> int:
+        """The row of a header, which is made where there is none."""
+        if header not in self._headers:
+            if len(self._headers) >= _HEADERS_AT_HAND:
+                self._headers.clear()
+            self._db.execute("INSERT OR IGNORE INTO headers (bytes) VALUES (?)", (header,))
+            self._headers[header] = self._one("SELECT number FROM headers WHERE bytes = ?", header)[0]
+        return self._headers[header]
+
     def _keep_earlier(self, saves: Sequence[Save]) -> None:
         """What these saves, those of them that will be done, make of the earlier ones."""
         owned = "(SELECT id FROM sessions WHERE id = ? AND token = ?)"
         kept = [(each.id, each.expected) for each in saves if each.earlier is None]
         if kept and self._keep_steps:
             self._db.executemany(
-                "INSERT INTO earlier (session, step, snapshot) "
-                "SELECT id, step, snapshot FROM sessions WHERE id = ? AND token = ?",
+                "INSERT INTO earlier (session, step, header, body) "
+                "SELECT id, step, header, body FROM sessions WHERE id = ? AND token = ?",
                 kept,
             )
             self._db.executemany(
@@ -297,7 +327,7 @@ class SqliteStore:
     def _readable(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[Stored]:
         for row in rows:
             try:
-                yield self._stored(row, b"")
+                yield self._stored(row)
             except SessionCorrupt:
                 log.exception("a list of sessions goes on without one")
 
@@ -401,6 +431,7 @@ class SqliteStore:
             self._is_failing = bool(is_busy)
 
     def _undo(self) -> None:
+        self._headers.clear()  # some may have been new
         with suppress(sqlite3.Error):  # a full disk has ended the transaction already
             self._db.rollback()
 
@@ -409,7 +440,7 @@ class SqliteStore:
             return error
         return StoreUnavailable(f"the session store {self._path} failed: {error}; send the call again")
 
-    def _stored(self, row: tuple[Any, ...], snapshot: bytes) -> Stored:
+    def _stored(self, row: tuple[Any, ...], body: bytes = b"", header: bytes = b"") -> Stored:
         session, model, version, idle_ttl, created_at, metadata, token, step, expires_at = row
         try:
             return Stored(
@@ -420,7 +451,7 @@ class SqliteStore:
                 created_at=created_at,
                 metadata=orjson.loads(metadata),
                 token=token,
-                saved=Saved(step, snapshot),
+                saved=Saved(step, body, header),
                 time_left=expires_at - self._now,
             )
         except (ValueError, TypeError, AttributeError) as error:

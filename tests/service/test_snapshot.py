@@ -38,7 +38,12 @@ def packed(replies: list[bytes | None], seed: int = 0) -> tuple[Commits, list[np
     digests = [bytes([b]) * 16 for b in range(count)]
     commits = Commits([Slot()] * count, [*range(10, 10 + count)], [*range(7, 7 + count)], digests, replies)
     state = rows(count, seed)
-    return commits, state, CODEC.pack(commits, state)
+    return commits, state, whole(*CODEC.pack(commits, state))
+
+
+def whole(bodies: list[bytes], headers: list[bytes]) -> list[bytes]:
+    """Snapshots of their two parts."""
+    return [header + body for body, header in zip(bodies, headers, strict=True)]
 
 
 @given(replies=st.lists(st.none() | st.binary(max_size=40), min_size=1, max_size=9), seed=st.integers(0, 99))
@@ -63,6 +68,16 @@ def test_any_library_of_the_format_reads_it() -> None:
     assert origin(data) == (("m", "3"), "a" * 64)
 
 
+def test_those_with_as_long_a_reply_share_a_header() -> None:
+    """The same object, so that whoever keeps it once finds it again quickly; the bodies have no more than values."""
+    commits, state, _ = packed([b"one", b"", b"two", None, b"six"])
+    bodies, headers = CODEC.pack(commits, state)
+    assert headers[0] is headers[2] is headers[4]
+    assert len({*headers}) == 3
+    values = 16 + 16 + 16 + sum(rows.nbytes // 5 for rows in state)
+    assert [len(body) for body in bodies] == [values + size for size in (3, 0, 3, 0, 3)]
+
+
 def test_a_slot_is_the_same_after_the_way_out_and_in() -> None:
     """Out of one slab and into another: the two are told apart by nothing."""
     slabs = [StateSlab(PAIRS, 4, lambda: 0.0) for _ in range(2)]
@@ -70,7 +85,7 @@ def test_a_slot_is_the_same_after_the_way_out_and_in() -> None:
     for slab, slot in zip(slabs, slots, strict=True):
         slab.acquire(slot)
     slabs[0].commit(Commits([slots[0]], [4], [3], [b"d" * 16], [b"yes"]), rows(1))
-    [data] = CODEC.pack(*snapshot(slabs[0], slots[0]).commits(slots[0]))
+    [data] = whole(*CODEC.pack(*snapshot(slabs[0], slots[0]).commits(slots[0])))
     slabs[1].commit(*CODEC.unpack(data).commits(slots[1]))
     one, other = (snapshot(slab, slot) for slab, slot in zip(slabs, slots, strict=True))
     assert one[:2] == other[:2]
@@ -81,7 +96,7 @@ def test_a_slot_that_has_seen_nothing_has_nothing_to_repeat() -> None:
     """Step 0, and no last request."""
     slab, slot = StateSlab(PAIRS, 4, lambda: 0.0), Slot()
     slab.acquire(slot)
-    [data] = CODEC.pack(*snapshot(slab, slot).commits(slot))
+    [data] = whole(*CODEC.pack(*snapshot(slab, slot).commits(slot)))
     assert CODEC.unpack(data)[:2] == (0, None)
 
 

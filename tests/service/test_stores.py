@@ -84,6 +84,14 @@ async def test_what_was_created_is_found(store: SessionStore) -> None:
     assert not await store.earlier("a")
 
 
+async def test_a_header_comes_back_in_front(store: SessionStore) -> None:
+    """Whether a store keeps it apart or not, the snapshot is the same, and so are the earlier ones."""
+    await store.create(Record("a"), token(1), Saved(0, b"values", b"header of all"))
+    await store.save([Save("a", token(1), token(2), Saved(1, b"others", b"header of all"))])
+    assert (await store.load("a")).saved.snapshot == b"header of allothers"
+    assert [each.snapshot for each in await store.earlier("a")] == [b"header of allvalues"]
+
+
 async def test_an_id_is_taken_once(store: SessionStore) -> None:
     """A second create is refused and changes nothing, but the first one sent again is not refused."""
     await made(store, "a")

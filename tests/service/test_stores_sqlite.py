@@ -158,9 +158,86 @@ def test_a_newer_format_is_left_alone(path: Path) -> None:
     db.execute("PRAGMA user_version = 7")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(StoreInvalid, match=r"format 7.* up to 1"):
+    with pytest.raises(StoreInvalid, match=r"format 7.* up to 2"):
         opened(path)
     assert path.read_bytes() == before
+
+
+async def test_a_file_of_the_first_format_goes_on(path: Path) -> None:
+    """Its sessions and their earlier saves are there, and are saved as any others."""
+    shape = "step INTEGER NOT NULL, snapshot BLOB NOT NULL) STRICT;"
+    old = sqlite3.connect(path)
+    old.executescript(f"""
+        CREATE TABLE sessions (
+            number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, expires_at REAL NOT NULL, idle_ttl REAL NOT NULL,
+            model TEXT NOT NULL, version TEXT NOT NULL, created_at REAL NOT NULL, metadata TEXT NOT NULL,
+            token BLOB NOT NULL, {shape}
+        CREATE TABLE earlier (number INTEGER PRIMARY KEY, session TEXT NOT NULL, {shape}
+        CREATE INDEX earlier_of ON earlier (session, number);
+        CREATE TABLE expired (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT;
+        PRAGMA journal_mode = WAL; PRAGMA application_id = {0x4C617463}; PRAGMA user_version = 1;
+    """)
+    old.execute(
+        "INSERT INTO sessions VALUES (1, 'a', 9e9, 900.0, 'm', '1', 0.0, '{}', ?, 4, ?)", (token(2), saved(4).body)
+    )
+    old.execute("INSERT INTO earlier VALUES (1, 'a', 0, ?)", (saved(0).body,))
+    old.commit()
+    old.close()
+    for _ in range(2):
+        store = opened(path)
+        assert ((await store.load("a")).token, (await store.load("a")).saved) == (token(2), saved(4))
+        assert await store.earlier("a") == [saved(0)]
+        await store.close()
+    store = opened(path)
+    assert await store.save([Save("a", token(2), token(3), Saved(5, b"body", b"header"))]) == [True]
+    assert (await store.load("a")).saved == Saved(5, b"body", b"header")
+    assert await store.earlier("a") == [saved(0), saved(4)]
+    await store.close()
+
+
+async def test_headers_are_kept_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sessions have them, over a restart too, and when there are more than are remembered."""
+    monkeypatch.setattr("service.stores.sqlite._HEADERS_AT_HAND", 2)
+    names = [str(number) for number in range(12)]
+    for number in range(2):
+        store = opened(path)
+        if not number:
+            await made(store, *names)
+        for some in (names[:4], names[4:]):
+            new = {name: Saved(number, name.encode(), b"header %d" % (int(name) % 3)) for name in some}
+            saves = [Save(name, token(number + 1), token(number + 2), value) for name, value in new.items()]
+            assert await store.save(saves) == [True] * len(some)
+            assert {name: (await store.load(name)).saved for name in some} == new
+        await store.close()
+    file = sqlite3.connect(path)
+    assert file.execute("SELECT count(*) FROM headers").fetchone() == (4,)  # three, and none for what `made` has made
+    file.close()
+
+
+async def test_a_header_of_what_was_undone_is_made_anew(path: Path) -> None:
+    """A header that came with a transaction that failed is not there, and nobody's snapshot may lean on it."""
+    store = opened(path)
+    await made(store, "a")
+    with pytest.raises(OverflowError):
+        await store.save([Save("a", token(1), token(2), Saved(2**70, b"body", b"header"))])
+    assert await store.save([Save("a", token(1), token(2), Saved(1, b"body", b"header"))]) == [True]
+    assert (await store.load("a")).saved == Saved(1, b"body", b"header")
+    await store.close()
+
+
+async def test_a_header_that_is_lost_is_no_snapshot(path: Path) -> None:
+    """What is left of the session is given as it is: whoever reads it finds that it is not whole."""
+    store = opened(path)
+    await made(store, "a")
+    await store.save([Save("a", token(1), token(2), Saved(1, b"body", b"header"))])
+    await store.close()
+    file = sqlite3.connect(path)
+    file.execute("DELETE FROM headers")
+    file.commit()
+    file.close()
+    store = opened(path)
+    assert (await store.load("a")).saved == Saved(1, b"body")
+    await store.close()
 
 
 async def test_a_second_process_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
