@@ -176,14 +176,13 @@ class Batcher:
         queues = self._queues
         try:
             while True:
-                await queues.work.wait()
+                # Inline runs never wait for anything: let the doors write, and read what came, before the next.
+                await (asyncio.sleep(0) if queues.work.is_set() else queues.work.wait())
                 work = self._collect()
                 if isinstance(work, BlockWork):
                     await self._serve_block(work)
                 elif work:
                     await self._serve_chunks(work)
-                # Inline runs never wait for anything: let the doors write, and read what came, before the next.
-                await asyncio.sleep(0)
         finally:
             self._worker.shutdown(wait=False)
             queues.close(Draining("the service is stopping"), saving=self._committer)

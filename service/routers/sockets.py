@@ -155,6 +155,7 @@ class Socket:
         self._send = send
         self._wire: Wire = scope["extensions"]["latch.wire"]
         self.single: Session | None = None
+        self._channel: tuple[Any, ...] = ()  # what its greeting takes
         self._max_owed = shared.max_waiting_many
         self._said: list[bytes] = []
         self._owed = self._answered = 0
@@ -166,13 +167,14 @@ class Socket:
         self._going: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
-    async def run(self, session_id: str | None = None) -> None:
+    async def run(self, session_id: str | None = None, *channel: Any) -> None:
         """Until the client leaves; or, raised: the one session of the socket is gone, the client does not read, or the
-        service ends.
+        service ends. `channel` is what `greet` takes beside that session.
         """
         if session_id is not None:
             self.single = await self.manager.find(session_id)
             self._max_owed = self.shared.max_waiting
+            self._channel = channel
         self._wire.pause()
         self._behind = asyncio.create_task(self._start())
         self._wire.on_message, self._wire.on_full = self._on_message, self._watch
@@ -216,7 +218,7 @@ class Socket:
     async def _start(self) -> None:
         if self.single is not None:
             try:
-                self.single = await self.welcome(self.single.id)
+                self.single = await self.welcome(self.single.id, *self._channel)
             except Exception as error:  # noqa: BLE001 - deleted meanwhile, say: the socket ends and tells it
                 self.end(error)
                 return

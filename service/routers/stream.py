@@ -15,6 +15,8 @@ described in `service/wire/frames.py`. In `latch.json` a message is one JSON obj
     either, when the service stops
     server, at last    {"type": "going_away", "reason", "retry_after_ms"}, and then it closes with 1012
 
+On a socket of one session that speaks `latch.binary`, `?outputs=y,h` says what comes back of every step.
+
 Messages may be sent without waiting for replies. A refused message changes nothing and the socket stays open, unless
 it is a socket of one session and that is gone. After a broken connection, connect again and go on from the hello's
 `step`. A service that stops answers what it has read before it says `going_away`: what has no answer by then was not
@@ -26,10 +28,12 @@ Rule: the addresses and the agreement on a subprotocol; how a socket is read and
 
 import asyncio
 import logging
+from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
 
-from service.errors import Draining, Internal, LatchError, NotFound
+from service.errors import Draining, Internal, InvalidInput, LatchError, NotFound
 from service.routers.binary_socket import BinarySocket
 from service.routers.json_socket import JsonSocket
 from service.routers.sockets import BINARY, JSON, Shared
@@ -59,7 +63,7 @@ class StreamDoor:
                 before, _, session_id = path.removesuffix("/stream").rpartition("/")
                 if before != "/v1/sessions" or not path.endswith("/stream"):
                     raise NotFound(f"{path}: no such address; /v1/stream, or a session's /v1/sessions/<id>/stream")
-                await socket.run(session_id)
+                await socket.run(session_id, *_channel(scope["query_string"], subprotocol))
         except LatchError as error:
             await socket.fail(error)
         except asyncio.CancelledError:  # as in the front door
@@ -67,3 +71,13 @@ class StreamDoor:
         except Exception:
             log.exception("the stream at %s failed", path)
             await socket.fail(Internal("the service failed on this socket; its log says why"))
+
+
+def _channel(query: bytes, subprotocol: str | None) -> tuple[Any, ...]:
+    """What a socket of one session binds it to: number and outputs. Raises InvalidInput."""
+    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("outputs")
+    if values is None:
+        return ()
+    if subprotocol != BINARY:
+        raise InvalidInput(f"a JSON step has `outputs` in its message; {BINARY} has them in the query", path="query")
+    return 0, [name for value in values for name in value.split(",") if name]

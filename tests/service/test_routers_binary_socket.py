@@ -27,9 +27,10 @@ def many(server: Server, **options: Any) -> Iterator[Peer]:
 
 
 @contextmanager
-def single(server: Server, session: str) -> Iterator[Peer]:
+def single(server: Server, session: str, query: str = "", **options: Any) -> Iterator[Peer]:
     """A socket of one session, its hello not yet read."""
-    with server.socket(session, subprotocols=["latch.binary"]) as socket:
+    url = server.url.replace("http", "ws") + f"/v1/sessions/{session}/stream{query}"
+    with connect(url, **({"subprotocols": ["latch.binary"]} | options)) as socket:
         yield Peer(socket)
 
 
@@ -86,6 +87,43 @@ def test_one_session_on_channel_0(server: Server) -> None:
     ]  # fmt: skip
     assert got[2].payload == got[1].payload
     assert np.concatenate([got[i].rows("f4", 4) for i in (0, 1, 3)]).tolist() == expected.tolist()
+
+
+def test_one_session_answers_what_its_address_asks_for(server: Server) -> None:
+    """The outputs of the query, in that order; none is no bytes, and without it there is the prediction."""
+    body = {"inputs": ROW.tolist(), "outputs": ["z", "h"]}
+    outputs = server.http.post(f"/v1/sessions/{server.create()}/steps", json=body).json()["outputs"]
+    expected = np.concatenate([np.float32(outputs[name]) for name in ("z", "h")], axis=1).tobytes()
+    for query, payload in (("?outputs=z,h", expected), ("?outputs=z&outputs=h", expected), ("?outputs=", b"")):
+        with single(server, server.create(), query) as client:
+            client.row_bytes[0] = len(payload)
+            client.next()
+            client.send(peer.step(0, ROW))
+            assert client.next().payload == payload
+    with single(server, server.create(), "?other=1") as client:
+        client.next()
+        client.send(peer.step(0, ROW))
+        assert client.next().rows("f4", 4).tolist() == post(server, server.create(), ROW).tolist()
+
+
+@pytest.mark.parametrize(
+    ("query", "subprotocol", "error"),
+    [
+        ("?outputs=z,nope", "latch.binary", "'nope' at $.outputs[1] is no output of this model: it has"),
+        ("?outputs=z", "latch.json", "a JSON step has `outputs` in its message"),
+    ],
+)
+def test_outputs_that_cannot_be_given_end_the_socket(server: Server, query: str, subprotocol: str, error: str) -> None:
+    """The last message says why; the session is left as it was."""
+    session = server.create()
+    with single(server, session, query, subprotocols=[subprotocol]) as client:
+        said = client.socket.recv(timeout=10)
+        document = json.loads(said if isinstance(said, str) else said[16:])
+        assert document["code"] == "invalid_input"
+        assert error in document["error"]
+        with pytest.raises(ConnectionClosed):
+            client.socket.recv(timeout=10)
+    assert at(server, session) == 0
 
 
 def test_one_session_is_all_that_its_socket_has(server: Server) -> None:
