@@ -394,6 +394,7 @@ def reproduce_command(
     epochs: Annotated[int | None, typer.Option(help="At most so many epochs; the report calls it reduced.")] = None,
     results: Annotated[Path, typer.Option(help="Where NAME.json, .md and .png go.")] = Path("training/results"),
     runs: Annotated[Path, typer.Option(help="Where the run folders go.")] = Path("runs/reproduce"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own.")] = 1,
     threads: options.Threads = 1,
 ) -> None:
     """Run a paper's experiment and set its figures beside ours. The same command goes on where it was stopped.
@@ -405,7 +406,7 @@ def reproduce_command(
 
     `latch-train reproduce music --quick`
 
-    `latch-train reproduce music --arms chorales --cells gru,mgu2 --seeds 1,2,3`
+    `latch-train reproduce music --arms chorales --cells gru,mgu2 --seeds 1,2,3 --jobs 4`
     """
     experiment = experiments.find(name)
     if quick:
@@ -416,7 +417,7 @@ def reproduce_command(
     try:
         records = reproduce.reproduce(
             name, experiment, choice, results / f"{name}.json", runs,
-            threads=threads, progress=sys.stdout.isatty(), tell=console.print,
+            jobs=jobs, threads=threads, progress=sys.stdout.isatty(), tell=console.print,
         )  # fmt: skip
     except KeyboardInterrupt:
         console.print(

@@ -24,8 +24,9 @@ RISING = ("accuracy",)
 QUICK = ("gru", "gru3", "mgu2", "lstm")
 
 
-def cut(whole: DataSet, train: int, rest: int | None = None) -> DataSet:
-    """The first `train` sequences of the training split, and the first `rest` of the others (None: all of them)."""
+def cut(load: Callable[[], DataSet], train: int, rest: int | None = None) -> DataSet:
+    """Of what `load` gives the first `train` sequences of the training split, and `rest` of the others (None: all)."""
+    whole = load()
     parts = {
         name: Split(split.items[: train if name == "train" else rest]) for name, split in whole.splits.items()
     }  # fmt: skip
@@ -35,7 +36,8 @@ def cut(whole: DataSet, train: int, rest: int | None = None) -> DataSet:
 
 @dataclass(frozen=True)
 class Arm:
-    """One data set of an experiment, on which every unit of `hidden` (name to size) is trained with `seeds` seeds.
+    """One data set of an experiment, on which every unit of `hidden` (name to size) is trained with `seeds` seeds. It
+    can be sent to another process.
 
     `papers` are test scores in the same `metric`, by paper and then by unit, or by a name that is no unit of ours.
     `components` are the Gaussians that a gaussian head mixes. `at` is the arm's place on the experiment's axis, where
@@ -59,7 +61,7 @@ class Arm:
         """Something that looks the same within a minute: few units, sequences and epochs, one seed."""
         hidden = {cell: size for cell, size in self.hidden.items() if cell in QUICK}
         train = replace(self.train, max_epochs=min(self.train.max_epochs, 3))
-        return replace(self, load=lambda: cut(self.load(), 200, 200), hidden=hidden, train=train, seeds=1)
+        return replace(self, load=partial(cut, self.load, 200, 200), hidden=hidden, train=train, seeds=1)
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             f"images-{images}": Arm(
                 f"{images} training images",
-                lambda images=images: cut(data.load("digits"), images),  # type: ignore[misc]
+                partial(cut, partial(data.load, "digits"), images),
                 "accuracy",
                 only(MUSIC, "gru", "gru1", "gru3", "mgu", "mgu2", "lstm", "rnn"),
                 TrainConfig(max_epochs=100),

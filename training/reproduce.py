@@ -6,16 +6,17 @@ command goes on where it was stopped. It must not know which experiments there a
 
 import csv
 import json
-import time
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from training.checkpoint import Run
 from training.checkpoint import replace as write
 from training.config import TrainConfig
-from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError
 from training.experiments import Arm, Experiment
 from training.model import RecurrentModel
@@ -144,12 +145,34 @@ def record_of(arm: str, metric: str, run: Run, folder: Path) -> Record:
     )
 
 
-def run_one(arm: Arm, data: DataSet, cell: str, train: TrainConfig, folder: Path, **options: Any) -> Run:
-    """Fit (or take up, or find finished) one run of an arm."""
+def run_one(name: str, arm: Arm, cell: str, train: TrainConfig, folder: Path, **options: Any) -> Record:
+    """Fit (or take up, or find finished) one run of the arm called `name`."""
+    data = arm.load()
     model = configure(data, cell, hidden=arm.hidden[cell], components=arm.components)
     if arm.embedding is not None:
         model = replace(model, input_size=arm.embedding)
-    return fit(data, model, train, folder, **options)
+    return record_of(name, arm.metric, fit(data, model, train, folder, **options), folder)
+
+
+def results(calls: Sequence[Callable[[], Record]], jobs: int) -> Iterator[Record]:
+    """What the calls return, as soon as they do; up to `jobs` of them at a time, in processes of their own.
+
+    Where one fails or nobody asks any more, the others are ended as by a kill, which their runs survive.
+    """
+    if min(jobs, len(calls)) < 2:
+        yield from (call() for call in calls)
+        return
+    # Each with a fresh interpreter: torch's threads do not survive a fork. Ctrl-C is the parent's to hear.
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with get_context("spawn").Pool(min(jobs, len(calls)), ignore) as pool:
+        yield from pool.imap_unordered(_called, calls)
+
+
+def _called(call: Callable[[], Record]) -> Record:
+    try:
+        return call()
+    except KeyboardInterrupt:  # `fit` says so of any end that it is asked for
+        raise SystemExit from None
 
 
 def reproduce(
@@ -159,41 +182,56 @@ def reproduce(
     path: Path,
     runs: Path,
     *,
+    jobs: int = 1,
     threads: int = 1,
     progress: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
-    """Run what `choice` asks for and `path` has no record of; returns all records of the file.
+    """Run what `choice` asks for and `path` has no record of, up to `jobs` runs at a time; returns all records of the
+    file. With one at a time, `progress` shows its epochs.
 
-    KeyboardInterrupt on Ctrl-C: the same call goes on with the run that was going, from its last whole epoch.
+    KeyboardInterrupt on Ctrl-C: the same call goes on with the runs that were going, from their last whole epoch.
     """
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, not {jobs}")
     plan = choice.of(experiment)
     records = load(path)
     todo = [one for one in plan if not answers(records.get((one[0], one[1], one[2].seed)), one[2])]
     if todo and len(todo) < len(plan):
         tell(f"{len(plan) - len(todo)} of {len(plan)} runs are in {path} already")
-    data: DataSet | None = None
-    loaded = ""
-    for index, (arm_name, cell, train) in enumerate(todo):
-        arm = experiment.arms[arm_name]
-        if data is None or loaded != arm_name:
-            data, loaded = arm.load(), arm_name
-        started = time.monotonic()
-        folder = runs / name / arm_name / f"{cell}-{train.seed}"
-        run = run_one(arm, data, cell, train, folder, threads=threads, progress=progress)
-        record = record_of(arm_name, arm.metric, run, folder)
+    calls = [
+        partial(
+            run_one,
+            arm,
+            experiment.arms[arm],
+            cell,
+            train,
+            runs / name / arm / f"{cell}-{train.seed}",
+            threads=threads,
+            progress=progress and jobs == 1,
+        )
+        for arm, cell, train in todo
+    ]
+    left = {(arm, cell, train.seed): (arm, cell, train) for arm, cell, train in todo}
+    for record in results(calls, jobs):
+        del left[record.key]
         records = load(path) | {record.key: record}
         save(path, name, list(records.values()))
         tell(
-            f"{len(plan) - len(todo) + index + 1}/{len(plan)}: {arm.title}, {cell}, seed {train.seed}: "
-            f"test {arm.metric} {record.test:.4g}, {record.epochs} epochs, {time.monotonic() - started:.0f} s"
-            + remaining(experiment, todo[index + 1 :], records)
+            f"{len(plan) - len(left)}/{len(plan)}: {experiment.arms[record.arm].title}, {record.cell}, "
+            f"seed {record.seed}: test {record.metric} {record.test:.4g}, {record.epochs} epochs, "
+            f"{record.seconds:.0f} s" + remaining(experiment, [*left.values()], records, jobs)
         )
     return list(records.values())
 
 
-def remaining(experiment: Experiment, todo: Sequence[tuple[str, str, TrainConfig]], records: dict[Key, Record]) -> str:
-    """How long the rest may take: `; about 12 min left`, or nothing.
+def remaining(
+    experiment: Experiment,
+    todo: Sequence[tuple[str, str, TrainConfig]],
+    records: dict[Key, Record],
+    jobs: int = 1,
+) -> str:
+    """How long the rest may take, `jobs` runs at a time: `; about 12 min left`, or nothing.
 
     A run takes as long as the records of its arm, if it may have more epochs so much longer; where there are none, as
     many epochs as it may have of the table's length.
@@ -209,4 +247,5 @@ def remaining(experiment: Experiment, todo: Sequence[tuple[str, str, TrainConfig
             seconds += experiment.arms[name].epoch * train.max_epochs
     if not todo:
         return ""
+    seconds /= jobs
     return f"; about {seconds / 60:.0f} min left" if seconds < 6000 else f"; about {seconds / 3600:.0f} h left"

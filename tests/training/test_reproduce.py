@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from training.__main__ import app, main
 from training.checkpoint import Run, load_tensors
 from training.config import TrainConfig
 from training.data.sequences import DataSet
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, ConfigError, DivergedError
 from training.experiments import EXPERIMENTS, Arm, Experiment
 from training.reproduce import Choice, Record
 
@@ -31,7 +33,7 @@ def small(data: DataSet) -> Experiment:
     return Experiment(
         "Scales",
         "Nothing.",
-        {"scales": Arm("scales", lambda: data, "nll", {"gru": 4, "mgu2": 4}, TRAIN, 10, papers, 2)},
+        {"scales": Arm("scales", partial(copy, data), "nll", {"gru": 4, "mgu2": 4}, TRAIN, 10, papers, 2)},
     )
 
 
@@ -85,6 +87,38 @@ def test_a_stopped_experiment_ends_with_the_same_records(
     assert all("min left" in line for line in told if line[1:3] == "/4" and line[0] != "4")
     assert reproduce.reproduce("scales", small(tiny), Choice(), path, tmp_path / "stopped") == again
     assert len(calls) == 5
+
+
+@pytest.mark.slow
+def test_several_at_a_time_give_the_same_records(whole: list[Record], tiny: DataSet, tmp_path: Path) -> None:
+    """Whichever is done first; a line for each, and a file that has them all."""
+    path, told = tmp_path / "several.json", list[str]()
+    found = reproduce.reproduce(
+        "scales", small(tiny), Choice(), path, tmp_path / "several", jobs=3, progress=True, tell=told.append
+    )
+    assert sorted(settled(found), key=lambda one: one.key) == sorted(settled(whole), key=lambda one: one.key)
+    assert list(reproduce.load(path).values()) == found
+    assert [line[:4] for line in told] == ["1/4:", "2/4:", "3/4:", "4/4:"]
+
+
+@pytest.mark.slow
+def test_one_that_fails_ends_the_others(tiny: DataSet, tmp_path: Path) -> None:
+    """Its error is told, and what was done is kept: the same call goes on once it is mended."""
+    path, experiment = tmp_path / "scales.json", small(tiny)
+    bad = replace(TRAIN, rate=1e30, clip=1e30)
+    broken = replace(experiment, arms=experiment.arms | {"bad": replace(experiment.arms["scales"], train=bad)})
+    with pytest.raises(DivergedError, match="the loss became"):
+        reproduce.reproduce("scales", broken, Choice(), path, tmp_path / "runs", jobs=2)
+    assert {record.arm for record in reproduce.load(path).values()} <= {"scales"}
+    again = reproduce.reproduce("scales", broken, Choice(arms=("scales",)), path, tmp_path / "runs", jobs=2)
+    assert sorted(record.key for record in again) == [("scales", c, s) for c in ("gru", "mgu2") for s in (1, 2)]
+
+
+def test_no_job_at_all_is_refused(tiny: DataSet, tmp_path: Path) -> None:
+    """The number is in the message, and nothing is run."""
+    with pytest.raises(ConfigError, match="jobs must be at least 1, not 0"):
+        reproduce.reproduce("scales", small(tiny), Choice(), tmp_path / "s.json", tmp_path / "runs", jobs=0)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
@@ -235,7 +269,7 @@ def test_the_quick_form_is_small(name: str) -> None:
 def test_a_cut_says_what_is_left() -> None:
     """The first sequences of training, all others as they were, and a description that a run can be told apart by."""
     whole = EXPERIMENTS["small-data"].arms["images-1200"].load()
-    part = experiments.cut(whole, 75)
+    part = experiments.cut(lambda: whole, 75)
     assert {name: len(split) for name, split in part.splits.items()} == {"train": 75, "valid": 300, "test": 297}
     assert part.splits["train"].items[0] is whole.splits["train"].items[0]
     assert part.info.split.endswith("of these 75 train, 300 valid, 297 test")
