@@ -27,7 +27,8 @@ _FORM = (
     "?ca=file for TLS and ?tls=true for a cluster"
 )
 
-_FAILURES = (failures.RedisError, failures.RedisClusterException, OSError)
+# The last is uvloop's, where something is written to a connection that the other side has closed.
+_FAILURES = (failures.RedisError, failures.RedisClusterException, OSError, RuntimeError)
 
 # Failures that mend themselves within seconds: a restart, a failover, slots that move.
 _PASSING = (
@@ -215,9 +216,11 @@ class Link:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What a cluster's client hides behind an error of its own."""
+    """What a cluster's client hides behind an error of its own, and what uvloop says instead of a broken connection."""
     while isinstance(error, failures.RedisClusterException) and (cause := error.__cause__ or error.__context__):
         error = cause
+    if isinstance(error, RuntimeError) and "is closed" in str(error):
+        return failures.ConnectionError(str(error))
     return error
 
 

@@ -59,8 +59,11 @@ ALTER TABLE earlier RENAME COLUMN snapshot TO body;
 ALTER TABLE earlier ADD COLUMN header INTEGER NOT NULL DEFAULT 0;
 INSERT INTO headers VALUES (0, x'');
 """
-# A header that is lost to damage is as bad as one that is spoilt: whoever reads the snapshot says so.
-_SNAPSHOT = "body, coalesce((SELECT bytes FROM headers WHERE headers.number = header), x'')"
+# Whatever damage has made of them, they are bytes, or none: whoever reads the snapshot finds that it is not whole.
+_SNAPSHOT = (
+    "CAST(coalesce(body, x'') AS BLOB), "
+    "CAST(coalesce((SELECT bytes FROM headers WHERE headers.number = header), x'') AS BLOB)"
+)
 # The driver decodes what SQLite says, which may quote spoilt bytes.
 _FAILURES = (sqlite3.Error, UnicodeDecodeError)
 # The driver looks for an adapter of `bytes` at every value, in vain, which takes longer than a copy.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from service.errors import SessionExpired, SessionNotFound, SettingsInvalid, StoreInvalid, StoreUnavailable
 from service.stores import Save, SessionStore, open_store, redis_scripts
@@ -308,6 +309,30 @@ async def test_a_node_of_a_cluster_that_is_down_stops_its_sessions_only(tmp_path
         until(lambda: all(is_whole(node, 3) for node in nodes))
         assert all(await store.save(saves))
         await store.close()
+
+
+def test_a_connection_that_was_closed_meanwhile_is_made_anew(servers: list[RedisServer]) -> None:
+    """The service's loop refuses to write there with an error of its own, which the client hands on."""
+
+    async def abort(store: SessionStore) -> None:
+        assert isinstance(store, RedisStore)
+        for node in store._link._client.get_nodes():
+            for connection in node._connections:
+                connection._writer.transport.abort()
+        await asyncio.sleep(0.01)
+
+    async def scenario() -> list[bool]:
+        store, names = opened(cluster_url(servers) + PATIENT), [f"closed-{number}" for number in range(20)]
+        try:
+            await made(store, *names)
+            await abort(store)
+            found = [(await store.load(name)).step == 0 for name in names]
+            await abort(store)
+            return [*found, *await store.save([Save(name, token(1), token(2), saved(1)) for name in names])]
+        finally:
+            await store.close()
+
+    assert uvloop.run(scenario()) == [True] * 40
 
 
 async def test_time_is_that_of_the_server(server: RedisServer, store: SessionStore) -> None:

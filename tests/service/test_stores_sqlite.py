@@ -225,6 +225,27 @@ async def test_a_header_of_what_was_undone_is_made_anew(path: Path) -> None:
     await store.close()
 
 
+@pytest.mark.parametrize(
+    "statement", ["UPDATE sessions SET body = 1.5", "UPDATE headers SET bytes = 2.5 WHERE bytes != x''"]
+)
+async def test_a_snapshot_of_another_type_is_bytes_all_the_same(path: Path, statement: str) -> None:
+    """Bytes that change by themselves may make a number of it; whoever reads it finds that it is none."""
+    store = opened(path)
+    await made(store, "a")
+    await store.save([Save("a", token(1), token(2), Saved(1, b"body", b"header"))])
+    await store.close()
+    for change in ("UPDATE sqlite_master SET sql = replace(sql, ' STRICT', '')", statement):
+        file = sqlite3.connect(path)
+        file.execute("PRAGMA writable_schema = ON")
+        file.execute(change)
+        file.commit()
+        file.close()
+    store = opened(path)
+    assert (await store.load("a")).saved.snapshot in (b"header1.5", b"2.5body")
+    assert len(await store.earlier("a")) == 1
+    await store.close()
+
+
 async def test_a_header_that_is_lost_is_no_snapshot(path: Path) -> None:
     """What is left of the session is given as it is: whoever reads it finds that it is not whole."""
     store = opened(path)
