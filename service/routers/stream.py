@@ -63,7 +63,7 @@ class StreamDoor:
                 before, _, session_id = path.removesuffix("/stream").rpartition("/")
                 if before != "/v1/sessions" or not path.endswith("/stream"):
                     raise NotFound(f"{path}: no such address; /v1/stream, or a session's /v1/sessions/<id>/stream")
-                await socket.run(session_id, *_channel(scope["query_string"], subprotocol))
+                await socket.run(session_id, *_channel(scope.get("query_string", b""), subprotocol))
         except LatchError as error:
             await socket.fail(error)
         except asyncio.CancelledError:  # as in the front door
