@@ -269,7 +269,9 @@ class SqliteStore:
         return self._numbers.get(session)
 
     def _header(self, header: bytes) -> int:
-        """The row of a header, which is made where there is none."""
+        """The row of a header, which is made where there is none. None is removed: they are one for each version of a
+        model and length of reply.
+        """
         if header not in self._headers:
             if len(self._headers) >= _HEADERS_AT_HAND:
                 self._headers.clear()
