@@ -394,7 +394,7 @@ def reproduce_command(
     epochs: Annotated[int | None, typer.Option(help="At most so many epochs; the report calls it reduced.")] = None,
     results: Annotated[Path, typer.Option(help="Where NAME.json, .md and .png go.")] = Path("training/results"),
     runs: Annotated[Path, typer.Option(help="Where the run folders go.")] = Path("runs/reproduce"),
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; of more than one no bar is shown.")] = 1,
     threads: options.Threads = 1,
 ) -> None:
     """Run a paper's experiment and set its figures beside ours. The same command goes on where it was stopped.

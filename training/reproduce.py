@@ -73,7 +73,7 @@ class Choice:
                     raise ConfigError(f"the experiment has no {what} {name!r}: choose among {', '.join(known)}")
         runs = []
         for name, arm in experiment.arms.items():
-            seeds = self.seeds or tuple(range(1, arm.seeds + 1))
+            seeds = dict.fromkeys(self.seeds or range(1, arm.seeds + 1))  # one that is named twice is run once
             epochs = min(arm.train.max_epochs, self.epochs or arm.train.max_epochs)
             runs += [
                 (name, cell, replace(arm.train, seed=seed, max_epochs=epochs))

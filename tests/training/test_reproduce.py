@@ -239,6 +239,12 @@ def test_a_report_of_nothing_says_so(tiny: DataSet, tmp_path: Path) -> None:
     assert "±" not in page.partition("## ")[2]
 
 
+def test_a_seed_that_is_named_twice_is_run_once(tiny: DataSet) -> None:
+    """Two runs at a time must not have one folder."""
+    runs = Choice(cells=("gru",), seeds=(2, 1, 2)).of(small(tiny))
+    assert [train.seed for _, _, train in runs] == [2, 1]
+
+
 def test_a_wrong_name_is_refused_with_the_list(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
