@@ -33,7 +33,7 @@ def _bernoulli(raw: Tensor, target: Tensor) -> Tensor:
 
 
 def _categorical(raw: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(raw.transpose(1, 2), target, reduction="none")
+    return functional.cross_entropy(raw.movedim(-1, 1), target, reduction="none")
 
 
 def _gaussian(raw: Tensor, target: Tensor) -> Tensor:
@@ -180,8 +180,8 @@ class RecurrentModel(nn.Module):
         dropped._parameters = left
         return dropped
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """A whole sequence, layer by layer."""
+    def forward(self, x: Tensor, state: State | None = None, predicted: Tensor | None = None) -> tuple[Tensor, State]:
+        """A whole sequence, layer by layer; with `predicted` [B, T] the head values of its N steps alone, [N, R]."""
         config, encoded = self.config, self.encode(x.transpose(0, 1))
         value = self._drop_features(encoded, config.input_dropout)
         state = self.init_state(len(x)) if state is None else state
@@ -193,7 +193,10 @@ class RecurrentModel(nn.Module):
             if layer + 1 < len(self.cells):
                 value = self.dropout(value)
         value = self._drop_features(value, config.head_dropout)
-        return self.decode(value.transpose(0, 1), encoded.transpose(0, 1)), tuple(after)
+        if predicted is None:
+            return self.decode(value.transpose(0, 1), encoded.transpose(0, 1)), tuple(after)
+        row, step = predicted.nonzero(as_tuple=True)
+        return self.decode(value[step, row], encoded[step, row]), tuple(after)
 
     def step(self, x: Tensor, state: State, fused: list[Fused] | None = None) -> tuple[Tensor, list[Tensor], State]:
         """One step in evaluation: x [B, I] -> (head values [B, R], gate activations, next state)."""
@@ -231,10 +234,10 @@ class RecurrentModel(nn.Module):
         return (mean * self.y_std + self.y_mean, std * self.y_std)
 
     def loss(self, raw: Tensor, target: Tensor) -> Tensor:
-        """[B, T] from head values and targets [B, T, O] (categorical: ids [B, T]).
+        """[B, T], or [N], from head values [..., R] and targets [..., O] (categorical: ids).
 
         Nats for the first three heads (gaussian: of the standardised target), mean squared standardised error for
-        regression. The caller masks: nothing here knows which steps are padding.
+        regression. Nothing here knows which steps are padding: the caller asks for the predicted ones.
         """
         if self.config.head in ("gaussian", "regression"):
             target = (target - self.y_mean) / self.y_std

@@ -39,13 +39,13 @@ def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) 
     model.eval()
     raws, targets = [], []
     for inputs, target, predicted in DataLoader(split, batch_size=64, collate_fn=collate):
-        raw, _ = model(inputs)
-        raws.append(raw[predicted])
+        raw, _ = model(inputs, predicted=predicted)
+        raws.append(raw)
         targets.append(target[predicted])
     raw, target = torch.cat(raws), torch.cat(targets)
     found: list[tuple[str, float, str]] = []
     if model.config.head != "regression":
-        nats = model.loss(raw[None], target[None]).mean().item()
+        nats = model.loss(raw, target).mean().item()
         found.append(("nll", nats, "nats/frame" if model.config.head == "bernoulli" else "nats/step"))
     if info.task == "next_token":
         found += [("bits", nats / math.log(2), "bits/step"), ("perplexity", math.exp(nats), "1")]

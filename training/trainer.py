@@ -168,8 +168,8 @@ class Fitting(lightning.LightningModule):
     def _losses(self, model: RecurrentModel, batch: Batch) -> Tensor:
         mine = slice(self.global_rank, None, self.config.devices)
         inputs, targets, predicted = (part[mine] for part in batch)
-        raw, _ = model(inputs)
-        return model.loss(raw, targets)[predicted]
+        raw, _ = model(inputs, predicted=predicted)
+        return model.loss(raw, targets[predicted])
 
     def _reduce(self, value: Tensor, how: str) -> Tensor:
         """`value` over all devices: its "mean" or "sum"."""

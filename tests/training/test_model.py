@@ -44,6 +44,25 @@ def test_a_sequence_is_its_steps_unrolled(cell: str, layers: int, batch: int, st
     torch.testing.assert_close(state, expected_state)
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("settings", [{"skip": True}, {"layers": 2}], ids=["skip", "layers"])
+def test_the_predicted_steps_alone_are_those_of_the_whole(head: str, settings: dict[str, object]) -> None:
+    """Head values, losses and every gradient, where the steps that are asked for stand anywhere in the rows."""
+    model, x = make(head=head, **settings).double(), torch.randn(3, 7, 4, dtype=torch.float64)
+    target = torch.randint(3, (3, 7)) if head == "categorical" else torch.rand(3, 7, 3, dtype=torch.float64)
+    predicted = torch.rand(3, 7) < 0.4
+    found = []
+    for raw, losses in (
+        ((whole := model(x)[0])[predicted], model.loss(whole, target)[predicted]),
+        ((asked := model(x, predicted=predicted)[0]), model.loss(asked, target[predicted])),
+    ):
+        model.zero_grad()
+        losses.sum().backward()
+        found.append([raw, losses, *(value.grad for value in model.parameters())])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 @pytest.mark.parametrize("cell", UNITS)
 def test_a_sequence_may_be_cut_anywhere(cell: str) -> None:
     """Feeding the state of the first part to the second gives the whole: nothing is hidden in the model."""
