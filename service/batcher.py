@@ -8,6 +8,7 @@ It knows slots, not session ids, and never who asked: an answer is a call of wha
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from service.work import BlockReply, BlockRun, BlockWork, Chunk, ChunksRun, dele
 log = logging.getLogger(__name__)
 
 _WORKER_STEPS = 8
+_QUIET_SECONDS = 1.0
 
 
 class Runner(Protocol):
@@ -50,6 +52,9 @@ class Runner(Protocol):
 
     def is_short(self, rows: int, steps: int) -> bool:
         """Whether the run belongs on the event loop's own thread."""
+
+    def is_long(self, rows: int, steps: int) -> bool:
+        """Whether nobody should have to wait for the end of the run."""
 
 
 class Batcher:
@@ -98,6 +103,7 @@ class Batcher:
         self._ledger = ledger
         self._committer = Committer(slab, self._queues, snapshots, ledger)
         self._is_shared = ledger is not None and ledger.store.is_shared
+        self._last_short = -math.inf  # when somebody was served who asked for no more than a short run gives
         self._running: dict[Slot, None] = {}  # those that get back in line when their run has ended, oldest first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
         metrics.queue_depth.set_function(lambda: self._queues.depth)
@@ -262,7 +268,10 @@ class Batcher:
                 chunk.settle(StepReply(request.outputs, reply, request.first_step, step, replayed=True))
                 return False
         chunk.first_step = step + 1
-        chunk.queue_seconds = time.perf_counter() - chunk.submitted
+        now = time.perf_counter()
+        chunk.queue_seconds = now - chunk.submitted
+        if request.steps == 1 or self._runner.is_short(1, request.steps):
+            self._last_short = now
         return True
 
     async def _advance(self, batch: list[Chunk]) -> None:
@@ -335,11 +344,15 @@ class Batcher:
 
     def _cap(self, steps: int, rows: int) -> int:
         """Of the steps that a run could take, those that keep it short: whoever comes meanwhile waits for its end.
+        Where nobody came lately who asked for little, it only must not be long.
 
         A run that is not short at `_WORKER_STEPS` goes to a worker, where fewer would cost more in hops than they save.
         """
         steps = min(steps, self._max_run_steps)
-        while steps > _WORKER_STEPS and not self._runner.is_short(rows, steps):
+        is_quiet = time.perf_counter() - self._last_short > _QUIET_SECONDS
+        while steps > _WORKER_STEPS and (
+            self._runner.is_long(rows, steps) if is_quiet else not self._runner.is_short(rows, steps)
+        ):
             steps = max(_WORKER_STEPS, 3 * steps // 4)
         return steps
 
@@ -356,6 +369,8 @@ class Batcher:
         slots, block = work.slots, work.block
         count, steps = block.inputs.shape[:2]
         start = time.perf_counter()
+        if steps == 1 or self._runner.is_short(1, steps):
+            self._last_short = start
         began = self._slab.begin(slots, block.first_steps)
         if began is None or not _is_finite(block.inputs):
             return False

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 # A run shorter than this is cheaper on the event loop's own thread than a hop to a worker (20 to 300 us).
 INLINE_SECONDS = 500e-6
 
+# A run of chunks takes no longer than this: somebody may come who has to wait for its end.
+LONGEST_SECONDS = 5e-3
+
 # Rows (sessions times steps) that one run of a chunk takes at most. Beyond it, what passes between the parts of the
 # graph outgrows the cache: one run of 8,192 rows costs up to 1.3 times its steps, where 1,024 cost 0.4 to 1 times.
 CHUNK_ROWS = 1024
@@ -174,6 +177,10 @@ class OrtRunner:
     def is_short(self, rows: int, steps: int) -> bool:
         """Whether a run of this size belongs on the event loop's own thread, as measured at warm-up."""
         return self.expected_seconds(rows, steps) <= INLINE_SECONDS
+
+    def is_long(self, rows: int, steps: int) -> bool:
+        """Whether nobody should have to wait for the end of a run of this size."""
+        return self.expected_seconds(rows, steps) > LONGEST_SECONDS
 
     def expected_seconds(self, rows: int, steps: int) -> float:
         """How long a run of this size takes."""

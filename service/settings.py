@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     )
 
     max_batch_size: int = Field(256, ge=1, le=65_536, description="Sessions that one run of a model advances at most")
-    max_run_steps: int = Field(256, ge=1, le=4_096, description="Steps of one session that one run advances at most")
+    max_run_steps: int = Field(1024, ge=1, le=4_096, description="Steps of one session that one run advances at most")
     max_queue: int = Field(8_192, ge=1, description="Requests that may wait for one model; then 429")
     max_queue_bytes: int = Field(268_435_456, ge=1, description="Bytes of inputs that may wait for one model; then 429")
     max_session_queue: int = Field(

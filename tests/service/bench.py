@@ -57,6 +57,10 @@ class Folding:
         """On the loop's thread, unless the test wants a worker; or up to so many rows times steps."""
         return self.short if isinstance(self.short, bool) else rows * steps <= self.short
 
+    def is_long(self, rows: int, steps: int) -> bool:
+        """More than four times what is short, or what is not short at all."""
+        return not self.short if isinstance(self.short, bool) else rows * steps > 4 * self.short
+
 
 class Waiting(asyncio.Future[StepReply]):
     """An answer to wait for; cancelling it is what a caller does who leaves."""

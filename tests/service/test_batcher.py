@@ -450,16 +450,43 @@ async def test_a_chunk_with_an_input_that_is_no_number_changes_nothing(metrics: 
 
 @pytest.mark.parametrize(("short", "rows", "most"), [(20, 1, 20), (20, 2, 20), (64, 3, 64), (0, 1, 8), (0, 5, 40)])
 async def test_a_run_of_chunks_is_kept_short(metrics: Metrics, short: int, rows: int, most: int) -> None:
-    """A run takes as many steps as keep it on the loop's thread, or eight where no more than that could."""
+    """Where others step, a run takes as many steps as keep it on the loop's thread, or eight where no more could."""
     bench = Bench(metrics, max_run_steps=256)
     bench.runner.short = short
     slots = [bench.acquire() for _ in range(rows)]
     async with serving(bench):
+        await bench.step(bench.acquire(), 1)
+        bench.runner.runs.clear()
         await asyncio.gather(*[bench.step(slot, *[0.0] * 100) for slot in slots])
     assert sum(steps for _, steps in bench.runner.runs) == 100
     assert {size for size, _ in bench.runner.runs} == {rows}
     assert max(rows * steps for _, steps in bench.runner.runs) <= most
     assert min(steps for _, steps in bench.runner.runs[:-1]) >= max(8, 3 * (most // rows) // 4)
+
+
+@pytest.mark.parametrize("little", ["a step", "a short chunk", "a block"])
+async def test_runs_are_longer_where_nobody_asks_for_little(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch, little: str
+) -> None:
+    """They grow to what is not long, are short once somebody has asked for little, and grow again later."""
+    bench = Bench(metrics, max_run_steps=256)
+    bench.runner.short = 20
+    backfill, other = bench.acquire(), bench.acquire()
+
+    async def longest() -> int:
+        bench.runner.runs.clear()
+        await bench.step(backfill, *[0.0] * 200)
+        return max(steps for _, steps in bench.runner.runs)
+
+    async with serving(bench):
+        assert 60 <= await longest() <= 80
+        if little == "a block":
+            await bench.block([other], [[0.0] * 8])
+        else:
+            await bench.step(other, *[0.0] * (1 if little == "a step" else 20))
+        assert await longest() <= 20
+        monkeypatch.setattr("service.batcher._QUIET_SECONDS", 0.0)
+        assert 60 <= await longest() <= 80
 
 
 async def test_a_door_that_cannot_deliver_harms_nobody(metrics: Metrics, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,6 +59,10 @@ class Still:
         """Nothing is shorter."""
         return True
 
+    def is_long(self, rows: int, steps: int) -> bool:
+        """See `is_short`."""
+        return False
+
 
 @contextmanager
 def counting(calls: Counter[str]) -> Iterator[None]:
