@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from training.checkpoint import Run
@@ -233,18 +234,16 @@ def remaining(
 ) -> str:
     """How long the rest may take, `jobs` runs at a time: `; about 12 min left`, or nothing.
 
-    A run takes as long as the records of its arm, if it may have more epochs so much longer; where there are none, as
-    many epochs as it may have of the table's length.
+    An epoch takes as long as in the records of the unit, or of its arm, or of the table; and a run has as many as the
+    records of its arm that were not reduced, or as it may have.
     """
     seconds = 0.0
     for name, cell, train in todo:
-        alike = [one for one in records.values() if one.arm == name]
-        alike = [one for one in alike if one.cell == cell] or alike
-        if alike:
-            longest = max(one.train["max_epochs"] for one in alike)
-            seconds += sum(one.seconds for one in alike) / len(alike) * max(1.0, train.max_epochs / longest)
-        else:
-            seconds += experiment.arms[name].epoch * train.max_epochs
+        arm = [one for one in records.values() if one.arm == name]
+        alike = [one for one in arm if one.cell == cell] or arm
+        epoch = mean(one.seconds / one.epochs for one in alike) if alike else experiment.arms[name].epoch
+        whole = [one.epochs for one in arm if one.train["max_epochs"] >= train.max_epochs]
+        seconds += epoch * (mean(whole) if whole else train.max_epochs)
     if not todo:
         return ""
     seconds /= jobs

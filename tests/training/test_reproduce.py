@@ -228,6 +228,23 @@ def test_a_curve_of_one_epoch_can_be_seen(tiny: DataSet, tmp_path: Path, monkeyp
     ]
 
 
+def test_what_is_left_is_told_by_what_was_run(tiny: DataSet) -> None:
+    """Seconds of an epoch are the unit's, or the arm's, or the table's; epochs those of runs that were not reduced."""
+    gru = replace(fixed("gru", 1, 1.0), seconds=300.0, epochs=5)
+    mgu = replace(fixed("mgu2", 1, 1.0), seconds=600.0, epochs=2)
+    limit = gru.train["max_epochs"]
+    reduced = replace(mgu, train=mgu.train | {"max_epochs": 2})
+    todo = Choice(cells=("mgu2",), seeds=(2,)).of(small(tiny))
+
+    def left(*records: Record) -> str:
+        return reproduce.remaining(small(tiny), todo, {record.key: record for record in records})
+
+    assert left(gru) == "; about 5 min left"
+    assert left(gru, reduced) == "; about 25 min left"
+    assert left(reduced) == f"; about {5 * limit} min left"
+    assert left() == f"; about {small(tiny).arms['scales'].epoch * limit / 60:.0f} min left"
+
+
 def test_a_report_of_nothing_says_so(tiny: DataSet, tmp_path: Path) -> None:
     """No picture, no figure of ours, and the command that would make them."""
     (written,) = findings.write(tmp_path, "scales", small(tiny), [])
