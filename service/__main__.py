@@ -13,7 +13,6 @@ from rich.progress import track
 from rich.table import Table
 
 from service.app import create_app, engine_options
-from service.demo import play
 from service.engine import load_engines
 from service.errors import LatchError
 from service.metrics import Metrics
@@ -133,6 +132,8 @@ def demo(
 
     Start the service first, in another terminal: latch serve
     """
+    from service.demo import play  # with an HTTP client, which no server waits for
+
     play(url or f"http://127.0.0.1:{load_settings().port}", model, tempo, out)
 
 

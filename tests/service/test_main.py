@@ -38,6 +38,18 @@ def test_help_teaches_every_command(command: str) -> None:
     assert "Usage" in page.stdout
 
 
+def test_a_start_waits_for_no_library_that_a_server_does_not_use() -> None:
+    """Clients, and the stores that were not asked for: each takes as long to import as a model to load."""
+    heavy = ["httpx", "redis", "sqlite3", "service.client"]
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, service.__main__; print([m for m in {heavy} if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "[]\n"
+
+
 def test_serve_listens_says_where_and_stops_on_sigterm(repository: Path) -> None:
     """On a free port it prints its address; the address answers; SIGTERM ends it with 0."""
     command = [*LATCH, "serve", "--port", "0", "--models", str(repository), "--device", "cpu", "--store", "memory://"]
