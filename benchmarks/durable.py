@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,22 +33,23 @@ def run(quick: bool) -> Iterator[Row]:
             "sqlite": f"sqlite:///{folder}/full.db",
             "sqlite, synchronous=normal": f"sqlite:///{folder}/normal.db?synchronous=normal",
         }
-        port = stack.enter_context(redis_server("everysec")) if shutil.which("redis-server") else None
-        if port is not None:
-            urls["redis, appendfsync everysec"] = f"redis://127.0.0.1:{port}"
-        yield from _stored(urls, rounds, seconds)
+        helpers = {}
+        if shutil.which("redis-server"):
+            port, helpers["redis, appendfsync everysec"] = stack.enter_context(redis_server("everysec"))
+            urls |= dict.fromkeys(helpers, f"redis://127.0.0.1:{port}")
+        yield from _stored(urls, helpers, rounds, seconds)
         yield from _recovery(f"sqlite:///{folder}/recovery.db", 3 if quick else 7)
-        if port is not None:
-            yield from _replicas(f"redis://127.0.0.1:{port}", rounds, seconds)
+        for name in helpers:
+            yield from _replicas(urls[name], rounds, seconds)
 
 
-def _stored(urls: dict[str, str], rounds: int, seconds: float) -> Iterator[Row]:
+def _stored(urls: dict[str, str], helpers: dict[str, int], rounds: int, seconds: float) -> Iterator[Row]:
     contenders, written = {}, {}
     with ExitStack() as stack:
         for name, url in urls.items():
             service = stack.enter_context(Latch(store_url=url))
             lines = _lines(latch.websocket_binary, service.port, service.create(CONNECTIONS))
-            contenders[name] = loading(service, lines, seconds)
+            contenders[name] = replace(loading(service, lines, seconds), helper=helpers.get(name))
             if "sqlite" in name:
                 written[name] = _bytes_a_step(service.pid, lines, seconds)
         taken = take_turns(contenders, rounds)

@@ -37,7 +37,7 @@ def run(quick: bool) -> Iterator[Row]:
             url, path = f"sqlite:///{folder}/{{size}}.db?synchronous={mode}", Path(folder, "raw.db")
             yield _row(f"sqlite, synchronous={mode}", url, (raw_sqlite, path, mode), "one commit", rounds, seconds)
     for mode in REDIS:
-        with redis_server(mode) as port:
+        with redis_server(mode) as (port, _):
             url = f"redis://127.0.0.1:{port}"
             yield _row(f"redis, appendfsync {mode}", url, (raw_redis, port), "one SET", rounds, seconds)
 
@@ -137,8 +137,8 @@ def _timed(call: Callable[[], object], seconds: float) -> float:
 
 
 @contextmanager
-def redis_server(appendfsync: str) -> Iterator[int]:
-    """A server with an empty folder, on the loading core; gives its port."""
+def redis_server(appendfsync: str) -> Iterator[tuple[int, int]]:
+    """A server with an empty folder, on the loading core; gives its port and its process."""
     program = shutil.which("redis-server")
     if program is None:
         raise RuntimeError("no redis-server: apt-get install redis-server")
@@ -164,4 +164,4 @@ def redis_server(appendfsync: str) -> Iterator[int]:
                     if time.monotonic() > end:
                         raise RuntimeError("redis-server does not answer") from None
                     time.sleep(0.02)
-        yield port
+        yield port, process.pid
