@@ -280,7 +280,7 @@ class Batcher:
         if steps > 1:
             steps = self._cap(steps, len(batch))
         names = {chunk.request.outputs for chunk in batch}
-        wanted = names.pop() if len(names) == 1 else tuple({name: None for each in names for name in each})
+        wanted = next(iter(names)) if len(names) == 1 else tuple({name: None for each in names for name in each})
         inputs = self._rows.batch([self._part(chunk, steps) for chunk in batch], steps)
         if not _is_finite(inputs):
             await self._advance_finite(batch, steps)
@@ -292,7 +292,10 @@ class Batcher:
                     rows[b] = own
         start = time.perf_counter()
         try:
-            outputs, state = await self._run(inputs, state, wanted)
+            if self._runner.is_short(len(batch), steps):
+                outputs, state = self._runner.run(inputs, state, wanted)
+            else:
+                outputs, state = await self._run_aside(inputs, state, wanted)
         except InferenceFailed as error:
             if len(batch) == 1:
                 batch[0].settle(error)
@@ -304,7 +307,7 @@ class Batcher:
         ended = time.perf_counter()
         sound = self._sound(batch, outputs, state)
         finished: list[int] = []
-        for b, (chunk, part) in enumerate(zip(batch, self._split(batch, outputs), strict=True)):
+        for b, (chunk, part) in enumerate(zip(batch, self._split(batch, names, outputs), strict=True)):
             chunk.compute_seconds += ended - start
             if not sound[b]:
                 chunk.settle(InferenceFailed("the step gave a value that is not finite; the state did not move"))
@@ -356,13 +359,11 @@ class Batcher:
             steps = max(_WORKER_STEPS, 3 * steps // 4)
         return steps
 
-    async def _run(
+    def _run_aside(
         self, inputs: Array, state: list[Array], wanted: tuple[str, ...]
-    ) -> tuple[dict[str, Array], list[Array]]:
-        if self._runner.is_short(*inputs.shape[:2]):
-            return self._runner.run(inputs, state, wanted)
+    ) -> asyncio.Future[tuple[dict[str, Array], list[Array]]]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, self._runner.run, inputs, state, wanted)
+        return loop.run_in_executor(self._worker, self._runner.run, inputs, state, wanted)
 
     async def _advance_block(self, work: BlockWork) -> bool:
         """One run of a block; False, and nothing has changed, where its requests must meet their fates alone."""
@@ -376,7 +377,10 @@ class Batcher:
             return False
         before, state = began
         try:
-            outputs, state = await self._run(block.inputs, state, block.outputs)
+            if self._runner.is_short(count, steps):
+                outputs, state = self._runner.run(block.inputs, state, block.outputs)
+            else:
+                outputs, state = await self._run_aside(block.inputs, state, block.outputs)
         except InferenceFailed:
             return False
         ended = time.perf_counter()
@@ -385,9 +389,7 @@ class Batcher:
         self._metrics.observe_run(
             rows=count, steps=steps, compute=ended - start, queue=[start - work.submitted] * count
         )
-        data = self._rows.pack(outputs, block.outputs)
-        size = len(data) // count
-        replies = [data[b * size : (b + 1) * size] for b in range(count)]
+        replies = _cut(self._rows.pack(outputs, block.outputs), count)
         self._pass_on(
             BlockRun(
                 work,
@@ -412,13 +414,9 @@ class Batcher:
         if rest := [chunk for chunk in batch if chunk.answer is not None]:
             await self._advance(rest)
 
-    def _split(self, batch: list[Chunk], outputs: dict[str, Array]) -> list[bytes]:
+    def _split(self, batch: list[Chunk], names: set[tuple[str, ...]], outputs: dict[str, Array]) -> list[bytes]:
         """What each chunk asked for of the outputs of a run."""
-        rows: dict[tuple[str, ...], list[bytes]] = {}
-        for names in {chunk.request.outputs for chunk in batch}:
-            data = self._rows.pack(outputs, names)
-            size = len(data) // len(batch)
-            rows[names] = [data[b * size : (b + 1) * size] for b in range(len(batch))]
+        rows = {each: _cut(self._rows.pack(outputs, each), len(batch)) for each in names}
         if len(rows) == 1:
             return rows[batch[0].request.outputs]
         return [rows[chunk.request.outputs][b] for b, chunk in enumerate(batch)]
@@ -438,6 +436,14 @@ class Batcher:
         finite = {name: _finite_rows(rows) for name, rows in outputs.items()}
         sound = np.logical_and.reduce([_finite_rows(rows) for rows in state])
         return [sound[b] and all(finite[name][b] for name in chunk.request.outputs) for b, chunk in enumerate(batch)]
+
+
+def _cut(data: bytes, count: int) -> list[bytes]:
+    """In so many equal parts."""
+    if count == 1:
+        return [data]
+    size = len(data) // count
+    return [data[b * size : (b + 1) * size] for b in range(count)]
 
 
 def _is_finite(values: Array) -> bool:

@@ -176,6 +176,8 @@ class OrtRunner:
 
     def is_short(self, rows: int, steps: int) -> bool:
         """Whether a run of this size belongs on the event loop's own thread, as measured at warm-up."""
+        if steps == 1:  # asked for every run: without two calls more
+            return self._step_cost.step + rows * self._step_cost.row <= INLINE_SECONDS
         return self.expected_seconds(rows, steps) <= INLINE_SECONDS
 
     def is_long(self, rows: int, steps: int) -> bool:

@@ -172,7 +172,7 @@ class SlabMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.slab = make_slab(70)
-        self.model: dict[Slot, tuple[float, int]] = {}
+        self.model: dict[Slot, tuple[float, int, Kept | None]] = {}
         self.dead: list[Slot] = []
 
     @precondition(lambda self: len(self.model) < 70)
@@ -182,17 +182,24 @@ class SlabMachine(RuleBasedStateMachine):
         slot = take(self.slab)
         assert slot not in self.model
         assert slot not in self.dead
-        self.model[slot] = (0.0, 0)
+        self.model[slot] = (0.0, 0, None)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), value=st.integers(0, 1000))
     def commit(self, data: st.DataObject, value: int) -> None:
-        """A commit to live and dead slots at once moves the live ones."""
-        live = data.draw(st.sampled_from(list(self.model)))
-        slots = [live, *self.dead[-1:]]
-        step = self.model[live][1] + 1
-        assert self.slab.commit(at(step, *slots), rows(*[float(value)] * len(slots)))[0]
-        self.model[live] = (float(value), step)
+        """A commit to some live slots, and a dead one between them, moves the live ones, be they few or many."""
+        live = data.draw(st.lists(st.sampled_from(list(self.model)), unique=True, min_size=1, max_size=8))
+        slots = [*live[:1], *self.dead[-1:], *live[1:]]
+        values = [float(value + b) for b in range(len(slots))]
+        firsts = [self.model[slot][1] + 1 if slot in self.model else 1 for slot in slots]
+        kept = [Kept(first, bytes([b]) * 16, bytes([b])) for b, first in enumerate(firsts)]
+        commits = Commits(
+            slots, [first + 2 for first in firsts], firsts, [one.digest for one in kept], [one.reply for one in kept]
+        )
+        assert self.slab.commit(commits, rows(*values)) == [slot in self.model for slot in slots]
+        for slot, now, first, one in zip(slots, values, firsts, kept, strict=True):
+            if slot in self.model:
+                self.model[slot] = (now, first + 2, one)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -207,10 +214,14 @@ class SlabMachine(RuleBasedStateMachine):
     def states_are_the_models(self) -> None:
         """Every live slot holds what was last committed to it."""
         assert len(self.slab) == len(self.model)
-        for slot, (value, step) in self.model.items():
+        for slot, (value, step, kept) in self.model.items():
             assert slot.is_live
-            assert self.slab.step(slot) == step
-            assert self.slab.gather([slot])[0][0, 0] == value
+            assert (self.slab.step(slot), self.slab.kept(slot)) == (step, kept)
+            assert self.slab.gather([slot])[0].tolist() == [[value] * 3]
+        if self.model:
+            assert self.slab.gather(list(self.model))[0][:, 0].tolist() == [
+                value for value, _, _ in self.model.values()
+            ]
         assert not any(slot.is_live for slot in self.dead)
 
 
