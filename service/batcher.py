@@ -39,7 +39,7 @@ from service.work import BlockReply, BlockRun, BlockWork, Chunk, ChunksRun, dele
 log = logging.getLogger(__name__)
 
 _WORKER_STEPS = 8
-_QUIET_SECONDS = 1.0
+_QUIET_SECONDS = 1.0  # without anybody who asked for little, after which runs may be longer
 
 
 class Runner(Protocol):
