@@ -16,6 +16,11 @@ from training.presets import PRESETS
 README = Path("training/README.md").read_text()
 # What a preset's score stands beside.
 PAPERS = (("Bai 2018", "gru"), ("Bai 2018", "TCN"), ("RRU 2021", "gru"), ("RRU 2021", "RRU"))
+# Experiments and arms that were run to their end with all units.
+OTHERS = (
+    ("music", "nottingham"), ("music", "musedata"), ("music", "piano-midi"), ("adding", "steps-100"),
+    ("adding", "steps-200"),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("cell", ship.UNITS)
@@ -58,6 +63,24 @@ def test_every_command_is_in_the_readme() -> None:
     assert set(re.findall(r"`latch-train (\w+)", README)) == known
 
 
+def table(name: str) -> list[str]:
+    """The rows of a table of the service's README, without its head."""
+    page = Path("README.md").read_text().partition(f"<!-- table: {name} -->\n\n")[2]
+    return page.partition("\n\n")[0].splitlines()[2:]
+
+
+def test_the_other_experiments_table_is_what_the_records_say() -> None:
+    """Mean and deviation over the seeds of runs that were not cut short, a column for each of some experiments."""
+    columns = []
+    for experiment, arm in OTHERS:
+        whole = EXPERIMENTS[experiment].arms[arm]
+        records = reproduce.load(Path(f"training/results/{experiment}.json")).values()
+        records = [one for one in records if one.arm == arm and one.train["max_epochs"] == whole.train.max_epochs]
+        columns.append({cell: [one.test for one in records if one.cell == cell] for cell in whole.hidden})
+    rows = [f"| `{cell}` | {' | '.join(findings.spread(column[cell]) for column in columns)} |" for cell in columns[0]]
+    assert table("others") == rows
+
+
 def test_the_papers_table_is_what_the_records_say() -> None:
     """The README's rows of JSB: size, parameters, mean and deviation, and the papers' figures of the same unit."""
     arm, rows = EXPERIMENTS["music"].arms["chorales"], []
@@ -67,5 +90,4 @@ def test_the_papers_table_is_what_the_records_say() -> None:
         ours = [str(hidden), f"{mine[0].parameters:,}", findings.spread([record.test for record in mine])]
         papers = [findings.figure(arm, arm.papers[name], cell) for name in ("Chung 2014", "Bai 2018", "RRU 2021")]
         rows.append(f"| `{cell}` | {' | '.join([*ours, *papers])} |")
-    page = Path("README.md").read_text().partition("<!-- table: papers -->\n\n")[2].partition("\n\n")[0]
-    assert page.splitlines()[2:] == rows
+    assert table("papers") == rows
