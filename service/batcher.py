@@ -103,7 +103,7 @@ class Batcher:
         self._ledger = ledger
         self._committer = Committer(slab, self._queues, snapshots, ledger)
         self._is_shared = ledger is not None and ledger.store.is_shared
-        self._last_short = -math.inf  # when somebody was served who asked for no more than a short run gives
+        self._last_short = -math.inf  # see `_saw`
         self._running: dict[Slot, None] = {}  # those that get back in line when their run has ended, oldest first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
         metrics.queue_depth.set_function(lambda: self._queues.depth)
@@ -268,14 +268,12 @@ class Batcher:
                 chunk.settle(StepReply(request.outputs, reply, request.first_step, step, replayed=True))
                 return False
         chunk.first_step = step + 1
-        now = time.perf_counter()
-        chunk.queue_seconds = now - chunk.submitted
-        if request.steps == 1 or self._runner.is_short(1, request.steps):
-            self._last_short = now
+        chunk.queue_seconds = time.perf_counter() - chunk.submitted
         return True
 
     async def _advance(self, batch: list[Chunk]) -> None:
         """One run: everybody in `batch` moves on by the same number of steps."""
+        self._saw(min([chunk.request.steps for chunk in batch]))
         steps = min([chunk.request.steps - chunk.done for chunk in batch])
         if steps > 1:
             steps = self._cap(steps, len(batch))
@@ -359,6 +357,11 @@ class Batcher:
             steps = max(_WORKER_STEPS, 3 * steps // 4)
         return steps
 
+    def _saw(self, steps: int) -> None:
+        """Notes when somebody asks for no more than a short run gives: to him a long one makes a difference."""
+        if steps == 1 or self._runner.is_short(1, steps):
+            self._last_short = time.perf_counter()
+
     def _run_aside(
         self, inputs: Array, state: list[Array], wanted: tuple[str, ...]
     ) -> asyncio.Future[tuple[dict[str, Array], list[Array]]]:
@@ -370,8 +373,7 @@ class Batcher:
         slots, block = work.slots, work.block
         count, steps = block.inputs.shape[:2]
         start = time.perf_counter()
-        if steps == 1 or self._runner.is_short(1, steps):
-            self._last_short = start
+        self._saw(steps)
         began = self._slab.begin(slots, block.first_steps)
         if began is None or not _is_finite(block.inputs):
             return False
