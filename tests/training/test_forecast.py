@@ -99,7 +99,9 @@ def test_short_gaps_repeat_the_last_value_and_are_never_asked_about(csv: Csv) ->
     assert [seen[row] for row in range(48, 55)] == [48, 49, 49, 49, 49, 53, 54]
     assert {49, 53} <= asked
     assert not asked & {50, 51, 52}
-    assert data.notes == ("a [m]: 3 cells missing (lines 52 to 54): 3 filled with the last value, 0 too many in a row",)
+    assert data.notes[1:] == (
+        "a [m]: 3 cells missing (lines 52 to 54): 3 filled with the last value, 0 too many in a row",
+    )
 
 
 @pytest.mark.parametrize("gap", ["holes", "absent"])
@@ -171,7 +173,7 @@ def test_uneven_times_are_told(csv: Csv, tmp_path: Path) -> None:
     lines[1:] = [line.replace(":00,", f":{17 * row % 60:02},") for row, line in enumerate(lines[1:])]
     path.write_text("\n".join(lines))
     data = load(path, season=None)
-    assert data.notes == ("the times are not evenly spaced: every row counts as one step",)
+    assert data.notes[0] == "the times are not evenly spaced: every row counts as one step"
     assert {reference.name for reference in data.references} == {"last value"}
 
 
@@ -209,6 +211,20 @@ def test_a_column_that_never_changes_is_left_out(csv: Csv) -> None:
     for asked in ({"targets": ("c",)}, {"targets": ("a",), "inputs": ("a", "c")}):
         with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
             load(path, **asked)
+
+
+def test_an_input_that_rises_in_every_row_is_told(csv: Csv) -> None:
+    """A time among the numbers is hardly meant; not where it was asked for, is forecast, or falls once."""
+    path = csv()
+    path.write_text(
+        "ts,a,b\n" + "".join(f"{1700000000 + 60 * row},{row % 9},{row - 2 * (row == 9)}\n" for row in range(200))
+    )
+    assert [note for note in load(path, targets=("a",)).notes if "rises" in note] == [
+        "ts: rises in every row, so later rows are beyond what was trained on: is it a time (--time ts), or a "
+        "count that --inputs leaves out?"
+    ]
+    for asked in ({"targets": ("ts",)}, {"targets": ("a",), "inputs": ("a", "ts")}, {"targets": ("a",), "time": "ts"}):
+        assert not any("rises" in note for note in load(path, **asked).notes)
 
 
 def test_inputs_that_are_never_there_together_are_refused(csv: Csv) -> None:

@@ -32,8 +32,10 @@ def test_a_format_that_is_given_is_the_only_one() -> None:
 
 
 def test_numbers_are_seconds_since_1970() -> None:
-    """If they are not dates; those without end are none."""
+    """If they are not dates; or thousandths of them, as their size tells; those without end are none."""
     assert times.seconds(["10", "20.5"]).tolist() == [10, 20.5]
+    for zeros in ("", "000", "000000", "000000000"):
+        assert times.seconds([f"1700000000{zeros}", f"1700000060{zeros}"]).tolist() == [1700000000, 1700000060]
     assert times.seconds(["19700102"]).tolist() == [86400]
     with pytest.raises(times.NoTime, match="'inf' is not a time such as"):
         times.seconds(["inf"])

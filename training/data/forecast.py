@@ -83,6 +83,12 @@ def load(path: Path, options: Options) -> DataSet:
         still = _still(table, rows[: ends[0]]) - set(targets)
         inputs = tuple(name for name in table.columns if name not in still)
         notes += [f"{name}: never changes in the rows that train: left out" for name in table.columns if name in still]
+        notes += [
+            f"{name}: rises in every row, so later rows are beyond what was trained on: is it a time (--time {name}), "
+            "or a count that --inputs leaves out?"
+            for name in inputs
+            if name not in targets and _rises(table.take((name,)))
+        ]
     columns = tuple(dict.fromkeys((*inputs, *targets)))
     grid = fill(table, columns, inputs, rows, options.max_gap)
     x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in targets]
@@ -135,6 +141,11 @@ def _still(table: Table, rows: NDArray[np.int64]) -> set[str]:
     part = table.values[rows[rows >= 0]].T
     varied = [np.unique(values[~np.isnan(values)]).size > 1 for values in part]
     return {name for name, varies in zip(table.columns, varied, strict=True) if not varies}
+
+
+def _rises(values: Values) -> bool:
+    """Whether every value of a column [rows, 1] that is not missing is above the one before."""
+    return bool((np.diff(values[~np.isnan(values)]) > 0).all())
 
 
 def cut(

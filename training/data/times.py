@@ -16,6 +16,7 @@ Reader = Callable[[str], float]
 
 DAYS = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y", "%m/%d/%y", "%Y/%m/%d", "%Y-%m")
 CLOCKS = ("%H:%M", "%H:%M:%S", "%H.%M.%S", "%I:%M %p", "%I:%M:%S %p")
+_NO_SECONDS = 1e11  # in seconds this is the year 5138, in milliseconds 1973
 
 
 def _utc(moment: datetime) -> float:
@@ -30,10 +31,12 @@ def _formatted(written: str) -> Reader:
     return lambda cell: _utc(datetime.strptime(cell, written))
 
 
-def _finite(cell: str) -> float:
+def _since_1970(cell: str) -> float:
     value = float(cell)
     if not math.isfinite(value):
         raise ValueError(cell)
+    while abs(value) >= _NO_SECONDS:  # milli-, micro- or nanoseconds
+        value /= 1000
     return value
 
 
@@ -62,12 +65,12 @@ def seconds(cells: Sequence[str], written: str | None = None) -> NDArray[np.floa
     """Seconds since 1970 of each cell, [rows]; a time without a zone counts as UTC.
 
     `written` is the format of `datetime.strptime` that they are in; else they are ISO dates, a day of `DAYS` with or
-    without a time of `CLOCKS`, or seconds since 1970 themselves. Raises NoTime at the first cell that is no time or not
-    later than the one above.
+    without a time of `CLOCKS`, or seconds since 1970 themselves, or milli-, micro- or nanoseconds. Raises NoTime at the
+    first cell that is no time or not later than the one above.
     """
     known = f"in the format {written}" if written else "such as 2026-01-31 14:00"
     furthest = NoTime(0, f"{cells[0]!r} is not a time {known}; --time-format says how times are written")
-    for readers in ((_formatted(written),),) if written else ((_iso,), DATES, (_finite,)):
+    for readers in ((_formatted(written),),) if written else ((_iso,), DATES, (_since_1970,)):
         fits = []
         for read in _able(cells[0], readers):
             try:
