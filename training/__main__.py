@@ -320,7 +320,6 @@ def export(
 @app.command(name="adopt")
 def adopt_command(
     file: Annotated[Path, typer.Argument(help="An ONNX graph of one step that takes and returns its state.")],
-    name: Annotated[str, typer.Option(help="The model's name.")],
     state: Annotated[
         list[str],
         typer.Option(help="IN=OUT or IN=OUT@AXIS: a state, its next value, the axis of its batch; repeat it."),
@@ -340,6 +339,7 @@ def adopt_command(
         Path | None,
         typer.Option(help="A .npy of inputs [sequences, steps, ...] for the golden vectors; else random ones."),
     ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name; default the file's.")] = None,
     about: Annotated[str, typer.Option(help="A sentence for the person who picks a model.")] = "",
     version: Annotated[str | None, typer.Option(help="A whole number; default the next free one.")] = None,
     models: options.Models = Path("models"),
@@ -352,12 +352,12 @@ def adopt_command(
 
     **Examples**
 
-    `latch-train adopt vad.onnx --name vad --state state=stateN@1 --constant sr=16000 --shape input=512`
+    `latch-train adopt vad.onnx --state state=stateN@1 --constant sr=16000 --shape input=512`
 
     `latch-train adopt lstm.onnx --name words --state h=h_out --state c=c_out --ids 5000`
     """
     plan = adopt.Plan(state, constant or (), shape or (), sequence, ids, sample)
-    path = adopt.adopt(file, models, name, plan, version=version, force=force, about=about)
+    path = adopt.adopt(file, models, name or options.slug(file.stem), plan, version=version, force=force, about=about)
     console.print(f"wrote {path}; `latch serve --models {models}` serves it")
 
 

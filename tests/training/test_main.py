@@ -106,10 +106,13 @@ def test_one_command_makes_a_model_of_a_csv(tmp_path: Path, waves: Path) -> None
 
 def test_adopt_writes_a_model(tmp_path: Path) -> None:
     """What `adopt --help` shows, on a graph of that kind."""
-    path, models = strangers.voice(tmp_path / "vad.onnx"), tmp_path / "models"
-    words = ("--name", "vad", "--state", "state=stateN@1", "--constant", "rate=16000", "--shape", "x=6")
+    path, models = strangers.voice(tmp_path / "VAD.onnx"), tmp_path / "models"
+    words = ("--state", "state=stateN@1", "--constant", "rate=16000", "--shape", "x=6")
     assert f"wrote {models / 'vad' / '1'}" in call("adopt", str(path), *words, "--models", str(models))
-    assert json.loads((models / "vad" / "1" / "manifest.json").read_text())["description"] == "adopted from vad.onnx"
+    assert json.loads((models / "vad" / "1" / "manifest.json").read_text())["description"] == "adopted from VAD.onnx"
+    assert f"wrote {models / 'voice' / '1'}" in call(
+        "adopt", str(path), *words, "--name", "voice", "--models", str(models)
+    )
 
 
 def test_text_and_arrays_become_models(tmp_path: Path) -> None:
