@@ -37,6 +37,9 @@ def test_numbers_are_seconds_since_1970() -> None:
     for zeros in ("", "000", "000000", "000000000"):
         assert times.seconds([f"1700000000{zeros}", f"1700000060{zeros}"]).tolist() == [1700000000, 1700000060]
     assert times.seconds(["19700102"]).tolist() == [86400]
+    assert times.seconds(["197001020059", "197001020100"]).tolist() == [86400 + 59 * 60, 86400 + 3600]
+    assert times.seconds(["19700102005959", "19700102010000"]).tolist() == [86400 + 3599, 86400 + 3600]
+    assert times.seconds(["200000000000", "200000060000"]).tolist() == [2e8, 2e8 + 60]  # month 00: milliseconds
     with pytest.raises(times.NoTime, match="'inf' is not a time such as"):
         times.seconds(["inf"])
 

@@ -31,6 +31,14 @@ def _formatted(written: str) -> Reader:
     return lambda cell: _utc(datetime.strptime(cell, written))
 
 
+def _compact(cell: str) -> float:
+    """20260131140000, with or without seconds: digits that would pass for a number of milliseconds."""
+    written = {12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(cell))
+    if written is None or not cell.startswith(("19", "20")):
+        raise ValueError(cell)
+    return _formatted(written)(cell)
+
+
 def _since_1970(cell: str) -> float:
     value = float(cell)
     if not math.isfinite(value):
@@ -70,7 +78,7 @@ def seconds(cells: Sequence[str], written: str | None = None) -> NDArray[np.floa
     """
     known = f"in the format {written}" if written else "such as 2026-01-31 14:00"
     furthest = NoTime(0, f"{cells[0]!r} is not a time {known}; --time-format says how times are written")
-    for readers in ((_formatted(written),),) if written else ((_iso,), DATES, (_since_1970,)):
+    for readers in ((_formatted(written),),) if written else ((_iso,), DATES, (_compact,), (_since_1970,)):
         fits = []
         for read in _able(cells[0], readers):
             try:
