@@ -8,6 +8,13 @@ from typing import Any
 from service.routers.stream import StreamDoor
 
 
+async def turn(number: int) -> None:
+    """A turn of the loop. Every twentieth rests: beside a loop that never does, a run in another thread may wait
+    seconds for Python's lock, which is taken back before the thread is awake.
+    """
+    await asyncio.sleep(0 if number % 20 else 0.001)
+
+
 class Wire:
     """What `service/server.py` gives a socket; the bytes in between are lists.
 
@@ -68,7 +75,6 @@ class Client:
     def __init__(self, door: StreamDoor, path: str, subprotocol: str | None = None) -> None:
         self.wire = Wire()
         self.closed: dict[str, Any] = {}
-        self._turns = 0
         self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._events.put_nowait({"type": "websocket.connect"})
         scope = {
@@ -106,15 +112,10 @@ class Client:
         self.wire.writable.set()
         self._events.put_nowait({"type": "websocket.disconnect", "code": 1006})
 
-    async def _turn(self) -> None:
-        """A turn of the loop. Every twentieth rests: beside a loop that never does, a run in another thread may wait
-        seconds for Python's lock, which is taken back before the thread is awake.
-        """
-        self._turns += 1
-        await asyncio.sleep(0 if self._turns % 20 else 0.001)
-
     async def until(self, seen: Callable[[], Any]) -> None:
         """Turns the loop until something is so."""
         async with asyncio.timeout(20):
+            turns = 0
             while not seen():
-                await self._turn()
+                turns += 1
+                await turn(turns)
