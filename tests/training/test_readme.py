@@ -19,7 +19,7 @@ PAPERS = (("Bai 2018", "gru"), ("Bai 2018", "TCN"), ("RRU 2021", "gru"), ("RRU 2
 # Experiments and arms that were run to their end with all units.
 OTHERS = (
     ("music", "nottingham"), ("music", "musedata"), ("music", "piano-midi"), ("adding", "steps-100"),
-    ("adding", "steps-200"), ("imdb", "imdb"),
+    ("adding", "steps-200"), ("imdb", "imdb"), ("mnist-rows", "rows-0.001"),
 )  # fmt: skip
 
 
