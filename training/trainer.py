@@ -130,6 +130,7 @@ class Fitting(lightning.LightningModule):
             # Not torch's own function for it, which cannot be sent to the processes of several devices.
             average = partial(moved, share=1 - config.average)
             self.average = AveragedModel(model, avg_fn=average).requires_grad_(False)
+        self.train_sum, self.train_steps = 0.0, 0
         self.valid_sum, self.valid_steps = 0.0, 0
         self.overflows = 0
 
@@ -189,9 +190,10 @@ class Fitting(lightning.LightningModule):
         count = int(batch[2].sum())
         # The gradients of the devices are averaged, and their shares of the predicted steps differ.
         loss = self._losses(self.model, batch).sum() * (self.config.devices / count)
-        whole = self._reduce(loss.detach(), "mean")
-        self._require_finite("loss", whole.item())
-        self.log("train_loss", whole, on_epoch=True, on_step=False, prog_bar=True, batch_size=count, sync_dist=True)
+        whole = self._reduce(loss.detach(), "mean").item()
+        self._require_finite("loss", whole)
+        self.train_sum += whole * count  # logged once an epoch: a `log` at every step is slow
+        self.train_steps += count
         return loss
 
     def configure_gradient_clipping(
@@ -211,6 +213,7 @@ class Fitting(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """The rate of the epoch: a resumed run finds it by the epoch's number."""
+        self.train_sum, self.train_steps = 0.0, 0
         self.overflows = 0
         if self.config.schedule == "cosine":
             left = (1 + math.cos(math.pi * self.current_epoch / self.config.max_epochs)) / 2
@@ -243,10 +246,11 @@ class Fitting(lightning.LightningModule):
         self.valid_steps += len(losses)
 
     def on_validation_epoch_end(self) -> None:
-        """What early stopping watches."""
+        """What early stopping watches, and beside it the loss of the epoch that led there."""
         sums = torch.tensor([self.valid_sum, self.valid_steps], dtype=torch.float64, device=self.device)
         total, steps = self._reduce(sums, "sum").tolist()
         self._require_finite("valid loss", total)
+        self.log("train_loss", self.train_sum / self.train_steps, prog_bar=True, sync_dist=True)
         self.log("valid_loss", total / steps, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -71,8 +71,11 @@ def collate(items: list[Item]) -> Batch:
     def pad(values: Items[Array]) -> Tensor:
         # Piano rolls are kept as bytes, a quarter of their size; floats are made here. int64 stays: it is an id.
         tensors = [torch.from_numpy(value) for value in values]
-        keep = tensors[0].dtype in (torch.int64, torch.bool)
-        return pad_sequence([value if keep else value.float() for value in tensors], batch_first=True)
+        if tensors[0].dtype not in (torch.int64, torch.bool):
+            tensors = [tensor.float() for tensor in tensors]
+        if len({len(tensor) for tensor in tensors}) == 1:
+            return torch.stack(tensors)  # padding takes several times as long
+        return pad_sequence(tensors, batch_first=True)
 
     inputs, targets, predicted = zip(*items, strict=True)
     return pad(inputs), pad(targets), pad(predicted)
