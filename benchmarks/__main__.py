@@ -38,11 +38,11 @@ console = Console(highlight=False, soft_wrap=True)
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Any of {', '.join(NAMES)}; all when absent.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short rounds: to see that it works, not to quote.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the page here [results.md after a full run of all].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the page here; a full run of all writes results.md.")] = None,
 ) -> None:
     """Measure the service beside what limits it: bare echoes on the same server, and ONNX Runtime alone.
 
-    Every figure is a ratio from one run on one machine, so it needs two quiet cores and about ten minutes.
+    Every figure is a ratio from one run on one machine, so it needs two quiet cores and about a quarter of an hour.
 
     Examples: python -m benchmarks          python -m benchmarks doors bulk --quick
     """

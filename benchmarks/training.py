@@ -158,7 +158,7 @@ def scans(shapes: list[Shape], rounds: int, clock: Callable[[], float]) -> list[
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Few small shapes: to see that it works.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the page here [training.md after a full run].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the page here; a full run writes training.md.")] = None,
 ) -> None:
     """Measure the kernels of training beside `torch.nn.GRU`, in some minutes."""
     if native.library() is None:

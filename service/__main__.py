@@ -10,7 +10,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.app import create_app, engine_options
 from service.engine import load_engines
@@ -76,7 +76,14 @@ def check(models: ModelsOption = None) -> None:
     """Load every model and replay its golden vectors; exit with 1 if one does not give what was exported."""
     settings = load_settings(models=models)
     found = scan(settings.models)
-    table = Table("model", "device", "largest golden error", "allowed", "bit-exact", title=f"{settings.models}")
+    table = Table(
+        Column("model", overflow="fold"),
+        "device",
+        "largest golden error",
+        "allowed",
+        "bit-exact",
+        title=f"{settings.models}",
+    )
     broken = dict(found.broken)
     for files in track(found.found, "loading", console=Console(stderr=True), transient=True):
         loaded = load_engines([files], {}, engine_options(settings), Metrics(CollectorRegistry()))
@@ -96,7 +103,7 @@ def list_models(models: ModelsOption = None) -> None:
     """List the models of the repository: unit, sizes and scores, as their manifests say."""
     settings = load_settings(models=models)
     found = scan(settings.models)
-    table = Table("model", "unit", "hidden", "parameters", "state bytes", "test score")
+    table = Table(Column("model", overflow="fold"), "unit", "hidden", "parameters", "state bytes", "test score")
     for files in found.found:
         manifest, unit = files.manifest, files.manifest.unit or {}
         score = next((m for m in manifest.metrics if m["split"] == "test"), None)
@@ -116,7 +123,7 @@ def list_models(models: ModelsOption = None) -> None:
 def list_settings() -> None:
     """List every setting: its name in the environment, its value now, and what it means."""
     settings = load_settings()
-    table = Table("setting", "value", "default", "meaning")
+    table = Table(*(Column(title, overflow="fold") for title in ("setting", "value", "default", "meaning")))
     for name, field in Settings.model_fields.items():
         table.add_row(PREFIX + name.upper(), str(getattr(settings, name)), str(field.default), field.description)
     out.print(table)
@@ -124,7 +131,9 @@ def list_settings() -> None:
 
 @cli.command()
 def demo(
-    url: Annotated[str | None, typer.Option(help="A running service [else this machine's LATCH_PORT]")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running service; by default that on this machine's LATCH_PORT")
+    ] = None,
     model: Annotated[str, typer.Option(help="A model of 88 notes")] = "chorales-gru",
     tempo: Annotated[float, typer.Option(help="Frames a second; 0 plays as fast as it can", min=0)] = 4.0,
 ) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import gc
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -184,7 +185,8 @@ class _Server(uvicorn.Server):
                 ("/metrics", "figures for Prometheus"),
             ):
                 out.print(f"  {url}{path:<16} {what}", highlight=False)
-            out.print(f"  latch demo --url {url}   a chorale, note by note", highlight=False)
+            program = sys.argv[0] if sys.argv[0].endswith("latch") else "latch"
+            out.print(f"  {program} demo --url {url}   a chorale, note by note", highlight=False)
 
 
 def calm_collector() -> None:

@@ -207,8 +207,9 @@ class SessionManager:
             [body], [header] = engine.snapshots.pack(*snapshot(engine.slab, session).commits(session))
             return header + body
 
-    async def restore(self, session_id: str, data: bytes) -> tuple[Session, bool]:
-        """Has a session stand where a snapshot does; makes it if there is none of that id.
+    async def restore(self, session_id: str, data: bytes, idle_ttl: float | None = None) -> tuple[Session, bool]:
+        """Has a session stand where a snapshot does; makes it, to be idle for `idle_ttl` seconds at most, if there is
+        none of that id.
 
         Returns:
             The session, and whether it is new.
@@ -226,7 +227,7 @@ class SessionManager:
         if await self._is_known(session_id):
             return await self._move(session_id, there), False
         engine = self.engines.get(model, version)
-        return await self._make(engine, engine.snapshots.unpack(data), session_id, None, _NOTHING), True
+        return await self._make(engine, engine.snapshots.unpack(data), session_id, idle_ttl, _NOTHING), True
 
     async def reset(self, session_id: str) -> Session:
         """Returns a session to its model's initial state and to step 0, after what it has waiting. Raises as `find`."""
@@ -519,9 +520,9 @@ class SessionManager:
         return session
 
     def _not_kept(self, session: Session, step: int, steps: list[int]) -> StepNotKept:
-        kept = ", ".join(map(str, steps)) or "none before it: LATCH_KEEP_STEPS says how many are"
+        kept = f"steps {', '.join(map(str, steps))}" if steps else "none: LATCH_KEEP_STEPS says how many are kept"
         return StepNotKept(
-            f"session {session.id!r} is at step {session.step}; of step {step} nothing is kept, but of {kept}",
+            f"session {session.id!r} is at step {session.step} and cannot go back to {step}; kept before it: {kept}",
             kept_steps=[*steps, session.step],
         )
 

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         1_000, ge=1, le=TEN_YEARS_MS, description="Shortest idle_ttl_ms that a session may ask for"
     )
     max_idle_ttl_ms: int = Field(
-        86_400_000, ge=1, le=TEN_YEARS_MS, description="Longest idle_ttl_ms that a session may ask for"
+        31_536_000_000, ge=1, le=TEN_YEARS_MS, description="Longest idle_ttl_ms that a session may ask for"
     )
     sweep_interval_ms: int = Field(1_000, ge=10, description="How often idle sessions are looked for")
     max_expired_ids: int = Field(

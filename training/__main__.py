@@ -21,6 +21,7 @@ from training.checkpoint import Run, replace
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
+from training.export import check_successor
 from training.export import export as export_run
 from training.graph import LOWERINGS
 from training.report import write_report
@@ -151,6 +152,8 @@ def fit(
         export = bool(data_set.info.own)
     if export:
         check_name(model_name)
+        if export_name is None:
+            check_successor(data_set.info, models, model_name)
     folder = run or Path("runs") / f"{data_set.info.name}-{cell}"
     before = Run.load(folder) if (folder / "run.json").is_file() else None
     try:

@@ -4,6 +4,7 @@ Its one rule: without parity no artifact, and an artifact appears whole or not a
 was trained.
 """
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from training import data
-from training.artifact import free_version, write_version
+from training.artifact import free_version, next_version, write_version
 from training.checkpoint import Run, load_tensors
+from training.config import DataInfo
 from training.errors import ExportError
 from training.graph import TOLERANCE, Values, build_graph, check_parity, output_names, synthetic_inputs, torch_steps
 from training.model import RecurrentModel
@@ -36,6 +38,32 @@ def _features(pairs: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
 
 def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
+
+
+def check_successor(info: DataInfo, models: Path, name: str) -> None:
+    """ExportError where a model of `info` would be no new version of `name` in `models`, but another model: it answers
+    another question, or takes or gives other features than the newest version. Whoever asks for the name gets the
+    newest, and would not be told.
+    """
+    versions = models / name
+    newest = versions / str(int(next_version(versions)) - 1)
+    if not (newest / "manifest.json").is_file():
+        return
+    found = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+
+    def features(tensor: dict[str, Any]) -> str:
+        return ", ".join(feature["name"] for feature in tensor.get("features", ()))
+
+    for what, before, now in (
+        ("is for", found["description"].rpartition(": ")[0], info.description),
+        ("takes", features(found["input"]), ", ".join(name for name, _ in info.inputs)),
+        ("gives", features(found["outputs"][0]), ", ".join(name for name, _ in info.outputs)),
+    ):
+        if before != now:
+            raise ExportError(
+                f"{newest} {what} {before}, and this {what} {now}: that is no new version of it, "
+                f"so give it a --name of its own, and a --run"
+            )
 
 
 def make_manifest(

@@ -45,9 +45,11 @@ class AsyncClient:
         work = self._logic.session(session_id, model, version, idle_ttl, metadata, state)
         return AsyncSession(self._line, await self._line.run(work))
 
-    async def restore(self, snapshot: bytes, session_id: str | None = None) -> "AsyncSession":
+    async def restore(
+        self, snapshot: bytes, session_id: str | None = None, idle_ttl: float | None = None
+    ) -> "AsyncSession":
         """A session from the bytes that `AsyncSession.snapshot` gave; one that has this id already is moved there."""
-        return AsyncSession(self._line, await self._line.run(self._logic.restore(snapshot, session_id)))
+        return AsyncSession(self._line, await self._line.run(self._logic.restore(snapshot, session_id, idle_ttl)))
 
     async def predict(
         self, model: str, sequences: Iterable[Any], outputs: Iterable[str] | None = None

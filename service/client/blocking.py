@@ -60,18 +60,20 @@ class Client:
 
         Args:
             session_id: yours to choose; None makes one up.
-            model: what to create it with; None only finds.
+            model: what to create it with, at step 0, where there is none (any more); None only finds.
             version: of the model; the service's default when None.
-            idle_ttl: seconds that it may be idle; the service's default when None.
+            idle_ttl: seconds without a step after which it is gone; the service's default when None.
             metadata: names and values of your own.
             state: arrays or nested lists by name, where a new one does not begin in the model's initial state.
         """
         work = self._logic.session(session_id, model, version, idle_ttl, metadata, state)
         return Session(self._line, self._line.run(work))
 
-    def restore(self, snapshot: bytes, session_id: str | None = None) -> "Session":
-        """A session from the bytes that `Session.snapshot` gave; one that has this id already is moved there."""
-        return Session(self._line, self._line.run(self._logic.restore(snapshot, session_id)))
+    def restore(self, snapshot: bytes, session_id: str | None = None, idle_ttl: float | None = None) -> "Session":
+        """A session from the bytes that `Session.snapshot` gave, with `idle_ttl` as in `session`; one that has this id
+        already is moved there.
+        """
+        return Session(self._line, self._line.run(self._logic.restore(snapshot, session_id, idle_ttl)))
 
     def predict(
         self, model: str, sequences: Iterable[Any], outputs: Iterable[str] | None = None

@@ -153,9 +153,10 @@ class ClientLogic:
             answer = yield from self.call("PUT", _path(session_id or uuid4().hex), body)
         return (yield from self.opened(read(answer.body, Info)))
 
-    def restore(self, snapshot: bytes, session_id: str | None) -> "Work[SessionLogic]":
+    def restore(self, snapshot: bytes, session_id: str | None, idle_ttl: float | None) -> "Work[SessionLogic]":
         """Makes a session of a snapshot, or has one stand there."""
-        path = _path(session_id or uuid4().hex) + "/state"
+        ttl = "" if idle_ttl is None else f"?idle_ttl_ms={round(idle_ttl * 1000)}"
+        path = f"{_path(session_id or uuid4().hex)}/state{ttl}"
         answer = yield from self.call("PUT", path, snapshot, PACKED)
         return (yield from self.opened(read(answer.body, Info)))
 

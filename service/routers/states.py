@@ -1,6 +1,8 @@
 """`/v1/sessions/{id}/...`: fork, rollback, reset, and where a session stands as bytes, out and in."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.routers import PACKED, Body, BoundedRoute, Manager, PackedRoute, documented
@@ -10,6 +12,10 @@ router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_
 snapshots = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=PackedRoute)
 
 _BYTES = {"type": "string", "format": "binary"}
+
+NewIdleTtl = Annotated[
+    int | None, Query(ge=1, le=10**12, description="Of a session that this makes; the service's default when absent")
+]
 
 
 class Fork(BaseModel):
@@ -61,8 +67,10 @@ async def get_state(session_id: str, manager: Manager) -> Response:
 
 
 @snapshots.put("/state", openapi_extra=documented(_BYTES, PACKED))
-async def put_state(session_id: str, body: Body, manager: Manager, response: Response) -> SessionInfo:
+async def put_state(
+    session_id: str, body: Body, manager: Manager, response: Response, idle_ttl_ms: NewIdleTtl = None
+) -> SessionInfo:
     """Has a session stand where a snapshot does; makes the session (201) if there is none of that id."""
-    session, created = await manager.restore(session_id, body)
+    session, created = await manager.restore(session_id, body, None if idle_ttl_ms is None else idle_ttl_ms / 1000)
     response.status_code = 201 if created else 200
     return session_info(manager, session)

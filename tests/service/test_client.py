@@ -353,7 +353,8 @@ def test_a_service_that_dies_in_the_middle_of_a_stream_costs_time_only(
 
 def test_sessions_branch_return_and_move(start: Callable[..., Server], client: Callable[..., Any]) -> None:
     """A fork, a rollback, a reset and a snapshot each go on from where they should, with the bits of that sequence."""
-    latch = client(start(keep_steps=4).url)
+    server = start(keep_steps=4)
+    latch = client(server.url)
     whole = expected(latch)
     session = latch.session("trunk", model="toy")
     for row in ROWS[:4]:
@@ -373,8 +374,9 @@ def test_sessions_branch_return_and_move(start: Callable[..., Server], client: C
     assert caught.value.extras["kept_steps"]
     session.reset()
     assert (next(iter(session.stream(ROWS)))["y"] == whole[0]).all()
-    moved = latch.restore(snapshot, "moved")
+    moved = latch.restore(snapshot, "moved", idle_ttl=7)
     assert (moved.at, moved.id, latch.restore(snapshot).at) == (4, "moved", 4)
+    assert server.http.get("/v1/sessions/moved").json()["idle_ttl_ms"] == 7000
     assert (moved.step(ROWS[4])["y"] == whole[4]).all()
     begun = latch.session(model="toy", state={"h": np.zeros(4)})
     assert (begun.step(ROWS[0])["y"] == whole[0]).all()

@@ -131,8 +131,10 @@ def test_a_snapshot_moves_to_another_machine(server: Server, start: Start) -> No
     reply = server.http.get(f"/v1/sessions/{one}/state")
     assert reply.headers["content-type"] == "application/octet-stream"
     for status in (201, 200):
-        made = other.http.put("/v1/sessions/moved/state", content=reply.content, headers=OCTETS)
+        ttl = {"idle_ttl_ms": 7000 if status == 201 else 8000}  # of a session that is made; the other one has its own
+        made = other.http.put("/v1/sessions/moved/state", content=reply.content, headers=OCTETS, params=ttl)
         assert (made.status_code, made.json()["step"], made.json()["model"]) == (status, 2, "toy")
+        assert made.json()["idle_ttl_ms"] == 7000
         replay = step(other, "moved", 2)
         assert (replay["outputs"], replay["replayed"]) == (last["outputs"], True)
         assert step(other, "moved", 3)["outputs"]["y"] == alone(server, 3)[2:]
@@ -155,6 +157,9 @@ def test_what_is_no_snapshot_changes_nothing(server: Server) -> None:
     hashes = [server.http.get(f"/v1/models/{name}").json()["sha256"] for name in ("toy", "counter")]
     assert all(digest in error["error"] for digest in hashes)
     assert put(one, whole, **{"content-type": "application/json"}).status_code == 415
+    for ttl in (1, "soon"):
+        found = server.http.put("/v1/sessions/nobody/state", content=whole, headers=OCTETS, params={"idle_ttl_ms": ttl})
+        assert "idle_ttl_ms" in refused(422, "invalid_input", (found.status_code, found.json()))["error"]
     assert server.http.get(f"/v1/sessions/{one}").json()["step"] == 1
     assert server.http.get("/v1/sessions/nobody").status_code == 404
 

@@ -19,7 +19,7 @@ from training import data, ship
 from training.checkpoint import Run
 from training.config import TrainConfig
 from training.data.sequences import DataSet
-from training.errors import TrainingError
+from training.errors import ExportError, TrainingError
 from training.presets import PRESETS, Preset
 from training.trainer import configure, fit
 
@@ -102,6 +102,21 @@ def test_one_command_makes_a_model_of_a_csv(tmp_path: Path, waves: Path) -> None
     assert "is left as it is" in call(*words)
     assert [path.name for path in (models / "two-waves").iterdir()] == ["1"]
     assert "last value" in call("evaluate", str(run))
+
+
+def test_another_question_is_no_new_version(tmp_path: Path, waves: Path) -> None:
+    """Who asks for a model gets its newest version: other targets or inputs need a name, and to give it is consent."""
+    models, run = tmp_path / "models", tmp_path / "run"
+    words = ["fit", "--csv", str(waves), "--window", "32", "--hidden", "6", "--epochs", "1", "--models", str(models)]
+    call(*words, "--targets", "a", "--run", str(run))
+    with pytest.raises(ExportError, match=r"1 is for a 1 row .*, and this is for b 1 row .* a --name of its own"):
+        call(*words, "--targets", "b", "--run", str(tmp_path / "other"))
+    with pytest.raises(ExportError, match="takes a, b, and this takes a: that is no new version"):
+        call(*words, "--targets", "a", "--inputs", "a", "--run", str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    assert [path.name for path in (models / "two-waves").iterdir()] == ["1"]
+    named = call(*words, "--targets", "b", "--run", str(tmp_path / "other"), "--name", "two-waves")
+    assert str(models / "two-waves" / "2") in named
 
 
 def test_adopt_writes_a_model(tmp_path: Path) -> None:
