@@ -21,7 +21,7 @@ from training.checkpoint import Run, replace
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
-from training.export import check_successor
+from training.export import check_successor, exported
 from training.export import export as export_run
 from training.graph import LOWERINGS
 from training.report import write_report
@@ -155,7 +155,6 @@ def fit(
         if export_name is None:
             check_successor(data_set.info, models, model_name)
     folder = run or Path("runs") / f"{data_set.info.name}-{cell}"
-    before = Run.load(folder) if (folder / "run.json").is_file() else None
     try:
         done = fit_run(data_set, model, how, folder, logs=logs, threads=threads, progress=sys.stdout.isatty())
     except KeyboardInterrupt:
@@ -170,8 +169,8 @@ def fit(
     if export or data_set.info.own:
         console.print(f"wrote {', '.join(map(str, write_report(folder, done, data_set)))}")
     if export:
-        if before == done and (models / model_name).is_dir():
-            console.print(f"the run had finished before: {models / model_name} is left as it is")
+        if (version := exported(done, models, model_name)) is not None:
+            console.print(f"the run had finished before: {version} is left as it is")
         else:
             console.print(f"wrote {export_run(folder, models, model_name)}; `latch serve --models {models}` serves it")
 
@@ -181,10 +180,10 @@ def show(data_set: DataSet, metrics: list[Metric]) -> None:
     table = Table("", "metric", "valid", "test", "unit", title=data_set.info.description)
     for metric in (metric for metric in metrics if metric.split == "test"):
         valid = next(other.value for other in metrics if (other.name, other.split) == (metric.name, "valid"))
-        table.add_row("this run", metric.name, f"{valid:.4f}", f"{metric.value:.4f}", metric.unit)
+        table.add_row("this run", metric.name, f"{valid:.5g}", f"{metric.value:.5g}", metric.unit)
         for reference in data_set.references:
             if reference.metric == metric.name:
-                table.add_row(reference.name, reference.metric, "", f"{reference.value:.4f}", metric.unit)
+                table.add_row(reference.name, reference.metric, "", f"{reference.value:.5g}", metric.unit)
     console.print(table)
 
 
@@ -251,7 +250,7 @@ def sweep_command(
     for trial in found[:10]:
         cell, size, rates = (trial.params[key] for key in ("cell", "hidden", "rate"))
         where = sweep.folder_of(folder, trial.params).name
-        table.add_row(f"{trial.value:.4f}", cell, f"{trial.params['layers']} x {size}", f"{rates:.2g}", where)
+        table.add_row(f"{trial.value:.5g}", cell, f"{trial.params['layers']} x {size}", f"{rates:.2g}", where)
     console.print(table)
     best = {"name": name, "seed": seed, "epochs": epochs, "patience": patience} | asked | found[0].params
     best |= {kind: str(path.resolve()) for kind, path in files.items() if path is not None}
@@ -270,7 +269,7 @@ def compare_command(
     """
     rows = compare.compare(folders)
     for contest in dict.fromkeys(row.contest for row in rows):
-        table = Table(title=f"{contest[0]}: {contest[2]}")
+        table = Table(title=f"{contest[0]}\n{contest[1]}\n{contest[3]}")
         for column in compare.COLUMNS:
             table.add_column(column, overflow="fold")
         for row in rows:
@@ -451,7 +450,7 @@ def main() -> None:
     """Run the command; a refusal is one line on stderr and exit status 2."""
     try:
         app()
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:  # a folder that is a file, a disk that is full
         # A message may hold brackets, which are not markup, and stays one line, so that it can be searched for.
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

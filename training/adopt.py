@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, TensorProto
-from onnx.external_data_helper import uses_external_data
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
 from training.artifact import Values, free_version, write_version
 from training.errors import ExportError
@@ -95,6 +95,9 @@ class StepRunner:
             )
         self.constants = dict(self._constant(text) for text in plan.constants)
         taken = [pair["input"] for pair in pairs] + list(self.constants)
+        for name in (*taken, *(pair["output"] for pair in pairs)):
+            if taken.count(name) > 1 or [pair["output"] for pair in pairs].count(name) > 1:
+                raise ExportError(f"{name!r} is given twice: a tensor is one state, or one constant")
         rest = [name for name in self.inputs if name not in taken]
         if plan.sequence is None and len(rest) != 1:
             raise ExportError(
@@ -174,7 +177,9 @@ class StepRunner:
         """An input with a batch, as declared, the open sizes from --shape."""
         node = self._node(name, nodes)
         if node.type not in DTYPES:
-            raise ExportError(f"{name!r} is {node.type}; a step takes and returns {_list(DTYPES)}")
+            raise ExportError(
+                f"{name!r} is {node.type}; a step takes and returns {_list(DTYPES)}: export it with a Cast inside"
+            )
         if axis >= len(node.shape):
             raise ExportError(f"{name!r} has shape {node.shape}: there is no axis {axis} for the batch")
         if isinstance(node.shape[axis], int):
@@ -296,7 +301,9 @@ def adopt(
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The checked ONNX model in `path`; ExportError when it is none, is broken, or keeps weights in other files."""
+    """The checked ONNX model in `path`, with the weights that lie in files beside it; ExportError when it is none, is
+    broken, or keeps weights elsewhere.
+    """
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except OSError as error:
@@ -305,10 +312,16 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path} is not an ONNX model: {error}") from error
     for tensor in _weights(model.graph):
         if uses_external_data(tensor):
-            raise ExportError(
-                f"{path}: weight {tensor.name!r} lies in another file, which no sha256 covers; save the model in one "
-                f"file (onnx.save_model(..., save_as_external_data=False))"
-            )
+            place = ExternalDataInfo(tensor).location
+            if Path(place).name != place or not (path.parent / place).is_file():
+                raise ExportError(
+                    f"{path}: weight {tensor.name!r} lies in {place!r}, which is no file beside it: put it there, or "
+                    f"save the model in one file (torch.onnx.export(..., external_data=False))"
+                )
+    try:
+        load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # cut short, say; the helper and protobuf raise a family each
+        raise ExportError(f"{path}: its weights in other files cannot be read: {error}") from error
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the checker and shape inference raise a family each
@@ -333,6 +346,8 @@ def golden_inputs(x: Tensor, plan: Plan) -> Array:
     if x.dtype == "int64":
         if plan.ids is None:
             raise ExportError(f"input {x.name!r} is int64: say below what its ids are with --ids, or give a --sample")
+        if plan.ids < 1:
+            raise ExportError(f"--ids is what ids are below: at least 1, not {plan.ids}")
         return rng.integers(plan.ids, size=size)
     return rng.normal(size=size).astype(np.float32)
 

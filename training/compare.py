@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from training.checkpoint import Run
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 from training.model import RecurrentModel
 
 COLUMNS = ("run", "unit", "hidden", "weights", "seed", "rate", "epochs", "s", "valid", "test")
@@ -29,9 +29,13 @@ class Row:
     test: float
 
     @property
-    def contest(self) -> tuple[str, str, str]:
-        """What its scores may be compared within: name and content of the data, what is asked of them, the metric."""
-        return self.run.data.name, f"{self.run.data.sha256} {self.run.data.description}", self.metric
+    def contest(self) -> tuple[str, str, str, str]:
+        """What its scores may be compared within: what is asked of the data, which part of them is scored, what else
+        decides on that and what the data hold, the metric.
+        """
+        data = self.run.data
+        rows = {key: data.own[key] for key in ("season", "max_gap", "draw") if key in data.own}
+        return f"{data.name}: {data.description}", f"split {data.split}", f"{data.sha256} {rows}", self.metric
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, under COLUMNS."""
@@ -39,8 +43,8 @@ class Row:
         size = str(model.hidden) if model.layers == 1 else f"{model.layers} x {model.hidden}"
         return (
             str(self.folder), model.cell, size, str(self.parameters), str(train.seed),
-            f"{train.rate:.2g}", str(result["epochs"]), f"{result['seconds']:.0f}", f"{self.valid:.4f}",
-            f"{self.test:.4f}",
+            f"{train.rate:.2g}", str(result["epochs"]), f"{result['seconds']:.0f}", f"{self.valid:.5g}",
+            f"{self.test:.5g}",
         )  # fmt: skip
 
 
@@ -61,7 +65,9 @@ def _row(folder: Path) -> Row:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Test score over parameters, one panel for each data set and score, one mark for each run."""
+    """Test score over parameters, one panel for each data set and score, one mark for each run, as a .png."""
+    if path.suffix != ".png":
+        raise ConfigError(f"a plot is a .png, not {path}")
     panels = list(dict.fromkeys(row.contest for row in rows))
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     for key, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
@@ -73,6 +79,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             axes.annotate(
                 row.folder.name, (row.parameters, row.test), fontsize=7, xytext=(4, 3), textcoords="offset points"
             )
-        axes.set(xlabel="parameters", ylabel=f"test {key[2]}", title=key[0])
+        axes.set(xlabel="parameters", ylabel=f"test {key[3]}")
+        axes.set_title(f"{key[0]}\n{key[1]}", fontsize="small", wrap=True)
         axes.legend()
     figure.savefig(path, dpi=100, metadata={"Software": None})

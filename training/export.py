@@ -36,6 +36,22 @@ def _features(pairs: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
     return [{"name": name, "unit": unit} if unit else {"name": name} for name, unit in pairs]
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    config, result = run.model, run.result or {}
+    return (
+        asdict(run.train)
+        | {name: getattr(config, name) for name in (*config.DROPOUTS, "skip")}
+        | {key: result[key] for key in ("epochs", "best_epoch", "unfinished") if key in result}
+    )
+
+
+def _read_manifest(version: Path) -> dict[str, Any]:
+    try:
+        return json.loads((version / "manifest.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{version / 'manifest.json'} cannot be read ({error}): move that folder away") from error
+
+
 def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
 
@@ -47,9 +63,9 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
     """
     versions = models / name
     newest = versions / str(int(next_version(versions)) - 1)
-    if not (newest / "manifest.json").is_file():
+    if not newest.is_dir():
         return
-    found = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+    found = _read_manifest(newest)
 
     def features(tensor: dict[str, Any]) -> str:
         return ", ".join(feature["name"] for feature in tensor.get("features", ()))
@@ -64,6 +80,16 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
                 f"{newest} {what} {before}, and this {what} {now}: that is no new version of it, "
                 f"so give it a --name of its own, and a --run"
             )
+
+
+def exported(run: Run, models: Path, name: str) -> Path | None:
+    """The version of `name` in `models` that was made of a finished run; None where there is none."""
+    mine = (run.model.cell, _settings(run), (run.result or {}).get("metrics"))
+    for version in sorted((models / name).glob("[0-9]*")):
+        found = _read_manifest(version)
+        if ((found["unit"] or {}).get("cell"), found["training"], found["metrics"]) == mine:
+            return version
+    return None
 
 
 def make_manifest(
@@ -121,9 +147,7 @@ def make_manifest(
         "files": files,
         "golden": {"sequences": GOLDEN_SEQUENCES, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE},
         "data": {key: getattr(info, key) for key in ("name", "source", "sha256", "split", "licence")},
-        "training": asdict(run.train)
-        | {name: getattr(config, name) for name in (*config.DROPOUTS, "skip")}
-        | {key: result[key] for key in ("epochs", "best_epoch", "unfinished") if key in result},
+        "training": _settings(run),
         "metrics": result["metrics"],
         "libraries": run.libraries,
     }

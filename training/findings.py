@@ -75,9 +75,10 @@ def missing(name: str, key: str, experiment: Experiment, records: Sequence[Recor
     if not todo:
         return []
     left = remaining(experiment, todo, known).removeprefix("; ").removesuffix(" left")
+    words = f"{name.removesuffix('-quick')} --quick" if name.endswith("-quick") else name
     return [
         "",
-        f"{len(todo)} runs of the table are left ({left} on one core): `latch-train reproduce {name} --arms {key}`.",
+        f"{len(todo)} runs of the table are left ({left} on one core): `latch-train reproduce {words} --arms {key}`.",
     ]
 
 

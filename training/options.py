@@ -3,6 +3,7 @@
 Its one rule: an option is described once, whatever commands have it. It must not know what is done with it.
 """
 
+import csv
 import json
 import re
 from collections.abc import Iterable
@@ -183,8 +184,9 @@ def slug(name: str) -> str:
 
 
 def names(text: str | None) -> tuple[str, ...]:
-    """`a, b` -> (a, b)."""
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    """`a, "b, c"` -> (a, `b, c`)."""
+    found = next(csv.reader([text or ""], skipinitialspace=True), [])
+    return tuple(name.strip() for name in found if name.strip())
 
 
 def numbers(text: str | None) -> tuple[int, ...]:

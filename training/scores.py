@@ -25,8 +25,8 @@ class Metric:
     unit: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As the manifest writes it; 6 decimals are more than seeds leave significant."""
-        return asdict(self) | {"value": round(self.value, 6)}
+        """As the manifest writes it; 6 digits are more than seeds leave significant."""
+        return asdict(self) | {"value": float(f"{self.value:.6g}")}
 
 
 @torch.no_grad()

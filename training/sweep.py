@@ -94,14 +94,15 @@ def sweep(
     if trials < 1:
         raise ConfigError(f"trials must be at least 1, not {trials}")
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # else Ctrl-C is a page of its own
     study = optuna.create_study(
         study_name="sweep",
         storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=4),
         load_if_exists=True,
     )
-    asked = json.loads(json.dumps([asdict(space), settings, asdict(config), data.info.name, data.info.sha256]))
+    question = asdict(replace(data.info, own={key: value for key, value in data.info.own.items() if key != "path"}))
+    asked = json.loads(json.dumps([asdict(space), settings, asdict(config), question]))
     if study.user_attrs.setdefault("asked", asked) != asked:
         raise CheckpointError(f"{folder} holds a sweep over something else: choose another --run, or delete the folder")
     study.set_user_attr("asked", asked)

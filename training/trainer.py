@@ -76,9 +76,11 @@ def configure(data: DataSet, cell: str, **settings: Any) -> ModelConfig:
 
 
 def deviation(values: Tensor) -> Tensor:
-    """Of each column, 1 where it never changes: nothing is blown up that differs for the first time when served."""
+    """Of each column, 1 where it never changes but for rounding: nothing is blown up that differs for the first time
+    when served.
+    """
     found = values.std(0)
-    return torch.where(found > 1e-6, found, 1.0)
+    return torch.where(found > 1e-6 * values.abs().amax(0), found, 1.0)
 
 
 def set_normalisation(model: RecurrentModel, data: DataSet) -> None:

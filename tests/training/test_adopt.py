@@ -1,6 +1,7 @@
 """Adopting a step graph made by anyone: it gets the contract, or the reason why it cannot have one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +175,40 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         adopt(path, tmp_path / "models", "m", MEMORY)
 
 
-def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
-    """By the weight's name: no sha256 would cover them."""
-    model = onnx.load(strangers.voice(tmp_path / "m.onnx"))
-    set_external_data(model.graph.initializer[0], "weights.bin")
-    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ExportError, match="weight 'W' lies in another file"):
-        adopt(tmp_path / "m.onnx", tmp_path / "models", "m", VOICE)
+def test_weights_in_a_file_beside_are_taken_in(tmp_path: Path) -> None:
+    """As torch writes them by default; the version is one file, which its sha256 covers."""
+    model = onnx.load(strangers.voice(tmp_path / "one.onnx"))
+    (tmp_path / "given").mkdir()
+    onnx.save_model(
+        model, tmp_path / "given" / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
+    assert (tmp_path / "given" / "m.data").is_file()
+    paths = [tmp_path / "one.onnx", tmp_path / "given" / "m.onnx"]
+    made = [adopt(path, tmp_path / "models", path.parent.name, VOICE) for path in paths]
+    one, other = (golden(path) for path in made)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    (tmp_path / "given" / "m.data").write_bytes(b"short")
+    with pytest.raises(ExportError, match="its weights in other files cannot be read"):
+        adopt(paths[1], tmp_path / "models", "cut", VOICE)
+
+
+@pytest.mark.parametrize("place", ["gone.bin", "../one.onnx", "/etc/passwd"])
+def test_weights_elsewhere_are_refused(tmp_path: Path, place: str) -> None:
+    """By the weight's name; a path in the graph leads nowhere but beside it."""
+    (tmp_path / "given").mkdir()
+    model = onnx.load(strangers.voice(tmp_path / "one.onnx"))
+    set_external_data(model.graph.initializer[0], place)
+    (tmp_path / "given" / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"weight 'W' lies in .* no file beside it: put it there"):
+        adopt(tmp_path / "given" / "m.onnx", tmp_path / "models", "m", VOICE)
+
+
+def test_a_tensor_is_given_once(tmp_path: Path) -> None:
+    """Twice the same state, or two states of one result: a slip that the service would refuse, or worse, not."""
+    path = strangers.voice(tmp_path / "m.onnx")
+    for states in (("state=stateN@1", "state=stateN@1"), ("state=stateN@1", "x=stateN")):
+        with pytest.raises(ExportError, match="is given twice: a tensor is one state"):
+            adopt(path, tmp_path / "models", "m", replace(VOICE, states=states))
 
 
 def test_a_version_is_not_replaced_unasked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Sequences in a .npz: a class or values for the whole or for each step, and errors that name the array."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ BROKEN[4, 1] = np.nan
         ({"y": np.array(3)}, "y is the single value 3, not an array"),
         ({"lengths": np.append(LENGTHS[:-2], [12, -3])}, "sequence 39 has -3 steps"),
         ({"y": np.full(40, np.inf)}, r"y is not finite at \[0\]"),
+        ({"y": np.array(["a"] * 40)}, "y is <U1, not numbers: number the classes from 0, and name them in `classes`"),
+        ({"x": X + 1e9}, r"x \[..., 0\] varies by .* where 32-bit floats are 64 apart: subtract a constant"),
+        ({"y": 1e9 + np.arange(40.0)}, r"y \[..., 0\] varies by 11.5 around 1000000020, where 32-bit"),
         ({"classes": ["a"]}, "classes names 1, but there are 3"),
         ({"features": ["a"]}, "features names 1, but there are 2"),
         ({"split": ["train"] * 39 + ["tests"]}, "split must name train, valid or test for each of 40"),
@@ -135,6 +139,10 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(path, **GOOD)
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(DataError, match=r"made\.npz is not a readable \.npz"):
+        arrays.load(path, Options())
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x.txt", "1, 2")
+    with pytest.raises(DataError, match=r"'x.txt' in it is no array; np.savez writes such files"):
         arrays.load(path, Options())
     np.savez(path, allow_pickle=True, x=np.array([X, X[:3]], dtype=object), y=[0, 1])
     with pytest.raises(DataError, match="end to end, with `lengths`"):

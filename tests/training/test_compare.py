@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,10 +10,10 @@ from training import compare
 from training.checkpoint import Run
 from training.config import ModelConfig, TrainConfig
 from training.data.sequences import DataSet
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 
 
-def finished(folder: Path, data: DataSet, valid: float, test: float, **info: str) -> Path:
+def finished(folder: Path, data: DataSet, valid: float, test: float, **info: Any) -> Path:
     """A run folder that says it scored so."""
     metrics = [
         {"name": "nll", "split": split, "value": value, "unit": "nats/frame"}
@@ -20,7 +21,7 @@ def finished(folder: Path, data: DataSet, valid: float, test: float, **info: str
     ]
     result = {"epochs": 3, "best_epoch": 2, "seconds": 1.5, "metrics": metrics}
     model = ModelConfig("gru", 6, 6, "bernoulli", hidden=5, layers=2)
-    Run(replace(data.info, **info), model, TrainConfig(), {}, result).save(folder)  # type: ignore[arg-type]
+    Run(replace(data.info, **info), model, TrainConfig(), {}, result).save(folder)
     return folder
 
 
@@ -35,9 +36,29 @@ def test_the_best_valid_score_comes_first(tiny: DataSet, tmp_path: Path) -> None
     assert [row.folder.name for row in rows] == ["other", "better", "worse"]
     assert rows[1].parameters == 3 * (6 * 5 + 25 + 5) + 3 * (25 + 25 + 5) + 6 * 6
     cells = dict(zip(compare.COLUMNS, rows[1].cells(), strict=True))
-    assert (cells["hidden"], cells["valid"], cells["test"]) == ("2 x 5", "1.0000", "0.9000")
+    assert (cells["hidden"], cells["valid"], cells["test"]) == ("2 x 5", "1", "0.9")
     compare.plot(tmp_path / "compare.png", rows)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "other", [{"description": "b"}, {"sha256": "0" * 64}, {"split": "50/25/25"}, {"own": {"season": 7}}]
+)
+def test_other_rows_or_questions_are_another_contest(tiny: DataSet, tmp_path: Path, other: dict[str, Any]) -> None:
+    """Each is ranked by itself, however well it scored; what only says where a file lies is none."""
+    own = {"path": "/a", "season": 0}
+    finished(tmp_path / "worse", tiny, 2.0, 0.5, own=own)
+    finished(tmp_path / "same", tiny, 1.0, 0.5, own=own | {"path": "/b"})
+    finished(tmp_path / "other", tiny, 0.1, 0.1, **({"own": own} | other))
+    rows = compare.compare([tmp_path / name for name in ("worse", "other", "same")])
+    assert [row.folder.name for row in rows if row.contest == rows[-1].contest] in (["same", "worse"], ["other"])
+    assert len({row.contest for row in rows}) == 2
+
+
+def test_a_plot_is_a_png(tmp_path: Path) -> None:
+    """Refused by its name, before anything is drawn."""
+    with pytest.raises(ConfigError, match=r"a plot is a \.png, not .*x\.xyz"):
+        compare.plot(tmp_path / "x.xyz", [])
 
 
 def test_an_unfinished_run_is_refused(tiny: DataSet, tmp_path: Path) -> None:

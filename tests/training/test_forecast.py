@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from training.data import forecast
 from training.data.forecast import Options
 from training.data.sequences import DataSet
 from training.errors import DataError
+from training.model import RecurrentModel
+from training.trainer import configure, set_normalisation
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 Csv = Callable[..., Path]
@@ -120,7 +123,8 @@ def test_long_gaps_end_a_sequence(csv: Csv, gap: str) -> None:
         assert not set(inputs[:, 0]) & set(range(50, 70))
     told = {
         "holes": "b: 20 cells missing (lines 52 to 71): 0 filled with the last value, 20 too many in a row",
-        "absent": "absent rows: 20 (20 after line 51)",
+        "absent": "absent rows: 20 (20 after line 51): up to 6 in a row take the last value, and so a client sends it; "
+        "--time '' counts only the rows that are there",
     }
     assert told[gap] in data.notes
     assert "long gaps cut the rows into 2 sequences; the state starts anew in each" in data.notes
@@ -129,7 +133,7 @@ def test_long_gaps_end_a_sequence(csv: Csv, gap: str) -> None:
 def test_absent_rows_keep_the_steps_even(csv: Csv) -> None:
     """Two rows that are not in the file count as two steps, filled."""
     data = load(csv(absent=range(50, 52)))
-    assert data.notes[0] == "absent rows: 2 (2 after line 51)"
+    assert data.notes[0].startswith("absent rows: 2 (2 after line 51): up to 6 in a row take the last value")
     inputs = next(inputs for inputs, _, _ in data.splits["train"].items if {49.0, 52.0} <= set(inputs[:, 0]))
     first = inputs[:, 0].tolist().index(49)
     assert inputs[first : first + 4, 0].tolist() == [49, 49, 49, 52]
@@ -214,20 +218,53 @@ def test_a_column_that_never_changes_is_left_out(csv: Csv) -> None:
     data = load(path, targets=("a",))
     assert data.info.inputs == (("a", ""), ("b", ""))
     assert "c: never changes in the rows that train: left out" in data.notes
-    for asked in ({"targets": ("c",)}, {"targets": ("a",), "inputs": ("a", "c")}):
-        with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
-            load(path, **asked)
+    with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
+        load(path, targets=("a",), inputs=("a", "c"))
+    with pytest.raises(DataError, match=r"column 'c' never changes .* take another target, or another --split"):
+        load(path, targets=("c",))
+    path.write_text("a,c\n" + "".join(f"{row},{'' if row < 5 else 7}\n" for row in range(200)))
+    with pytest.raises(DataError, match=r"column 'c' never changes .* take another target"):  # and no 0 came before
+        load(path, targets=("c",), inputs=("a",))
 
 
 def test_an_input_that_rises_in_every_row_is_told(csv: Csv) -> None:
     """A time among the numbers is hardly meant; not where it was asked for, is forecast, or falls once."""
     path = csv()
     path.write_text(
-        "ts,a,b\n" + "".join(f"{1700000000 + 60 * row},{row % 9},{row - 2 * (row == 9)}\n" for row in range(200))
+        "ts,a,b\n" + "".join(f"{1700000 + 60 * row},{row % 9},{row - 2 * (row == 9)}\n" for row in range(200))
     )
     assert [note for note in load(path, targets=("a",)).notes if "rises" in note] == [RISES.format("ts")]
     for asked in ({"targets": ("ts",)}, {"targets": ("a",), "inputs": ("a", "ts")}, {"targets": ("a",), "time": "ts"}):
         assert not any("rises" in note for note in load(path, **asked).notes)
+
+
+@pytest.mark.parametrize(("base", "unit"), [(1e9, 5), (0, 1e-8)])
+def test_scores_are_those_of_the_values_in_the_file(csv: Csv, base: float, unit: float) -> None:
+    """What 32-bit floats would round away is refused; what is only small is kept, and measured like all else."""
+    path, wave = csv(), np.sin(np.arange(200) / 5)
+    path.write_text("a,b\n" + "".join(f"{base + unit * value:.12g},{value}\n" for value in wave))
+    if base:
+        for asked in ({"targets": ("a",)}, {"targets": ("b",)}):
+            with pytest.raises(
+                DataError, match=r"column 'a' varies by 3\.\d+ around 1000000000.* are 64 apart: subtract"
+            ):
+                load(path, **asked)
+        assert load(path, targets=("b",), inputs=("b",)).info.inputs == (("b", ""),)
+        return
+    small, plain = load(path, targets=("a",)), load(path, targets=("b",))
+    for one, other in zip(small.references, plain.references, strict=True):
+        in_its_unit = one.metric.startswith("mae ")
+        assert one.value == pytest.approx(other.value * (unit if in_its_unit else 1), rel=1e-3)
+    model = RecurrentModel(configure(small, "gru"))
+    set_normalisation(model, small)
+    inputs = np.concatenate([inputs for inputs, _, _ in small.splits["train"].items])
+    assert model.encode(torch.from_numpy(inputs)).std(0).tolist() == pytest.approx([1, 1], rel=1e-3)
+    assert model.y_std.item() == pytest.approx(unit * plain_deviation(plain), rel=1e-3)
+
+
+def plain_deviation(data: DataSet) -> float:
+    """Of the targets that are asked about in training."""
+    return float(np.concatenate([y[asked] for _, y, asked in data.splits["train"].items]).std(ddof=1))
 
 
 def test_inputs_that_are_never_there_together_are_refused(csv: Csv) -> None:

@@ -1,6 +1,7 @@
 """The command line: each command does what its help says, and refusals are one line."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_another_question_is_no_new_version(tmp_path: Path, waves: Path) -> None
     assert str(models / "two-waves" / "2") in named
 
 
+def test_a_finished_run_becomes_a_model_once(tmp_path: Path, waves: Path) -> None:
+    """Whether it does is a matter of the run, not of whether there is a model of the name."""
+    models = tmp_path / "models"
+    words = ["fit", "--csv", str(waves), "--window", "32", "--hidden", "6", "--epochs", "1", "--models", str(models)]
+    words += ["--targets", "a"]
+    call(*words, "--run", str(tmp_path / "one"))
+    other = [*words, "--cell", "mgu", "--run", str(tmp_path / "other")]
+    call(*other, "--no-export")
+    assert str(models / "two-waves" / "2") in call(*other)
+    assert f"{models / 'two-waves' / '2'} is left as it is" in call(*other)
+    assert sorted(path.name for path in (models / "two-waves").iterdir()) == ["1", "2"]
+
+
 def test_adopt_writes_a_model(tmp_path: Path) -> None:
     """What `adopt --help` shows, on a graph of that kind."""
     path, models = strangers.voice(tmp_path / "VAD.onnx"), tmp_path / "models"
@@ -177,7 +191,7 @@ def test_a_sweeps_best_is_trained_by_its_file(tmp_path: Path, waves: Path) -> No
     call(*config, "--run", str(tmp_path / "other"), "--hidden", "5")
     assert Run.load(tmp_path / "other").model.hidden == 5
     compared = call("compare", str(tmp_path / "best"), str(tmp_path / "other"), "--plot", str(tmp_path / "both.png"))
-    assert "Two Waves: nll" in compared
+    assert "Two Waves: b 1 row ahead, with uncertainty" in compared
     assert (tmp_path / "both.png").is_file()
 
 
@@ -233,7 +247,7 @@ def test_an_interrupted_run_can_be_scored_and_exported(tmp_path: Path, monkeypat
     manifest = json.loads((models / "run" / "1" / "manifest.json").read_text())
     assert (manifest["training"]["epochs"], manifest["training"]["unfinished"]) == (2, True)
     assert {metric["split"] for metric in manifest["metrics"]} == {"valid", "test"}
-    assert all(f"{metric['value']:.4f}" in told for metric in manifest["metrics"])
+    assert all(f"{metric['value']:.5g}" in told for metric in manifest["metrics"])
     assert json.loads((run / "run.json").read_text())["result"] is None
 
 
@@ -246,7 +260,8 @@ def test_evaluate_repeats_the_runs_own_scores(tmp_path: Path) -> None:
     told = next(
         m["value"] for m in json.loads((run / "run.json").read_text())["result"]["metrics"] if m["split"] == "test"
     )
-    assert f"{told:.4f}" in call("evaluate", str(run))
+    shown = [float(number) for number in re.findall(r"\d\.\d+", call("evaluate", str(run)))]
+    assert any(number == pytest.approx(told, abs=1e-5) for number in shown)
 
 
 def test_data_lists_and_checks() -> None:
@@ -314,3 +329,16 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     result = runner.invoke(cli.app, ["fit", "digits"])
     assert result.exit_code == 130
     assert "the same command goes on" in result.output
+
+
+def test_what_the_disk_refuses_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder should be, say."""
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr("sys.argv", ["latch-train", "fit", "adding", "--run", str(tmp_path / "taken")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert (said.startswith("error: "), str(tmp_path / "taken") in said, said.count("\n")) == (True, True, 1)

@@ -76,8 +76,12 @@ def test_a_point_that_diverges_is_given_up(tiny: DataSet, tmp_path: Path, monkey
 def test_another_sweeps_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     """Other data, another space or other settings would not be comparable."""
     sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=1)
-    with pytest.raises(CheckpointError, match="holds a sweep over something else"):
-        sweep(tiny, replace(SPACE, hidden=(2, 8)), {}, CONFIG, tmp_path, trials=1)
+    others = [replace(tiny, info=replace(tiny.info, **other)) for other in ({"sha256": "0"}, {"own": {"horizon": 2}})]
+    for data, space in ((tiny, replace(SPACE, hidden=(2, 8))), *((other, SPACE) for other in others)):
+        with pytest.raises(CheckpointError, match="holds a sweep over something else"):
+            sweep(data, space, {}, CONFIG, tmp_path, trials=1)
+    moved = replace(tiny, info=replace(tiny.info, own={"path": "/elsewhere"}))
+    assert len(sweep(moved, SPACE, {}, CONFIG, tmp_path, trials=1)) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.table import find, name_and_unit, read
+from training.data.table import find, name_and_unit, names_and_units, read
 from training.errors import DataError
 
 
@@ -104,6 +104,45 @@ def test_commas_are_decimal_points_where_they_separate_nothing(tmp_path: Path) -
         read(written(tmp_path, "a;b\n1.234,5;2\n"), wanted=("a",))
 
 
+@pytest.mark.parametrize(
+    ("cells", "doubt"),
+    [
+        (["837", "764", "1.207"], "'1.207'"),
+        (["1,243", "902", "1,068"], "'1,243'"),
+        (["1.243", "0.902", "1.068"], None),
+        (["1200", "1.207"], None),
+        (["100", "99.875", "101.1"], None),
+        (["1,068", "1,243"], None),
+    ],
+)
+def test_what_may_be_thousands_is_asked_about(tmp_path: Path, cells: list[str], doubt: str | None) -> None:
+    """Where a column mixes numbers below 1000 with ones of three digits behind every mark; if the column is used."""
+    path = written(tmp_path, "a;b\n" + "".join(f"{cell};1\n" for cell in cells))
+    if doubt is None:
+        assert read(path, wanted=("a",)).take(("a",))[0, 0] > 1
+        return
+    with pytest.raises(DataError, match=rf"line \d, column 'a': .*{doubt}"):
+        read(path, wanted=("a",)).take(("a",))
+    assert read(path).take(("b",))[0, 0] == 1
+
+
+def test_what_spreadsheets_put_around_a_table(tmp_path: Path) -> None:
+    """The separator said in a line of its own, blank lines before, rows without a cell behind; a comma in quotes."""
+    for text in ("sep=;\na;b\n1,5;2\n;\n3;4\n", "\n\na;b\n1,5;2\n;\n3;4\n;\n;\n", 'a;"b"\n1,5;2\n;\n3;4\n'):
+        table = read(written(tmp_path, text))
+        assert table.columns == ("a", "b")
+        np.testing.assert_array_equal(table.values, [[1.5, 2], [np.nan, np.nan], [3, 4]])
+    table = read(written(tmp_path, '"x, y [m]";"p, q, r";c\n1,5;2;3\n'))
+    assert (table.columns, table.values.tolist()) == (("x, y [m]", "p, q, r", "c"), [[1.5, 2, 3]])
+
+
+def test_true_and_false_are_numbers(tmp_path: Path) -> None:
+    """Said, since a client has to send them so."""
+    table = read(written(tmp_path, "on,b\nTrue,1\nFALSE,2\n,3\n"))
+    np.testing.assert_array_equal(table.values, [[1, 1], [0, 2], [np.nan, 3]])
+    assert table.notes == ("on: true is 1, false is 0",)
+
+
 def test_columns_may_lack_a_name(tmp_path: Path) -> None:
     """An index that only counts the rows is no input; other columns are called by their place."""
     table = read(written(tmp_path, ",a,,\n0,7,4,\n1,8,6,\n"))
@@ -116,8 +155,13 @@ def test_a_column_is_found_without_its_unit(tmp_path: Path) -> None:
     path = written(tmp_path, "flow [l],flow [m3],heat [K]\n1,2,3\n")
     header = read(path, wanted=("heat",)).columns
     assert [find(path, header, name) for name in ("heat", "flow [l]")] == ["heat [K]", "flow [l]"]
-    with pytest.raises(DataError, match="no column 'flow': its header is"):
+    with pytest.raises(
+        DataError, match=r"has several columns 'flow': say which with its unit, flow \[l\] or flow \[m3\]"
+    ):
         find(path, header, "flow")
+    assert names_and_units(header) == {
+        "flow [l]": ("flow [l]", ""), "flow [m3]": ("flow [m3]", ""), "heat [K]": ("heat", "K")
+    }  # fmt: skip
 
 
 def test_a_row_without_values_is_a_row(tmp_path: Path) -> None:

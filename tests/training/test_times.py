@@ -48,8 +48,8 @@ def test_numbers_are_seconds_since_1970() -> None:
     ("cells", "row", "words"),
     [
         (["2026-01-01", "2026-01-02", "soon"], 2, "'soon' is not a time such as 2026-01-31 14:00"),
-        (["31/12/2026", "31/12/2026"], 1, "31/12/2026 repeats the time of the row above; .* with --time ''"),
-        (["12.12.2026", "11.12.2026"], 1, "is before the time of the row above; sort the rows by time"),
+        (["31/12/2026", "31/12/2026"], 1, "31/12/2026 repeats the time of the row above: .* with --time ''"),
+        (["12.12.2026", "11.12.2026"], 1, "is before the time of the row above: sort the rows by time"),
         (["01/02/2026", "02/03/2026"], 0, "'01/02/2026' may name the day first or the month; --time-format says which"),
         (["Tuesday"], 0, "'Tuesday' is not a time such as .*; --time-format says how times are written"),
     ],

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.config import DataInfo
-from training.data.sequences import DataSet, Item, Reference, Split
+from training.data.sequences import DataSet, Item, Reference, Split, require_told_apart
 from training.data.splits import SPLITS, check_percentages, percentages
 from training.errors import DataError
 
@@ -49,6 +49,11 @@ def load(path: Path, options: Options) -> DataSet:
     xs, laid_out = sequences(path, arrays)
     ys, whole = answers(path, arrays, xs, laid_out)
     classes = np.issubdtype(arrays["y"].dtype, np.integer)
+    features = np.concatenate([arrays["x"][place] for place in laid_out]).astype(np.float64)
+    values = np.zeros((1, 0)) if classes else arrays["y"].reshape(-1, ys[0].shape[1]).astype(np.float64)
+    for name, columns in (("x", features), ("y", values)):
+        for index, column in enumerate(columns.T):
+            require_told_apart(f"{path}: {name} [..., {index}]", column)
     items = []
     for x, y in zip(xs, ys, strict=True):
         asked = np.ones(len(x), dtype=np.bool_) if not whole else np.arange(len(x)) == len(x) - 1
@@ -80,7 +85,7 @@ def load(path: Path, options: Options) -> DataSet:
         standardise=True,
     )
     lengths = [len(x) for x in xs]
-    notes = [f"{len(xs)} sequences of {min(lengths)} to {max(lengths)} steps"]
+    notes = [f"{len(xs)} sequences of {min(lengths)} to {max(lengths)} steps; y is {what} {when}"]
     notes += [f"{name}: {len(part)} sequences" for name, part in splits.items()]
     return DataSet(info, {name: Split(part) for name, part in splits.items()}, references, tuple(notes))
 
@@ -92,6 +97,8 @@ def _open(path: Path) -> tuple[bytes, dict[str, Array]]:
             raise ValueError("it is no archive; np.savez writes one")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
+        if strange := [name for name, value in found.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{strange[0]!r} in it is no array; np.savez writes such files")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, BadZipFile, EOFError) as error:
@@ -145,7 +152,9 @@ def answers(path: Path, arrays: dict[str, Array], xs: list[Array], places: Any) 
     classes = np.issubdtype(y.dtype, np.integer)
     steps = x.shape[:-1]
     whole = len(y) == len(xs) and (y.shape[: len(steps)] != steps or y.ndim < len(steps))
-    if not (whole or y.shape[: len(steps)] == steps) or not np.issubdtype(y.dtype, np.number):
+    if not np.issubdtype(y.dtype, np.number):
+        raise DataError(f"{path}: y is {y.dtype}, not numbers: number the classes from 0, and name them in `classes`")
+    if not (whole or y.shape[: len(steps)] == steps):
         raise DataError(
             f"{path}: y is {y.dtype} {list(y.shape)}: it must have an entry for each of {len(xs)} sequences, or for "
             f"each step of x {list(steps)}"
@@ -219,6 +228,7 @@ def class_baselines(splits: dict[str, list[Item]], classes: int) -> tuple[Refere
 def mean_baseline(splits: dict[str, list[Item]], metric: str) -> Reference:
     """The error of always saying the training part's mean, in its deviations."""
     train, test = (np.concatenate([y[asked] for _, y, asked in splits[name]]) for name in ("train", "test"))
-    error = (test - train.mean(axis=0)) / (train.std(axis=0, ddof=1) + 1e-9)
+    deviation = train.std(axis=0, ddof=1)
+    error = (test - train.mean(axis=0)) / np.where(deviation > 1e-6 * np.abs(train).max(axis=0), deviation, 1)
     value = np.abs(error).mean() if metric == "mae" else np.sqrt(np.square(error).mean())
     return Reference("mean", metric, float(value))

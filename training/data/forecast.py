@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.config import DataInfo
-from training.data.sequences import DataSet, Item, Reference, Split
+from training.data.sequences import DataSet, Item, Reference, Split, require_told_apart
 from training.data.splits import SPLITS, check_percentages, percentages
-from training.data.table import Table, find, name_and_unit, read
+from training.data.table import Table, find, names_and_units, read
 from training.data.windows import scoring_pieces, training_windows
 from training.errors import DataError
 
@@ -87,17 +87,21 @@ def load(path: Path, options: Options) -> DataSet:
             f"{name}: rises in every row, so later rows are beyond what was trained on: is it a time (--time {name}), "
             "or a count that --inputs leaves out?"
             for name in inputs
-            if name not in targets and _rises(table.take((name,)))
+            if name not in targets and _rises(table.take((name,))[:, 0])
         ]
     columns = tuple(dict.fromkeys((*inputs, *targets)))
     grid = fill(table, columns, inputs, rows, options.max_gap)
     x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in targets]
-    for index in x + y:
-        if len(np.unique(grid.values[: ends[0], index][grid.start[: ends[0]] >= 0])) < 2:
+    for index in dict.fromkeys(x + y):
+        trains = grid.values[: ends[0], index][grid.known[: ends[0], index] & (grid.start[: ends[0]] >= 0)]
+        if len(np.unique(trains)) < 2:
+            way = "take another target, or another --split" if index in y else "leave it out with --inputs"
             raise DataError(
                 f"{path}, column {columns[index]!r} never changes in the first {options.split[0]}% of the rows, which "
-                f"train: leave it out with --inputs"
+                f"train: {way}"
             )
+        hint = f" (a time? then --time {columns[index]})" if _rises(trains) else ""
+        require_told_apart(f"{path}, column {columns[index]!r}{hint}", trains)
     season = find_season(spacing, len(rows)) if options.season is None else options.season
     back = {"last value": 0}  # of each baseline, how many rows before the step its forecast was measured
     if season:
@@ -112,8 +116,9 @@ def load(path: Path, options: Options) -> DataSet:
                 f"{path}: the {name} split ({rows_of} of {len(rows)}) holds no row whose target "
                 f"{options.horizon} rows later is known and that has {max(back.values())} rows before it: take a "
                 f"smaller --horizon or --season, another --split, or fill the gaps"
+                + (" (--time '' counts only the rows that are there)" if (rows < 0).any() else "")
             )
-    features = {name: name_and_unit(name) for name in columns}
+    features = names_and_units(columns)
     ahead = f"{options.horizon} row{'s' if options.horizon > 1 else ''}" + duration(spacing, options.horizon)
     info = DataInfo(
         name=path.stem,
@@ -144,7 +149,7 @@ def _still(table: Table, rows: NDArray[np.int64]) -> set[str]:
 
 
 def _rises(values: Values) -> bool:
-    """Whether every value of a column [rows, 1] that is not missing is above the one before."""
+    """Whether every value of a column [rows] that is not missing is above the one before."""
     return bool((np.diff(values[~np.isnan(values)]) > 0).all())
 
 
@@ -201,7 +206,10 @@ def even_rows(table: Table, max_gap: int) -> tuple[NDArray[np.int64], float | No
     rows[at] = np.arange(count)
     where = [f"{steps[gap] - 1} after line {table.lines[gap]}" for gap in absent]
     total = int((steps[absent] - 1).sum())
-    return rows, spacing, [f"absent rows: {total} ({_some(where)})"] if total else []
+    told = (
+        f"absent rows: {total} ({_some(where)}): up to {max_gap} in a row take the last value, and so a client sends it"
+    )
+    return rows, spacing, [f"{told}; --time '' counts only the rows that are there"] if total else []
 
 
 def fill(

@@ -56,6 +56,16 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
 
+def require_told_apart(what: str, values: NDArray[np.floating]) -> None:
+    """DataError where 32-bit floats, in which models compute, round away more than a hundredth of a deviation."""
+    step = float(np.spacing(np.float32(np.abs(values).max())))
+    if np.ptp(values) > 0 and step > values.std() / 100:
+        raise DataError(
+            f"{what} varies by {values.std():.3g} around {values.mean():.10g}, where 32-bit floats are {step:.3g} "
+            f"apart: subtract a constant from it, here and in what clients send, or leave it out"
+        )
+
+
 def next_step(sequence: Array, skip: int = 0) -> Item:
     """The item that predicts step t+1 from steps 1..t, not asking about the first `skip` predictions."""
     if len(sequence) < skip + 2:

@@ -9,8 +9,8 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,9 @@ MISSING = frozenset({"", "-", "?", "na", "n/a", "nan", "null", "none", "#n/a"})
 DELIMITERS = (",", ";", "\t")
 # That a 32-bit float can hold; a float of Python's own, as comparing with one of numpy's warns of what is larger.
 LARGEST = float(np.finfo(np.float32).max)
+YES_OR_NO = {"true": 1.0, "false": 0.0}
+# 1.207 and 1,207 may be thousands, but not 0.207 or 1207.5.
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}([.,])\d{3}(\1\d{3})*")
 UNIT = re.compile(r"(?P<name>.*\S)\s*[\[(](?P<unit>[^\[\]()]+)[\])]$")
 
 
@@ -33,7 +36,7 @@ class Table:
 
     `seconds` [rows] is the time of each row since 1970 in UTC (a time without a zone counts as UTC), None without a
     time column; `lines` [rows] are the rows' lines in the file; `ignored` are columns and why they are none of these;
-    `notes` say what was read otherwise than it stands.
+    `notes` say what was read otherwise than it stands, and `doubts` by column what keeps it from being read at all.
     """
 
     path: Path
@@ -44,12 +47,17 @@ class Table:
     lines: NDArray[np.int64]
     ignored: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    doubts: Mapping[str, str] = field(default_factory=dict)
 
     def take(self, columns: tuple[str, ...]) -> NDArray[np.float64]:
-        """The values of some columns [rows, len(columns)]; DataError names the first that is none of the table's."""
+        """The values of some columns [rows, len(columns)]; DataError names the first that is none of the table's, or
+        that can be read in two ways.
+        """
         for column in columns:
             if column not in self.columns:
                 raise DataError(f"{self.path} has no number column {column!r}: it has {', '.join(self.columns)}")
+            if column in self.doubts:
+                raise DataError(self.doubts[column])
         return self.values[:, [self.columns.index(column) for column in columns]]
 
 
@@ -73,12 +81,21 @@ def name_and_unit(header: str) -> tuple[str, str]:
     return (found["name"], found["unit"]) if found else (header, "")
 
 
+def names_and_units(columns: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Of each column; where several would have one name, their names are their whole headers."""
+    found = {column: name_and_unit(column) for column in columns}
+    names = [name for name, _ in found.values()]
+    return {column: (column, "") if names.count(one[0]) > 1 else one for column, one in found.items()}
+
+
 def find(path: Path, columns: Sequence[str], name: str) -> str:
     """The column called `name`, with or without its unit; DataError where there is none, or several."""
     if name in columns:
         return name
     named = [column for column in columns if name_and_unit(column)[0] == name]
-    if len(named) != 1:
+    if len(named) > 1:
+        raise DataError(f"{path} has several columns {name!r}: say which with its unit, {' or '.join(named)}")
+    if not named:
         raise DataError(f"{path} has no column {name!r}: its header is {', '.join(columns)}")
     return named[0]
 
@@ -96,7 +113,8 @@ def read(path: Path, *, time: str | None = None, written: str | None = None, wan
     clock = tuple(find(path, header, name) for name in time.split(",")) if time else ()
     texts: dict[str, list[str]] = {}
     ignored: dict[str, str] = {}
-    columns, values, notes = [], [], list[str]()
+    commas = False
+    columns, values, notes, doubts = [], [], list[str](), dict[str, str]()
     for index, name in enumerate(header):
         cells = [row[index].strip() for row in rows]
         numbers = [_number(cell, comma=comma) for cell in cells]
@@ -108,12 +126,20 @@ def read(path: Path, *, time: str | None = None, written: str | None = None, wan
         elif name in named or known > numbers.count(None):
             columns.append(name)
             values.append(_checked(path, name, cells, numbers, lines))
-            if not notes and any("," in cell for cell in cells):
-                notes.append("a comma in a number is its decimal point")
+            if (row := _thousands(cells, numbers)) is not None:
+                doubts[name] = (
+                    f"{path}, line {lines[row]}, column {name!r}: {cells[row]!r} may be a decimal or have a separator "
+                    f"of thousands: write such numbers without it (1207, not 1.207 or 1,207)"
+                )
+            commas = commas or any("," in cell for cell in cells)
+            if YES_OR_NO.keys() & {cell.lower() for cell in cells}:
+                notes.append(f"{name}: true is 1, false is 0")
         elif numbers.count(None) == 0:
             ignored[name] = "empty"
         else:
             texts[name] = cells
+    if commas:
+        notes.insert(0, "a comma in a number is its decimal point")
     if not columns:
         raise DataError(f"{path} has no column of numbers under its header {', '.join(header)}")
     if time is None:
@@ -122,7 +148,7 @@ def read(path: Path, *, time: str | None = None, written: str | None = None, wan
     said = tuple(f"{name} ({ignored[name]})" for name in header if name in ignored)
     seconds = _seconds(path, clock, texts, written, lines) if clock else None
     table = np.stack(values, axis=1)
-    return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes))
+    return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes), doubts)
 
 
 def _cells(path: Path) -> _Cells:
@@ -135,8 +161,10 @@ def _cells(path: Path) -> _Cells:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-    first = text.partition("\n")[0]
-    delimiter = max(DELIMITERS, key=first.count)
+    start = text.lstrip()
+    said = re.match(r"sep=(.)\s*\n", start)  # Excel's own way to say it
+    head = re.sub(r'"[^"]*"', "", start.partition("\n")[0])  # what is quoted separates nothing
+    delimiter = said[1] if said else max(DELIMITERS, key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     rows: list[list[str]] = []
@@ -146,6 +174,8 @@ def _cells(path: Path) -> _Cells:
             if not cells:
                 continue
             if not header:
+                if said and cells[0].startswith("sep="):
+                    continue
                 header = [cell.strip() for cell in cells]
             elif len(cells) != len(header):
                 raise DataError(
@@ -156,6 +186,8 @@ def _cells(path: Path) -> _Cells:
                 lines.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+    while rows and not any(map(str.strip, rows[-1])):  # what a spreadsheet leaves behind the last row
+        rows.pop(), lines.pop()
     if not rows:
         raise DataError(f"{path} has no rows: a header and then a row for each step is needed")
     if all(_number(name) is not None for name in header):
@@ -172,12 +204,26 @@ def _number(cell: str, *, comma: bool = False) -> float | None:
     """NaN for a missing cell, None for text; where cells are not separated by it, a comma is a decimal point."""
     if cell.lower() in MISSING:
         return math.nan
+    if cell.lower() in YES_OR_NO:
+        return YES_OR_NO[cell.lower()]
     if comma and "." not in cell:
         cell = cell.replace(",", ".")
     try:
         return float(cell)
     except ValueError:
         return None
+
+
+def _thousands(cells: list[str], numbers: list[float | None]) -> int | None:
+    """The row of a cell that may have a separator of thousands: where every mark in the column may be one, and every
+    number without a mark is below 1000, some not far; None where marks can only be decimal points.
+    """
+    marked = [row for row, cell in enumerate(cells) if "." in cell or "," in cell]
+    if not marked or not all(THOUSANDS.fullmatch(cells[row]) for row in marked):
+        return None
+    whole = {abs(number) for row, number in enumerate(numbers) if number is not None and row not in set(marked)}
+    largest = max((number for number in whole if not math.isnan(number)), default=0)
+    return marked[0] if 100 <= largest < 1000 else None
 
 
 def _is_count(numbers: list[float | None]) -> bool:

@@ -102,8 +102,11 @@ def _rising(cells: Sequence[str], read: Reader, known: str) -> NDArray[np.float6
             raise NoTime(row, f"{cell!r} is not a time {known}") from None
         if row and times[-1] <= times[-2]:
             word = "repeats" if times[-1] == times[-2] else "is before"
-            ways = "sort the rows by time, or count each as one step with --time ''"
-            raise NoTime(row, f"{cell} {word} the time of the row above; {ways}")
+            ways = (
+                "sort the rows by time, name another column of times with --time (--time date,hour joins two), or "
+                "count each row as one step with --time ''; where a file holds several series, make a file of each"
+            )
+            raise NoTime(row, f"{cell} {word} the time of the row above: {ways}")
     return np.array(times)
 
 

@@ -68,7 +68,7 @@ def log_mel(samples: NDArray[np.floating], rate: int) -> Frames:
 
 def load(path: Path, options: Options) -> DataSet:
     """The recordings `path`/<label>/*.wav; DataError names the file that is not right."""
-    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() == ".wav")
+    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() == ".wav" and file.is_file())
     labels = sorted({file.parent.name for file in files})
     if len(labels) < 2:
         raise DataError(
