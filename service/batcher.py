@@ -103,6 +103,7 @@ class Batcher:
         self._ledger = ledger
         self._committer = Committer(slab, self._queues, snapshots, ledger)
         self._is_shared = ledger is not None and ledger.store.is_shared
+        self._answered: set[Slot] = set()  # see `unsaved_uses`
         self._last_short = -math.inf  # see `_saw`
         self._running: dict[Slot, None] = {}  # those that get back in line when their run has ended, oldest first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
@@ -172,6 +173,14 @@ class Batcher:
     def is_idle(self) -> bool:
         """Whether nobody waits, runs, or is being saved."""
         return not self._queues
+
+    def unsaved_uses(self, seconds: float) -> list[StoredSlot]:
+        """Slots whose use the store has not seen: that were answered without a save since this was last asked, or that
+        have requests, and would be idle for too long within so many seconds.
+        """
+        answered, self._answered = self._answered, set()
+        busy = [slot for slot in self._queues.busy if self._slab.time_left(slot) < seconds]
+        return [slot for slot in {*answered, *busy} if slot.is_live and isinstance(slot, StoredSlot)]
 
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
@@ -256,6 +265,8 @@ class Batcher:
                 self._committer.refresh_later(slot)
                 return False
             self._slab.touch(slot)  # a retry is use, too
+            if self._ledger is not None:
+                self._answered.add(slot)
             kept = self._slab.kept(slot)
             try:
                 decision = decide(step, kept, request.first_step, request.digest)
@@ -265,6 +276,8 @@ class Batcher:
             if decision is Decision.REPLAY:
                 self._metrics.replays.inc()
                 reply = kept.reply if kept else None
+                if reply is not None and len(reply) != request.steps * self._rows.output_bytes(request.outputs):
+                    reply = None  # a snapshot of somebody's own making
                 chunk.settle(StepReply(request.outputs, reply, request.first_step, step, replayed=True))
                 return False
         chunk.first_step = step + 1

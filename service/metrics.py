@@ -116,11 +116,15 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.steps = Counter("latch_steps", "Steps committed", _MODEL, registry=registry)
+        self.steps = Counter(
+            "latch_steps", "Steps committed, those of whole sequences (predict) too", _MODEL, registry=registry
+        )
         self.replays = Counter("latch_replays", "Duplicates answered without a run", _MODEL, registry=registry)
         self.errors = Counter("latch_errors", "Calls refused or failed, by error code", ["code"], registry=registry)
         self.queue_depth = Gauge("latch_queue_depth", "Requests waiting or running", _MODEL, registry=registry)
-        self.sessions = Gauge("latch_sessions", "Live sessions", _MODEL, registry=registry)
+        self.sessions = Gauge(
+            "latch_sessions", "Live sessions that this process has at hand", _MODEL, registry=registry
+        )
         self.resident = Gauge("latch_sessions_resident", "Rows of the slab in use", _MODEL, registry=registry)
         self.expired = Counter("latch_sessions_expired", "Sessions that idled out", _MODEL, registry=registry)
 

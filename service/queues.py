@@ -108,6 +108,11 @@ class Queues(Generic[G]):
         """Requests waiting or running."""
         return self._depth
 
+    @property
+    def busy(self) -> Collection[Slot]:
+        """The slots in here."""
+        return self._queues.keys()
+
     def __contains__(self, slot: Slot) -> bool:
         """Whether the slot is busy."""
         return slot in self._queues

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from math import inf
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import uuid4
 
 from service.commits import Committer, MadeAnew
@@ -45,6 +45,7 @@ from service.slab import Slot
 from service.snapshot import Snapshot, origin, snapshot
 from service.stores import Saved, SessionStore, Stored
 from service.wire import StepReply, StepRequest
+from service.work import deleted
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,11 @@ class SessionManager:
         if ledger is not None:
             ledger.on_drop = self._dropped
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other replicas may move, end and make the same sessions."""
+        return self._store.is_shared
+
     async def create(
         self,
         model: str,
@@ -167,17 +173,19 @@ class SessionManager:
             Draining: the service is stopping.
             StoreUnavailable: the store cannot be asked.
         """
-        try:
-            engine = self.engines.get(model, version)
-            start = engine.snapshots.start(state or _NOTHING)
-            return await self._make(engine, start, session_id, idle_ttl, metadata or _NOTHING), True
-        except (ModelNotFound, ModelBroken, ModelDraining):  # no new ones, but this may be asking for an old one again
-            if session_id is None or not await self._runs(session_id, model):
-                raise
-            return self._same(await self.find(session_id), model, version), False
-        except SessionExists:
+        while True:
+            try:
+                engine = self.engines.get(model, version)
+                start = engine.snapshots.start(state or _NOTHING)
+                return await self._make(engine, start, session_id, idle_ttl, metadata or _NOTHING), True
+            except (ModelNotFound, ModelBroken, ModelDraining):  # no new ones, but this may be asking for an old one
+                if session_id is None or not await self._runs(session_id, model):
+                    raise
+            except SessionExists:
+                pass
             assert session_id is not None  # noqa: S101 - no id of the server's own is taken
-            return self._same(await self.find(session_id), model, version), False
+            with suppress(SessionNotFound, SessionExpired):  # it has ended since: then it can be made
+                return self._same(await self._current(session_id), model, version), False
 
     async def fork(
         self,
@@ -224,10 +232,11 @@ class SessionManager:
         async def there(session: Session) -> tuple[Snapshot, int]:
             return session.engine.snapshots.unpack(data), 0
 
-        if await self._is_known(session_id):
-            return await self._move(session_id, there), False
-        engine = self.engines.get(model, version)
-        return await self._make(engine, engine.snapshots.unpack(data), session_id, idle_ttl, _NOTHING), True
+        if not await self._is_known(session_id):
+            engine = self.engines.get(model, version)
+            with suppress(SessionExists):  # since then, by another call
+                return await self._make(engine, engine.snapshots.unpack(data), session_id, idle_ttl, _NOTHING), True
+        return await self._move(session_id, there), False
 
     async def reset(self, session_id: str) -> Session:
         """Returns a session to its model's initial state and to step 0, after what it has waiting. Raises as `find`."""
@@ -247,6 +256,8 @@ class SessionManager:
 
         async def back(session: Session) -> tuple[Snapshot, int] | None:
             earlier = await self._store.earlier(session_id)
+            if not session.is_live:  # deleted meanwhile: its row may be another's
+                raise deleted()
             if step == session.step:
                 return snapshot(session.engine.slab, session), len(earlier)
             steps = [saved.step for saved in earlier]
@@ -282,6 +293,19 @@ class SessionManager:
                 session = await self._restored(session_id)
             if session.is_live:  # it could be let go while this call was on its way
                 return session
+
+    async def is_current(self, session: Session) -> bool:
+        """Whether its id is still that of this session, which the store says where other replicas make sessions, too.
+        Raises as `find`.
+        """
+        return await self._current(session.id) is session
+
+    async def _current(self, session_id: str) -> Session:
+        """The session of an id; where other replicas move it too, as the store has it, after what it has waiting."""
+        if not self._store.is_shared:
+            return await self.find(session_id)
+        async with self._held(session_id) as (session, _):
+            return session
 
     async def inspect(self, session_id: str) -> Session | Stored:
         """What a session is, and where it stands. Raises SessionExpired, SessionNotFound, StoreUnavailable."""
@@ -361,10 +385,14 @@ class SessionManager:
         return self._wall() + session.time_left
 
     async def sweep(self) -> int:
-        """Expires every session that has idled out; returns how many."""
+        """Expires every session that has idled out; returns how many. Of those in use, the store hears before."""
         count = 0
+        soon = 2 * self._sweep_interval
+        used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
+        if used and self._store.is_durable:
+            await self._store.touch({slot.id: slot.token for slot in used})
         for engine in self.engines:
-            idle = [slot for slot in engine.slab.idle() if isinstance(slot, Session)]
+            idle = [slot for slot in engine.slab.idle() if self._is_here(slot)]
             for start in range(0, len(idle), _EXPIRED_AT_ONCE):  # the doors go first, however many end at once
                 count += await self._expire(idle[start : start + _EXPIRED_AT_ONCE])
                 await asyncio.sleep(0)
@@ -445,10 +473,14 @@ class SessionManager:
             if not self._store.is_durable:
                 raise
             slab, batcher = engine.slab, engine.batcher
-            idle = (slot for slot in slab.oldest() if isinstance(slot, Session) and not batcher.is_busy(slot))
+            idle = (slot for slot in slab.oldest() if self._is_here(slot) and not batcher.is_busy(slot))
             for other in islice(idle, len(slab) // 16 + 1):
                 self._forget(other)
             engine.slab.acquire(slot, idle_ttl)
+
+    def _is_here(self, slot: Slot) -> TypeGuard[Session]:
+        """Whether a slot is a session that calls find; one that is being made is none yet."""
+        return isinstance(slot, Session) and self._live.get(slot.id) is slot
 
     async def _is_known(self, session_id: str) -> bool:
         try:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Coroutine
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -22,6 +23,8 @@ from service.routers.steps import Answer, StepDoor
 _PATH = re.compile(rb"/v1/sessions/([\w.~:-]+)/steps(?:\?([^#]*))?")
 _NOT_PLAIN = {b"content-encoding", b"transfer-encoding", b"upgrade", b"origin"}
 _NOBODY_WAITS = asyncio.Event()
+_LARGEST_HEAD = 65_536  # bytes of request line and headers, about; uvicorn and its parser know no limit
+_OFFER = {b"upgrade", b"connection", b"http2-settings"}
 
 
 class _Step:
@@ -63,15 +66,57 @@ class StepProtocol(HttpToolsProtocol):
 
     app: FrontDoor
     _owed: _Step | None = None
+    _is_head = _is_offer = False
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's, but for the two kinds of heads that it has no answer for."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as stopped:
+            if self._is_offer:
+                self._decline(data[stopped.args[0] :])
+            elif self._should_upgrade():
+                self.handle_websocket_upgrade()
+        else:
+            if self._is_head:
+                self._head_bytes += len(data)
+                if self._head_bytes > _LARGEST_HEAD:
+                    self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+                    self.transport.close()
+
+    def _decline(self, rest: bytes) -> None:
+        """Goes on in HTTP/1.1 where a client would rather have spoken another protocol (h2c, say), as it expects (RFC
+        9110, 7.8). The parser has stopped behind the head and would lose the body.
+        """
+        head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        head += [b"%b: %b" % pair for pair in self.headers if pair[0] not in _OFFER]
+        if not self.parser.should_keep_alive():
+            head.append(b"connection: close")
+        self._is_offer = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.data_received(b"\r\n".join([*head, b"", rest]))
 
     def on_message_begin(self) -> None:
         """A request begins; its scope is made once it is known that somebody needs one."""
+        self._is_head, self._head_bytes = True, 0
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
 
     def on_headers_complete(self) -> None:
         """Decides which way the request goes."""
+        self._is_head = False
+        if self.timeout_keep_alive_task is not None:  # set by an answer to a request before this one, of the same bytes
+            self._unset_keepalive_if_required()
+        if self.parser.should_upgrade() and not self._should_upgrade():
+            self._is_offer = any(name == b"upgrade" for name, _ in self.headers)  # without it, it is a CONNECT
+            if self._is_offer:
+                return
         if step := self._as_step():
             self.cycle = step  # type: ignore[assignment]
             return
@@ -83,6 +128,8 @@ class StepProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Hands over a step."""
+        if self._is_offer:
+            return
         super().on_message_complete()
         step: object = self.cycle
         if isinstance(step, _Step) and not step.response_complete:

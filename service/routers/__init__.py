@@ -4,6 +4,7 @@ Rule: no behaviour of a session is decided here. What all HTTP routes share live
 """
 
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
@@ -21,20 +22,33 @@ JSON, PACKED = "application/json", "application/octet-stream"
 KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell them
 
 
+_CONTROL_BYTES = 262_144
+
+
 class BoundedRoute(APIRoute):
     """Reads the whole body before the handler runs, never more of it than `max_body_bytes`, and only of its type."""
 
     content_type = JSON
+    most_bytes: int | None = None
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         """Wraps FastAPI's own handler; it finds the body that was read."""
         handler, kinds = super().get_route_handler(), (self.content_type,)
 
         async def bounded(request: Request) -> Response:
-            _, request._body = await read_body(request.scope, request.receive, request.app.state.max_body_bytes, kinds)
+            limit = min(request.app.state.max_body_bytes, self.most_bytes or inf)
+            _, request._body = await read_body(request.scope, request.receive, limit, kinds)
             return await handler(request)
 
         return bounded
+
+
+class ControlRoute(BoundedRoute):
+    """The same for a body that pydantic reads, which says of every value what is wrong: seconds for some megabytes, in
+    which nobody else would be served.
+    """
+
+    most_bytes = _CONTROL_BYTES
 
 
 class PackedRoute(BoundedRoute):
@@ -43,7 +57,7 @@ class PackedRoute(BoundedRoute):
     content_type = PACKED
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str, ...]) -> tuple[str, bytes]:
+async def read_body(scope: Scope, receive: Receive, limit: float, kinds: tuple[str, ...]) -> tuple[str, bytes]:
     """The whole body of a call, and its content type, one of `kinds` unless there is no body.
 
     Raises:
@@ -72,7 +86,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, kinds: tuple[str
         more = message["more_body"]
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     if max(size, received) > limit:
-        raise PayloadTooLarge(f"the body is over {limit} bytes: send fewer steps at a time", limit=limit)
+        raise PayloadTooLarge(f"the body is over {limit} bytes: send less at a time", limit=limit)
     if body and coding != "identity":
         raise UnsupportedMediaType(f"content encoding {coding}: send the body as it is")
     if body and kind not in kinds:
@@ -116,7 +130,10 @@ class ErrorInfo(BaseModel):
 # For every route, and instead of FastAPI's own 422.
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorInfo, "description": "Refused; nothing has changed"},
-    "5XX": {"model": ErrorInfo, "description": "Failed; no state has moved"},
+    "5XX": {
+        "model": ErrorInfo,
+        "description": "Failed; no state has moved, unless the code is one that leaves it open (store_unavailable)",
+    },
 }
 
 

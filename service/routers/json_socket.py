@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from service.errors import LatchError, Malformed
+from service.errors import InvalidInput, LatchError, Malformed
 from service.queues import Outcome
 from service.routers.sockets import JSON, Socket
 from service.sessions import Session
@@ -27,6 +27,8 @@ class JsonSocket(Socket):
             request = session.engine.codec.decode_step(_text(message), named=self.single is None)
             return self.submit_now(session, request, partial(self._answer, session, name))
         except LatchError as error:
+            if isinstance(error, InvalidInput) and name and self.manager.is_shared:
+                return False  # the id may be another session's by now, of another model
             self.refuse(session, error, partial(self._answer, session, name))
             return True
 
@@ -43,7 +45,13 @@ class JsonSocket(Socket):
                 session = await self.manager.find(envelope.session)
             else:
                 session = self.single = await self.present(session)
-            request = session.engine.codec.decode_step(_text(message), named=self.single is None)
+            try:
+                request = session.engine.codec.decode_step(_text(message), named=self.single is None)
+            except InvalidInput:
+                if self.single is not None or await self.manager.is_current(session):
+                    raise
+                session = await self.manager.find(session.id)
+                request = session.engine.codec.decode_step(_text(message), named=True)
             await self.submit(session, request, partial(self._answer, session, name))
         except LatchError as error:
             self.refuse(session, error, partial(self._answer, session, name))

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import JSON, PACKED, BoundedRoute, Manager
+from service.routers import JSON, PACKED, ControlRoute, Manager
 from service.sessions import Session, SessionManager
 from service.stores import Stored
 from service.wire import native
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=BoundedRoute)
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=ControlRoute)
 # Reads its body itself: the front door calls the same `StepDoor` without the way through here.
 steps = APIRouter()
 
@@ -134,7 +134,23 @@ class Steps(BaseModel):
     already_applied: bool = Field(False, description="A duplicate whose reply was too large to keep: outputs is null")
 
 
-@steps.post("/v1/sessions/{session_id}/steps", response_model=Steps, openapi_extra=STEP_CALL, tags=["sessions"])
+_PACKED_REPLY: dict[str, Any] = {
+    "content": {PACKED: {"schema": {"type": "string", "format": "binary"}}},
+    "headers": {
+        "Latch-Step": {"schema": {"type": "integer"}, "description": "Of packed rows: the session's step"},
+        "Latch-Replayed": {"schema": {"type": "boolean"}, "description": "Of packed rows: a duplicate, nothing ran"},
+        "Latch-Already-Applied": {"schema": {"type": "boolean"}, "description": "Of packed rows: and none follow"},
+    },
+}
+
+
+@steps.post(
+    "/v1/sessions/{session_id}/steps",
+    response_model=Steps,
+    openapi_extra=STEP_CALL,
+    responses={200: _PACKED_REPLY},
+    tags=["sessions"],
+)
 async def step(session_id: str, request: Request) -> Response:
     """Advances a session by T >= 1 steps; all of them are applied, or none. In JSON, or in packed rows: bytes of
     T rows in little-endian, as the model's page describes one, answered by rows of the outputs with the step in

@@ -207,7 +207,8 @@ class Socket:
             self._said = []
             self._wire.resume()
             self._wire.writable.set()
-            await self._send({"type": "websocket.close", "code": error.ws_close or 1011, "reason": error.code})
+            code = error.ws_close or (1011 if error.http_status >= 500 else 1008)
+            await self._send({"type": "websocket.close", "code": code, "reason": error.code})
             asyncio.get_running_loop().call_later(ABORT_SECONDS, self._wire.abort)
 
     async def _left(self) -> None:

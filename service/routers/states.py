@@ -5,10 +5,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import PACKED, Body, BoundedRoute, Manager, PackedRoute, documented
+from service.routers import PACKED, Body, ControlRoute, Manager, PackedRoute, documented
 from service.routers.sessions import Metadata, SessionInfo, session_info
 
-router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=BoundedRoute)
+router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=ControlRoute)
 snapshots = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=PackedRoute)
 
 _BYTES = {"type": "string", "format": "binary"}
@@ -66,7 +66,11 @@ async def get_state(session_id: str, manager: Manager) -> Response:
     return Response(await manager.state(session_id), media_type=PACKED)
 
 
-@snapshots.put("/state", openapi_extra=documented(_BYTES, PACKED))
+@snapshots.put(
+    "/state",
+    openapi_extra=documented(_BYTES, PACKED),
+    responses={201: {"model": SessionInfo, "description": "The session is new"}},
+)
 async def put_state(
     session_id: str, body: Body, manager: Manager, response: Response, idle_ttl_ms: NewIdleTtl = None
 ) -> SessionInfo:

@@ -85,6 +85,11 @@ class StepDoor:
             else:
                 request = self._request(session, call.kind, call.query, body)
                 self._manager.submit(session, request, partial(self._tell, call, body, session))
+        except InvalidInput as error:
+            if self._manager.is_shared:  # the id may be another session's by now, of another model
+                call.later(self._take_later(call, body))
+            else:
+                self.refuse(call, error)
         except LatchError as error:
             self.refuse(call, error)
         except Exception:
@@ -124,11 +129,14 @@ class StepDoor:
     async def _applied(self, session_id: str, kind: str, query: bytes, body: bytes) -> Answer:
         while True:
             session = self._manager.resident(session_id) or await self._manager.find(session_id)
-            request = self._request(session, kind, query, body)
             try:
+                request = self._request(session, kind, query, body)
                 return self._answer(session, kind, await self._manager.step(session, request))
             except MadeAnew:  # the caller means whichever session has the id now
                 continue
+            except InvalidInput:  # of the rows, or for the model of a session that has the id no more
+                if await self._manager.is_current(session):
+                    raise
 
     def _answer(self, session: Session, kind: str, reply: StepReply) -> Answer:
         headers = [

@@ -138,6 +138,9 @@ class SessionStore(Protocol):
             How many were ended.
         """
 
+    async def touch(self, tokens: Mapping[str, bytes]) -> None:
+        """Counts as use of sessions, by id, unless their token is another one by now; one that was ended stays so."""
+
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored | SessionRecord]:
         """Up to `limit` live sessions with an id above `after`, in order of id, of `model` or of all."""
 

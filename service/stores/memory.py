@@ -103,6 +103,9 @@ class MemoryStore:
             self._expired.popitem(last=False)
         return count
 
+    async def touch(self, tokens: Mapping[str, bytes]) -> None:
+        """Time is up to who serves the sessions."""
+
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Up to `limit` sessions with an id above `after`, in order of id, of `model` or of all."""
         found = self._records.irange_key(min_key=after, inclusive=(False, False))

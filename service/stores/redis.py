@@ -31,6 +31,7 @@ from service.stores.redis_scripts import (
     REMEMBERED,
     SAVE,
     SHARDS,
+    TOUCH,
     TRIM,
     earlier_key,
     ids_key,
@@ -124,12 +125,11 @@ class RedisStore:
 
     async def expire(self, tokens: Mapping[str, bytes]) -> int:
         """Ends sessions that idled out, unless somebody saved them since."""
-        ids = list(tokens)
-        calls = [
-            Call([session_key(ids[number]) for number in part], [tokens[ids[number]] for number in part])
-            for part in self._parts(ids, _ROWS)
-        ]
-        return sum(await self._link.run(EXPIRE, calls))
+        return sum(await self._link.run(EXPIRE, self._calls(tokens)))
+
+    async def touch(self, tokens: Mapping[str, bytes]) -> None:
+        """Counts as use of sessions, unless somebody saved them since."""
+        await self._link.run(TOUCH, self._calls(tokens))
 
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored]:
         """Live sessions in order of id: of each shard as many as may be needed, then the first of all."""
@@ -162,6 +162,14 @@ class RedisStore:
 
     async def _one(self, script: str, keys: Sequence[str], arguments: Sequence[Any] = ()) -> Any:
         return (await self._link.run(script, [Call(keys, arguments)]))[0]
+
+    def _calls(self, tokens: Mapping[str, bytes]) -> list[Call]:
+        """Those of a script that takes sessions and their tokens."""
+        ids = list(tokens)
+        return [
+            Call([session_key(ids[number]) for number in part], [tokens[ids[number]] for number in part])
+            for part in self._parts(ids, _ROWS)
+        ]
 
     def _parts(self, ids: Sequence[str], most: int) -> list[list[int]]:
         """The places of the ids that one script may take together, so many at most."""

@@ -166,6 +166,23 @@ return count
     "allow-oom",
 )
 
+# KEYS: sessions. ARGV: their tokens. Gives how many were touched.
+TOUCH = _script(
+    """
+local count = 0
+for i, key in ipairs(KEYS) do
+  local found = call('HMGET', key, 'head', 'lifetime')
+  if found[1] and found[1]:sub(1, 16) == ARGV[i] then
+    call('PEXPIRE', key, found[2])
+    call('PEXPIRE', earlier_of(key), found[2])
+    count = count + 1
+  end
+end
+return count
+""",
+    "allow-oom",
+)
+
 # KEYS: ids. ARGV: after which id, how many to look at, how many to give, of which model ('' of all). Gives the last id
 # that it looked at, '' at the end; then id, RECORD and milliseconds left of each live session.
 PAGE = _script(

@@ -315,6 +315,15 @@ class SqliteStore:
 
         return await self._transact(expire)
 
+    async def touch(self, tokens: Mapping[str, bytes]) -> None:
+        """Counts as use of sessions, unless somebody saved them since."""
+
+        def touch() -> None:
+            statement = "UPDATE sessions SET expires_at = ? + idle_ttl WHERE id = ? AND token = ?"
+            self._db.executemany(statement, [(self._now, *pair) for pair in tokens.items()])
+
+        await self._transact(touch)
+
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored]:
         """Live sessions in order of id."""
 

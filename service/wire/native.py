@@ -5,6 +5,7 @@ Both round-trip every finite float32 exactly, so bit-exactness survives JSON.
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -183,10 +184,24 @@ class NativeCodec:
             )
         if not isinstance(value, list):
             return InvalidInput(f"the value at {path} is {_show(value)}: the model takes a list there", path=path)
+        if len(shape) == 1 and self._is_row(value):
+            return None
         if shape[0] is not None and len(value) != shape[0]:
             return InvalidInput(f"{len(value)} values at {path}: the model takes {shape[0]}", path=path)
         found = (self._problem(child, shape[1:], f"{path}[{i}]") for i, child in enumerate(value))
         return next((problem for problem in found if problem), None)
+
+    def _is_row(self, values: list[Any]) -> bool:
+        """Whether a flat row is right: told in a tenth of the time that its values take one by one."""
+        try:
+            return (
+                self._pack_row is not None
+                and {*map(type, values)} <= ({int} if self._dtype == "int64" else {int, float})
+                and bool(self._pack_row(*values))
+                and math.isfinite(sum(values))
+            )
+        except (struct.error, OverflowError):
+            return False
 
     def _too_many(self, count: int, path: str) -> PayloadTooLarge:
         return PayloadTooLarge(

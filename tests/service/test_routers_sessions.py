@@ -293,3 +293,14 @@ def test_a_step_that_leaves_the_numbers_is_refused(server: Server) -> None:
     reply = server.http.post(url, json={"inputs": [[1.0]], "step": 2})
     assert (reply.status_code, reply.json()["code"]) == (500, "inference_failed")
     assert committed(server, session) == 1
+
+
+def test_what_only_says_what_to_do_is_short(server: Server) -> None:
+    """Every value of it that is wrong is told, so it must not have a million of them; rows may be as long as ever."""
+    many = {"model": "toy"} | {f"unknown {i}": 0 for i in range(20_000)}
+    one = server.create()
+    for method, path in (("PUT", "/v1/sessions/long"), ("POST", "/v1/sessions"), ("POST", f"/v1/sessions/{one}/fork")):
+        answer = server.http.request(method, path, json=many)
+        assert (answer.status_code, answer.json()["limit"]) == (413, 262_144)
+    rows = {"inputs": [[0.123456789, 1, 2]] * 15_000}
+    assert server.http.post(f"/v1/sessions/{one}/steps", json=rows).status_code == 200

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from starlette.types import Message
 from service.errors import (
     CapacityExceeded,
     Internal,
+    InvalidInput,
     SessionCorrupt,
     SessionExists,
     SessionExpired,
@@ -20,7 +22,8 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.routers.steps import StepDoor
-from service.stores import Save, Saved, Stored
+from service.snapshot import snapshot
+from service.stores import Save, Saved, Stored, open_store
 from service.wire import StepRequest
 from tests.service import toys
 from tests.service.replicas import Replica, SharedStore
@@ -314,3 +317,163 @@ async def test_a_rollback_is_refused_by_one_moment(replicas: list[Replica], monk
     with pytest.raises(StepNotKept) as caught:
         await here.rollback("a", 2)
     assert caught.value.extras["kept_steps"] == [1]
+
+
+async def test_who_asks_for_a_session_again_is_told_where_it_is(replicas: list[Replica]) -> None:
+    """Not where a copy of it was left; and if it was made anew, of another model, it is that one."""
+    here, there = (replica.manager for replica in replicas)
+    await here.create("toy", session_id="a")
+    moved = await there.find("a")
+    for number in (1, 2, 3):
+        await there.step(moved, ones(first=number))
+    session, created = await here.create("toy", session_id="a")
+    assert (session.step, created) == (3, False)
+    await there.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.create("counter", session_id="a")
+    session, created = await here.create("counter", session_id="a")
+    assert (session.model, created) == ("counter", False)
+    with pytest.raises(SessionExists):
+        await here.create("toy", session_id="a")
+
+
+async def test_a_row_is_for_the_model_that_the_session_has_now(replicas: list[Replica]) -> None:
+    """Its copy here may be of another; what fits neither is refused as ever."""
+    here, there = replicas
+    door = StepDoor(here.manager, here.metrics, max_body_bytes=10**6, max_steps=100)
+    await here.manager.create("toy", session_id="a")
+    await there.manager.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.manager.create("counter", session_id="a")
+
+    async def answer(body: bytes) -> bytes:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        scope = {"headers": [(b"content-type", b"application/json")], "query_string": b""}
+        return (await door.answer("a", scope, receive)).body
+
+    assert b'"step":1' in await answer(b'{"inputs": [2], "step": 1}')
+    with pytest.raises(InvalidInput, match=r"\$.inputs\[0\]"):
+        await answer(b'{"inputs": [[1, 2, 3]], "step": 2}')
+    assert (await there.manager.inspect("a")).step == 1
+
+
+async def test_sessions_that_are_being_made_make_no_room(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there is room for, at once: some are made, the others are told that there is none."""
+    create = SharedStore.create
+
+    async def slowly(*args: Any) -> None:
+        await asyncio.sleep(0.01)
+        await create(*args)
+
+    monkeypatch.setattr(SharedStore, "create", slowly)
+    manager = replicas[0].manager
+    calls = (manager.create("toy", session_id=f"s{i}") for i in range(12))
+    made = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(one) for one in made} == {tuple, CapacityExceeded}
+    assert sum(isinstance(one, tuple) for one in made) == 4
+    assert await manager.sweep() == 0
+    assert (await manager.create("toy"))[1]
+
+
+async def test_who_is_deleted_during_a_rollback_is_gone(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at step 0, and not where the next owner of its row is."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    for number in (1, 2):
+        await manager.step(session, ones(first=number))
+    earlier = SharedStore.earlier
+
+    async def meanwhile(self: SharedStore, name: str) -> Any:
+        found = await earlier(self, name)
+        await manager.delete("a")
+        return found
+
+    monkeypatch.setattr(SharedStore, "earlier", meanwhile)
+    monkeypatch.setattr(SharedStore, "is_shared", False)  # else the store is asked once more, and knows
+    with pytest.raises(SessionNotFound):
+        await manager.rollback("a", 2)
+
+
+async def test_two_that_restore_the_same_session_get_the_same(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One makes it, the other has it stand there."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    await manager.step(session, ones())
+    data = await manager.state("a")
+    create = SharedStore.create
+
+    async def slowly(*args: Any) -> None:
+        await asyncio.sleep(0.01)
+        await create(*args)
+
+    monkeypatch.setattr(SharedStore, "create", slowly)
+    found = await asyncio.gather(*(manager.restore("b", data) for _ in range(3)))
+    assert sorted(created for _, created in found) == [False, False, True]
+    assert (await manager.find("b")).step == 1
+
+
+async def test_the_store_hears_of_use_that_saves_nothing(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of who was answered again, once; and of who has requests for longer than it may be idle, at every sweep."""
+    touched: list[dict[str, bytes]] = []
+
+    async def touch(_: SharedStore, tokens: dict[str, bytes]) -> None:
+        touched.append(tokens)
+
+    monkeypatch.setattr(SharedStore, "touch", touch)
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    await manager.create("toy", session_id="b")
+    for _ in range(2):
+        assert (await manager.step(session, ones(first=1))).step == 1
+    await manager.sweep()
+    await manager.sweep()
+    assert touched == [{"a": session.token}]
+    async with session.engine.batcher.hold(session):
+        session.engine.slab.expire_in(session, 0)
+        for _ in range(2):
+            assert await manager.sweep() == 0
+    assert touched == [{"a": session.token}] * 3
+
+
+async def test_in_a_file_who_is_in_use_does_not_expire(repository: Path, tmp_path: Path) -> None:
+    """Retries and long requests count there as they do in memory."""
+    store = open_store(f"sqlite:///{tmp_path}/s.db", keep_steps=0, max_expired_ids=10)
+    replica = Replica(repository, store, max_sessions=4)
+    await replica.start()
+    manager = replica.manager
+    session, _ = await manager.create("toy", session_id="a", idle_ttl=0.4)
+    other, _ = await manager.create("toy", session_id="b", idle_ttl=0.4)
+    await manager.step(session, ones(first=1))
+    async with other.engine.batcher.hold(other):
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            assert (await manager.step(session, ones(first=1))).replayed
+            await manager.sweep()
+    assert (await manager.step(session, ones(first=2))).step == 2
+    assert (await manager.step(other, ones(first=1))).step == 1
+    await replica.close()
+    await store.close()
+
+
+async def test_a_kept_reply_that_is_none_is_not_repeated(replicas: list[Replica]) -> None:
+    """A snapshot may be of anybody's making: its checksum is right, and its reply has not the size of one."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    assert (await manager.step(session, ones(first=1))).data
+    engine = session.engine
+    commits, state = snapshot(engine.slab, session).commits(session)
+    [body], [header] = engine.snapshots.pack(commits._replace(replies=[b"abc"]), state)
+    made, _ = await manager.restore("b", header + body)
+    reply = await manager.step(made, ones(first=1))
+    assert (reply.replayed, reply.data) == (True, None)
+    assert (await manager.step(made, ones(first=2))).step == 2

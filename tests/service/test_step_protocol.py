@@ -1,5 +1,6 @@
 """Steps past ASGI: the same answers as through it, in order, whatever way a request is written."""
 
+import asyncio
 import gc
 import json
 import socket
@@ -7,13 +8,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service.routers.steps import StepDoor
 from service.step_protocol import StepProtocol, _Step
 from tests.service.conftest import Server, serving
 
@@ -251,3 +253,62 @@ def test_a_closed_connection_leaves_nothing_for_the_collector(server: Server) ->
             time.sleep(0.01)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("cut", [0, 1, -1])
+def test_an_offer_of_another_protocol_is_declined(server: Server, taken: list[bool], cut: int) -> None:
+    """As Java's client and `curl --http2` make it with every call: the call itself is answered, its body is not lost,
+    wherever it is cut; the connection goes on.
+    """
+    session = server.create()
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
+    with connected(server) as connection:
+        for number in (1, 2, 3):
+            body = json.dumps(ROW | {"step": number}).encode()
+            data = request(session, body, **offer)
+            at = len(data) - len(body) if cut == 1 else cut
+            connection.send(data[:at])
+            time.sleep(0.02 * bool(at))
+            connection.send(data[at:])
+            assert (connection.reply()[2] | {"outputs": 0, "expires_at": 0})["step"] == number
+        connection.send(request(session, b"{}", **offer | {"Connection": "close, Upgrade"}))
+        assert connection.reply()[0] == 422
+        assert connection.is_closed()
+    assert len(taken) == 4
+    with connected(server) as connection:
+        connection.send(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.reply()[0] == 400
+
+
+@pytest.mark.parametrize("piece", [b"a: b\r\n" * 5000, b"long: " + b"x" * 30_000])
+def test_a_head_has_an_end(server: Server, piece: bytes) -> None:
+    """One that has none is refused before it fills the memory."""
+    with connected(server) as connection:
+        connection.send(b"GET /health/live HTTP/1.1\r\nHost: x\r\n")
+        with suppress(OSError):  # closed, while more is sent
+            for _ in range(40):
+                connection.send(piece)
+                time.sleep(0.005)
+        assert connection.socket.recv(100).startswith(b"HTTP/1.1 431 ")
+
+
+def test_who_waits_behind_a_refusal_is_not_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal starts the clock of an idle connection, and the next request, of the same bytes, must stop it."""
+    made, take = StepProtocol.connection_made, StepDoor.take
+
+    def hurried(self: StepProtocol, transport: Any) -> None:
+        made(self, transport)
+        self.timeout_keep_alive = 0.1
+
+    def slowly(self: StepDoor, call: Any, body: bytes) -> None:
+        if body == BODY:
+            asyncio.get_running_loop().call_later(0.5, take, self, call, body)
+        else:
+            take(self, call, body)
+
+    monkeypatch.setattr(StepProtocol, "connection_made", hurried)
+    session = server.create()
+    with connected(server) as connection:
+        monkeypatch.setattr(StepDoor, "take", slowly)
+        connection.send(request(session, b"123", kind=PACKED) + request(session))
+        assert [connection.reply()[0] for _ in range(2)] == [422, 200]

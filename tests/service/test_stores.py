@@ -139,6 +139,24 @@ async def test_who_was_saved_since_does_not_expire(store: SessionStore) -> None:
         await store.load("b")
 
 
+async def test_use_without_a_save_counts_too(store: SessionStore) -> None:
+    """From there on the time runs anew; not for one that was saved since, and not for one that has ended."""
+    await made(store, "a", "b")
+
+    async def left(session: str) -> float:
+        return (await store.load(session)).time_left
+
+    await asyncio.sleep(0.05)
+    before = await left("a"), await left("b")
+    await store.touch({"a": token(1), "b": token(9), "nobody": token(1)})
+    assert (await left("a") > before[0] + 0.04) is (before[0] != float("inf"))  # in memory, no store counts
+    assert await left("b") <= before[1]
+    await store.expire({"a": token(1)})
+    await store.touch({"a": token(1)})
+    with pytest.raises(SessionExpired):
+        await store.load("a")
+
+
 async def test_deleting_what_is_not_there_is_no_error(store: SessionStore) -> None:
     """Delete is idempotent."""
     await store.delete("never")
