@@ -53,6 +53,7 @@ def fit(
     max_gap: options.MaxGap = None,
     time: options.Time = None,
     time_format: options.TimeFormat = None,
+    by: options.By = None,
     split: options.Split = None,
     window: options.Window = None,
     licence: options.Licence = None,
@@ -112,7 +113,7 @@ def fit(
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """
     asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
-    asked |= {"time": time, "time_format": time_format, "split": split, "window": window, "licence": licence}
+    asked |= {"time": time, "time_format": time_format, "by": by, "split": split, "window": window, "licence": licence}
     data_set = options.data_set(name, {"csv": csv, "text": text, "npz": npz, "wav": wav}, asked)
     for note in data_set.notes:
         console.print(f"{data_set.info.source}: {note}")
@@ -201,6 +202,7 @@ def sweep_command(
     max_gap: options.MaxGap = None,
     time: options.Time = None,
     time_format: options.TimeFormat = None,
+    by: options.By = None,
     split: options.Split = None,
     window: options.Window = None,
     licence: options.Licence = None,
@@ -227,7 +229,7 @@ def sweep_command(
     `latch-train sweep chorales --cells gru,mgu2 --hidden 32:64`
     """
     asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
-    asked |= {"time": time, "time_format": time_format, "split": split, "window": window, "licence": licence}
+    asked |= {"time": time, "time_format": time_format, "by": by, "split": split, "window": window, "licence": licence}
     files = {"csv": csv, "text": text, "npz": npz, "wav": wav}
     data_set = options.data_set(name, files, asked)
     settings, config = options.settings_for(

@@ -34,7 +34,7 @@ class Row:
         decides on that and what the data hold, the metric.
         """
         data = self.run.data
-        rows = {key: data.own[key] for key in ("season", "max_gap", "draw") if key in data.own}
+        rows = {key: data.own[key] for key in ("season", "max_gap", "by", "draw") if key in data.own}
         return f"{data.name}: {data.description}", f"split {data.split}", f"{data.sha256} {rows}", self.metric
 
     def cells(self) -> tuple[str, ...]:

@@ -57,6 +57,12 @@ Time = Annotated[
 TimeFormat = Annotated[
     str | None, option("How they are written, as of strptime: '%d/%m/%Y %H:%M'; found when left out.", panel=OWN)
 ]
+By = Annotated[
+    str | None,
+    option(
+        "The column that says which series (machine, shop) a row belongs to: each has a state of its own.", panel=OWN
+    ),
+]
 Split = Annotated[str | None, option("Percent of the data for train/valid/test; 70/15/15 when left out.", panel=OWN)]
 Window = Annotated[
     int | None, option("Steps of a training sequence; 192 of a CSV, 128 of a text, 200 of sound.", panel=OWN)

@@ -281,3 +281,57 @@ def test_etth1_has_its_known_baselines(latch_data: Path) -> None:
     assert len(data.info.inputs) == 7
     found = {(one.name, one.metric): one.value for one in data.references}
     assert found["last value", "mae"] == found["seasonal naive (24 rows)", "mae"] == pytest.approx(0.204, abs=0.001)
+
+
+def machines(path: Path, rows: dict[str, int], *, apart: int = 0) -> Path:
+    """A CSV of machines whose readings come in turns: `a` counts the rows of each from 1000 times its number."""
+    lines = ["date,machine,a,b"]
+    for row in range(max(rows.values())):
+        for number, (name, count) in enumerate(rows.items()):
+            if row < count:
+                time = START + timedelta(hours=row, minutes=apart * number * row)
+                lines.append(f"{time:%Y-%m-%d %H:%M},{name},{1000 * number + row},{np.sin(row):.6f}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_each_series_of_a_file_is_by_itself(tmp_path: Path) -> None:
+    """Its own splits and past; no sequence, target or baseline reaches from one into another."""
+    path = machines(tmp_path / "m.csv", {"left": 200, "right": 100})
+    data = load(path, targets=("a",), by="machine", horizon=2, inputs=("a", "b"))
+    for split in data.splits.values():
+        owners = {int(inputs[0, 0]) // 1000 for inputs, _, _ in split.items}
+        assert owners == {0, 1}
+        for inputs, targets, _ in split.items:
+            assert {*np.diff(inputs[:, 0])} <= {1.0}
+            np.testing.assert_array_equal(targets[:, 0], inputs[:, 0] + 2)
+    scored = [inputs[asked, 0] for inputs, _, asked in data.splits["test"].items]
+    assert sorted(np.concatenate(scored)) == [*range(170, 198), *range(1085, 1098)]
+    assert "2 series by machine: left, right" in data.notes
+    assert data.info.split.startswith("by time, each series by itself: the first 70%")
+    assert data.info.description.endswith("a 2 rows (2 hours) ahead, with uncertainty")
+    last = next(one.value for one in data.references if (one.name, one.metric) == ("last value", "mae a"))
+    assert last == 2
+    assert not any("machine" in note and "text" in note for note in data.notes)
+
+
+def test_what_goes_wrong_in_one_series_is_told_of_it(tmp_path: Path) -> None:
+    """By its name; a series that is too short for a split is in the others."""
+    path = machines(tmp_path / "m.csv", {"left": 200, "short": 3})
+    text = path.read_text().replace(",left,7,", ",left,,")
+    path.write_text(text)
+    data = load(path, targets=("a",), by="machine")
+    assert any(note.startswith("left: a: 1 cell missing (line 12)") for note in data.notes)
+    assert data.splits["test"].items
+    with pytest.raises(DataError, match=r"line 3, column 'date'.* repeats the time .* several series.*--by"):
+        load(path, targets=("a",))
+    path.write_text(text.replace(",short,", ",,", 1))
+    with pytest.raises(DataError, match=r"line 3, column 'machine': no name of a series"):
+        load(path, targets=("a",), by="machine")
+    path.write_text(text.replace("2026-01-01 02:00,left", "2026-01-01 00:30,left"))
+    with pytest.raises(DataError, match=r"line 6, column 'date': 2026-01-01 00:30 is before the time of the row above"):
+        load(path, targets=("a",), by="machine")
+    with pytest.raises(DataError, match="has no column 'motor': its header is date, machine, a, b"):
+        load(path, targets=("a",), by="motor")
+    uneven = load(machines(tmp_path / "m.csv", {"left": 99, "right": 99}, apart=30), targets=("a",), by="machine")
+    assert uneven.info.description == "a 1 row ahead, with uncertainty"

@@ -5,6 +5,7 @@ filled with the last value, as a client must do who has no other, and never by l
 or training.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from training.errors import DataError
 Values = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
+_NOTES = 8  # of a kind, at most: there may be a thousand series
 SPACINGS = {60: "minute", 3600: "hour", 86400: "day", 604800: "week"}
 # Seasons to look for, longest first: a day, an hour, a minute; for daily rows a week, weekly a year, monthly a year.
 PERIODS = (86400, 3600, 60)
@@ -33,7 +35,8 @@ class Options:
     """What a forecast is made of: `inputs` () are all number columns, `season` None is found by the timestamps.
 
     `split` are the percentages of rows for train, valid and test, in this order of time. A gap of up to `max_gap` rows
-    is filled, a longer one ends the sequence. Training sequences are `window` rows long.
+    is filled, a longer one ends the sequence. Training sequences are `window` rows long. The column `by` names the
+    series that a row belongs to.
     """
 
     targets: tuple[str, ...] = ()
@@ -45,6 +48,7 @@ class Options:
     window: int = 192
     time: str | None = None
     time_format: str | None = None
+    by: str | None = None
     licence: str = "the user's own; not stated"
 
     def __post_init__(self) -> None:
@@ -72,28 +76,71 @@ class Grid:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Series:
+    """One series of the file: `rows` of its table (-1 for an absent one) in even steps, where its train, valid and test
+    rows end, the spacing in seconds if it is known; and, once it is filled, its grid.
+    """
+
+    table: Table
+    rows: NDArray[np.int64]
+    ends: list[int]
+    spacing: float | None
+    notes: list[str]
+    grid: Grid = field(init=False)
+
+    @property
+    def name(self) -> str:
+        """What the file calls it."""
+        return self.table.series[0][0]
+
+    @property
+    def trains(self) -> Values:
+        """[rows, columns of the table]: those that train."""
+        rows = self.rows[: self.ends[0]]
+        return self.table.values[rows[rows >= 0]]
+
+    def measured(self, column: int) -> Values:
+        """The values of a column of the grid that train and were measured."""
+        grid, end = self.grid, self.ends[0]
+        return grid.values[:end, column][grid.known[:end, column] & (grid.start[:end] >= 0)]
+
+
 def load(path: Path, options: Options) -> DataSet:
     """The forecast of `options.targets`, `options.horizon` rows after each row of `path`."""
-    table = read(path, time=options.time, written=options.time_format, wanted=(*options.targets, *options.inputs))
+    table = read(
+        path,
+        time=options.time,
+        written=options.time_format,
+        wanted=(*options.targets, *options.inputs),
+        by=options.by,
+    )
     targets = tuple(find(path, table.columns, name) for name in options.targets)
     inputs = tuple(find(path, table.columns, name) for name in options.inputs)
-    rows, spacing, notes = even_rows(table, options.max_gap)
-    ends = percentages(len(rows), options.split)
+    series = [lay_out(part, options) for part in table.parts()]
+    notes = [f"{len(series)} series by {options.by}: {_some([one.name for one in series])}"] if options.by else []
+    notes += _told([(one.name, note) for one in series for note in one.notes])
     if not inputs:
-        still = _still(table, rows[: ends[0]]) - set(targets)
+        still = _still(table.columns, np.concatenate([one.trains for one in series])) - set(targets)
         inputs = tuple(name for name in table.columns if name not in still)
         notes += [f"{name}: never changes in the rows that train: left out" for name in table.columns if name in still]
         notes += [
             f"{name}: rises in every row, so later rows are beyond what was trained on: is it a time (--time {name}), "
             "or a count that --inputs leaves out?"
             for name in inputs
-            if name not in targets and _rises(table.take((name,))[:, 0])
+            if name not in targets and all(_rises(one.table.take((name,))[:, 0]) for one in series)
         ]
     columns = tuple(dict.fromkeys((*inputs, *targets)))
-    grid = fill(table, columns, inputs, rows, options.max_gap)
+    for one in series:
+        one.grid = fill(one.table, columns, inputs, one.rows, options.max_gap)
+    if not any((one.grid.start >= 0).any() for one in series):
+        known = np.sum([one.grid.known.sum(axis=0) for one in series], axis=0)
+        worst = min(inputs, key=lambda name: int(known[columns.index(name)]))
+        raise DataError(f"{path}: no row has all of its inputs; {worst!r} is missing most: leave it out of --inputs")
+    notes += _told([(one.name, note) for one in series for note in one.grid.notes])
     x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in targets]
     for index in dict.fromkeys(x + y):
-        trains = grid.values[: ends[0], index][grid.known[: ends[0], index] & (grid.start[: ends[0]] >= 0)]
+        trains = np.concatenate([one.measured(index) for one in series])
         if len(np.unique(trains)) < 2:
             way = "take another target, or another --split" if index in y else "leave it out with --inputs"
             raise DataError(
@@ -102,21 +149,30 @@ def load(path: Path, options: Options) -> DataSet:
             )
         hint = f" (a time? then --time {columns[index]})" if _rises(trains) else ""
         require_told_apart(f"{path}, column {columns[index]!r}{hint}", trains)
-    season = find_season(spacing, len(rows)) if options.season is None else options.season
+    spacing, count = common_spacing(series), max(len(one.rows) for one in series)
+    season = find_season(spacing, count) if options.season is None else options.season
     back = {"last value": 0}  # of each baseline, how many rows before the step its forecast was measured
     if season:
         back[f"seasonal naive ({season} rows)"] = season * -(-options.horizon // season) - options.horizon
-    parts: dict[str, list[Item]] = {}
-    errors: dict[str, list[Values]] = {}
-    for name, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
-        parts[name], errors = cut(grid, x, y, (begin, end), options, back, scored=name != "train")
-        if not parts[name]:
-            rows_of = f"rows {begin + 1} to {end}" if end > begin else "none"
+    parts: dict[str, list[Item]] = {name: [] for name in SPLITS}
+    errors: dict[str, list[Values]] = {name: [] for name in back}
+    for one in series:
+        for name, begin, end in zip(SPLITS, [0, *one.ends[:-1]], one.ends, strict=True):
+            items, missed = cut(one.grid, x, y, (begin, end), options, back, scored=name != "train")
+            parts[name] += items
+            if name == "test":
+                errors = {baseline: errors[baseline] + missed[baseline] for baseline in back}
+    for name, items in parts.items():
+        if not items:
             raise DataError(
-                f"{path}: the {name} split ({rows_of} of {len(rows)}) holds no row whose target "
+                f"{path}: the {name} split ({_rows_of(name, series)}) holds no row whose target "
                 f"{options.horizon} rows later is known and that has {max(back.values())} rows before it: take a "
                 f"smaller --horizon or --season, another --split, or fill the gaps"
-                + (" (--time '' counts only the rows that are there)" if (rows < 0).any() else "")
+                + (
+                    " (--time '' counts only the rows that are there)"
+                    if any((o.rows < 0).any() for o in series)
+                    else ""
+                )
             )
     features = names_and_units(columns)
     ahead = f"{options.horizon} row{'s' if options.horizon > 1 else ''}" + duration(spacing, options.horizon)
@@ -129,7 +185,8 @@ def load(path: Path, options: Options) -> DataSet:
         outputs=tuple(features[name] for name in targets),
         source=path.name,
         sha256=table.sha256,
-        split=f"by time: the first {options.split[0]}% train, the next {options.split[1]}% valid, the rest test",
+        split=f"by time{', each series by itself' if options.by else ''}: the first {options.split[0]}% train, the "
+        f"next {options.split[1]}% valid, the rest test",
         licence=options.licence,
         feedback="identity" if options.horizon == 1 and inputs == targets else None,
         standardise=True,
@@ -138,14 +195,41 @@ def load(path: Path, options: Options) -> DataSet:
     references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
     splits = {name: Split(items) for name, items in parts.items()}
     ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
-    return DataSet(info, splits, references, (*ignored, *table.notes, *notes, *grid.notes))
+    return DataSet(info, splits, references, (*ignored, *table.notes, *notes))
 
 
-def _still(table: Table, rows: NDArray[np.int64]) -> set[str]:
-    """Columns that have no two values in `rows` of the table, of which those below 0 are absent."""
-    part = table.values[rows[rows >= 0]].T
-    varied = [np.unique(values[~np.isnan(values)]).size > 1 for values in part]
-    return {name for name, varies in zip(table.columns, varied, strict=True) if not varies}
+def lay_out(table: Table, options: Options) -> Series:
+    """A series in even steps of time, and where its splits end."""
+    rows, spacing, notes = even_rows(table, options.max_gap)
+    return Series(table, rows, percentages(len(rows), options.split), spacing, notes)
+
+
+def common_spacing(series: Sequence[Series]) -> float | None:
+    """The spacing of all series whose times tell one; None where they differ."""
+    found = {one.spacing for one in series if one.spacing is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _told(notes: list[tuple[str, str]]) -> list[str]:
+    """Notes about series by name; of many, the first."""
+    said = [f"{name}: {note}" if name else note for name, note in notes]
+    return said[:_NOTES] + ([f"and {len(said) - _NOTES} such notes more"] if len(said) > _NOTES else [])
+
+
+def _rows_of(split: str, series: Sequence[Series]) -> str:
+    """Which rows a split has."""
+    if len(series) > 1:
+        return f"of {len(series)} series"
+    (one,) = series
+    index = SPLITS.index(split)
+    begin, end = [0, *one.ends][index], one.ends[index]
+    return f"rows {begin + 1} to {end} of {len(one.rows)}" if end > begin else f"none of {len(one.rows)}"
+
+
+def _still(columns: tuple[str, ...], values: Values) -> set[str]:
+    """Those of `columns` that have no two values in [rows, columns]."""
+    varied = [np.unique(column[~np.isnan(column)]).size > 1 for column in values.T]
+    return {name for name, varies in zip(columns, varied, strict=True) if not varies}
 
 
 def _rises(values: Values) -> bool:
@@ -245,11 +329,6 @@ def fill(
                 fate = f"{filled} filled with the last value, {missing - filled} too many in a row"
             cells = "cell" if missing == 1 else "cells"
             notes.append(f"{name}: {missing} {cells} missing ({_some(where)}): {fate}")
-    if not usable.any():
-        worst = min(inputs, key=lambda name: int(known[:, columns.index(name)].sum()))
-        raise DataError(
-            f"{table.path}: no row has all of its inputs; {worst!r} is missing most: leave it out of --inputs"
-        )
     begins = usable & ~np.concatenate([[False], usable[:-1]])
     start = np.where(usable, np.maximum.accumulate(np.where(begins, count, -1)), -1)
     if begins.sum() > 1:

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ class Table:
     `seconds` [rows] is the time of each row since 1970 in UTC (a time without a zone counts as UTC), None without a
     time column; `lines` [rows] are the rows' lines in the file; `ignored` are columns and why they are none of these;
     `notes` say what was read otherwise than it stands, and `doubts` by column what keeps it from being read at all.
+    `series` are the names of the series that the rows belong to, one after another, and where each begins; one without
+    a name where nothing tells them apart.
     """
 
     path: Path
@@ -48,6 +50,21 @@ class Table:
     ignored: tuple[str, ...]
     notes: tuple[str, ...] = ()
     doubts: Mapping[str, str] = field(default_factory=dict)
+    series: tuple[tuple[str, int], ...] = (("", 0),)
+
+    def parts(self) -> list["Table"]:
+        """A table of each series."""
+        ends = [*(begin for _, begin in self.series[1:]), len(self.values)]
+        return [
+            replace(
+                self,
+                values=self.values[begin:end],
+                seconds=None if self.seconds is None else self.seconds[begin:end],
+                lines=self.lines[begin:end],
+                series=((name, 0),),
+            )
+            for (name, begin), end in zip(self.series, ends, strict=True)
+        ]
 
     def take(self, columns: tuple[str, ...]) -> NDArray[np.float64]:
         """The values of some columns [rows, len(columns)]; DataError names the first that is none of the table's, or
@@ -100,17 +117,29 @@ def find(path: Path, columns: Sequence[str], name: str) -> str:
     return named[0]
 
 
-def read(path: Path, *, time: str | None = None, written: str | None = None, wanted: tuple[str, ...] = ()) -> Table:
+def read(
+    path: Path,
+    *,
+    time: str | None = None,
+    written: str | None = None,
+    wanted: tuple[str, ...] = (),
+    by: str | None = None,
+) -> Table:
     """The table in `path`: a header, then rows; separated by comma, semicolon or tab.
 
     A column is one of numbers where most of its cells are, or where it is `wanted`; text in it is then an error. The
     timestamps are in `time`, columns separated by commas and joined (`Date,Time`), or else in the first column of
     dates, with that of the times of the day beside it; "" is none. `written` is their format, see `times.seconds`.
+    The column `by` names the series that a row belongs to; their rows are put together, in the order of the file.
     Raises DataError.
     """
     header, unnamed, rows, lines, sha256, comma = _cells(path)
     named = {find(path, header, name) for name in wanted}
     clock = tuple(find(path, header, name) for name in time.split(",")) if time else ()
+    key = find(path, header, by) if by else None
+    order, series = _together(
+        path, key, [row[header.index(key)].strip() for row in rows] if key else [""] * len(rows), lines
+    )
     texts: dict[str, list[str]] = {}
     ignored: dict[str, str] = {}
     commas = False
@@ -119,6 +148,8 @@ def read(path: Path, *, time: str | None = None, written: str | None = None, wan
         cells = [row[index].strip() for row in rows]
         numbers = [_number(cell, comma=comma) for cell in cells]
         known = sum(value is not None and not math.isnan(value) for value in numbers)
+        if name == key:
+            continue
         if name in clock:
             texts[name] = cells
         elif name in unnamed and _is_count(numbers):
@@ -146,9 +177,26 @@ def read(path: Path, *, time: str | None = None, written: str | None = None, wan
         clock = _clock(texts)
     ignored |= {name: "text" for name in texts if name not in clock}
     said = tuple(f"{name} ({ignored[name]})" for name in header if name in ignored)
-    seconds = _seconds(path, clock, texts, written, lines) if clock else None
-    table = np.stack(values, axis=1)
-    return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes), doubts)
+    lines = [lines[row] for row in order]
+    begins = [begin for _, begin in series]
+    seconds = _seconds(path, {name: [texts[name][row] for row in order] for name in clock}, written, lines, begins)
+    table = np.stack(values, axis=1)[order]
+    return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes), doubts, series)
+
+
+def _together(
+    path: Path, column: str | None, cells: list[str], lines: list[int]
+) -> tuple[list[int], tuple[tuple[str, int], ...]]:
+    """The rows, those of one name together, and each name with the place of its first."""
+    rows: dict[str, list[int]] = {}
+    for row, cell in enumerate(cells):
+        if not cell and column is not None:
+            raise DataError(
+                f"{path}, line {lines[row]}, column {column!r}: no name of a series; fill it, or drop the row"
+            )
+        rows.setdefault(cell, []).append(row)
+    begins = np.cumsum([0, *map(len, rows.values())])[:-1]
+    return [row for each in rows.values() for row in each], tuple(zip(rows, begins.tolist(), strict=True))
 
 
 def _cells(path: Path) -> _Cells:
@@ -258,12 +306,16 @@ def _clock(texts: dict[str, list[str]]) -> tuple[str, ...]:
 
 
 def _seconds(
-    path: Path, columns: tuple[str, ...], texts: dict[str, list[str]], written: str | None, lines: list[int]
-) -> NDArray[np.float64]:
-    """The time of each row, whose parts stand in `columns`; DataError at the first that is none, or not later."""
-    cells = [" ".join(parts) for parts in zip(*(texts[name] for name in columns), strict=True)]
+    path: Path, columns: dict[str, list[str]], written: str | None, lines: list[int], begins: list[int]
+) -> NDArray[np.float64] | None:
+    """The time of each row, whose parts stand in `columns`, if there are any; DataError at the first that is none, or
+    not later.
+    """
+    if not columns:
+        return None
+    cells = [" ".join(parts) for parts in zip(*columns.values(), strict=True)]
     try:
-        return times.seconds(cells, written)
+        return times.seconds(cells, written, frozenset(begins))
     except times.NoTime as error:
         where = f"{path}, line {lines[error.row]}, column {','.join(columns)!r}"
         raise DataError(f"{where}: {error}") from error

@@ -5,7 +5,7 @@ asks instead of guessing. It must not know files.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -69,12 +69,14 @@ def is_clock(cell: str) -> bool:
     return bool(_able(cell, map(_formatted, CLOCKS)))
 
 
-def seconds(cells: Sequence[str], written: str | None = None) -> NDArray[np.float64]:
+def seconds(
+    cells: Sequence[str], written: str | None = None, begins: Container[int] = frozenset()
+) -> NDArray[np.float64]:
     """Seconds since 1970 of each cell, [rows]; a time without a zone counts as UTC.
 
     `written` is the format of `datetime.strptime` that they are in; else they are ISO dates, a day of `DAYS` with or
     without a time of `CLOCKS`, or seconds since 1970 themselves, or milli-, micro- or nanoseconds. Raises NoTime at the
-    first cell that is no time or not later than the one above.
+    first cell that is no time or not later than the one above, but for the rows at which another series `begins`.
     """
     known = f"in the format {written}" if written else "such as 2026-01-31 14:00"
     furthest = NoTime(0, f"{cells[0]!r} is not a time {known}; --time-format says how times are written")
@@ -82,7 +84,7 @@ def seconds(cells: Sequence[str], written: str | None = None) -> NDArray[np.floa
         fits = []
         for read in _able(cells[0], readers):
             try:
-                fits.append(_rising(cells, read, known))
+                fits.append(_rising(cells, read, known, begins))
             except NoTime as error:
                 furthest = max(error, furthest, key=lambda one: one.row)
         if any(not np.array_equal(fits[0], other) for other in fits):
@@ -93,18 +95,19 @@ def seconds(cells: Sequence[str], written: str | None = None) -> NDArray[np.floa
     raise furthest
 
 
-def _rising(cells: Sequence[str], read: Reader, known: str) -> NDArray[np.float64]:
+def _rising(cells: Sequence[str], read: Reader, known: str, begins: Container[int]) -> NDArray[np.float64]:
     times: list[float] = []
     for row, cell in enumerate(cells):
         try:
             times.append(read(cell))
         except ValueError:
             raise NoTime(row, f"{cell!r} is not a time {known}") from None
-        if row and times[-1] <= times[-2]:
+        if row and row not in begins and times[-1] <= times[-2]:
             word = "repeats" if times[-1] == times[-2] else "is before"
             ways = (
                 "sort the rows by time, name another column of times with --time (--time date,hour joins two), or "
-                "count each row as one step with --time ''; where a file holds several series, make a file of each"
+                "count each row as one step with --time ''; where a file holds several series, such as machines, say "
+                "with --by which column tells them apart"
             )
             raise NoTime(row, f"{cell} {word} the time of the row above: {ways}")
     return np.array(times)
