@@ -387,10 +387,11 @@ class SessionManager:
     async def sweep(self) -> int:
         """Expires every session that has idled out; returns how many. Of those in use, the store hears before."""
         count = 0
-        soon = 2 * self._sweep_interval
-        used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
-        if used and self._store.is_durable:
-            await self._store.touch({slot.id: slot.token for slot in used})
+        if self._store.is_durable:
+            soon = 2 * self._sweep_interval
+            used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
+            if used:
+                await self._store.touch({slot.id: slot.token for slot in used})
         for engine in self.engines:
             idle = [slot for slot in engine.slab.idle() if self._is_here(slot)]
             for start in range(0, len(idle), _EXPIRED_AT_ONCE):  # the doors go first, however many end at once

@@ -72,25 +72,28 @@ class StepProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but for the two kinds of heads that it has no answer for."""
         self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
-        except httptools.HttpParserUpgrade as stopped:
-            if self._is_offer:
-                self._decline(data[stopped.args[0] :])
-            elif self._should_upgrade():
-                self.handle_websocket_upgrade()
-        else:
-            if self._is_head:
-                self._head_bytes += len(data)
-                if self._head_bytes > _LARGEST_HEAD:
-                    self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
-                    self.transport.close()
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+            except httptools.HttpParserUpgrade as stopped:
+                if self._is_offer:
+                    data = self._declined(data[stopped.args[0] :])
+                    continue
+                if self._should_upgrade():
+                    self.handle_websocket_upgrade()
+            else:
+                if self._is_head:
+                    self._head_bytes += len(data)
+                    if self._head_bytes > _LARGEST_HEAD:
+                        self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+                        self.transport.close()
+            return
 
-    def _decline(self, rest: bytes) -> None:
-        """Goes on in HTTP/1.1 where a client would rather have spoken another protocol (h2c, say), as it expects (RFC
-        9110, 7.8). The parser has stopped behind the head and would lose the body.
+    def _declined(self, rest: bytes) -> bytes:
+        """What to read instead where a client would rather have spoken another protocol (h2c, say): the same in
+        HTTP/1.1, as it expects (RFC 9110, 7.8). The parser has stopped behind the head, and would lose the body.
         """
         head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         head += [b"%b: %b" % pair for pair in self.headers if pair[0] not in _OFFER]
@@ -99,7 +102,7 @@ class StepProtocol(HttpToolsProtocol):
         self._is_offer = False
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-        self.data_received(b"\r\n".join([*head, b"", rest]))
+        return b"\r\n".join([*head, b"", rest])
 
     def on_message_begin(self) -> None:
         """A request begins; its scope is made once it is known that somebody needs one."""

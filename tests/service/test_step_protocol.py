@@ -275,7 +275,9 @@ def test_an_offer_of_another_protocol_is_declined(server: Server, taken: list[bo
         assert connection.reply()[0] == 422
         assert connection.is_closed()
     assert len(taken) == 4
-    with connected(server) as connection:
+    with connected(server) as connection:  # a thousand at once
+        connection.send(request(session, b"{}", **offer) * 1000)
+        assert {connection.reply()[0] for _ in range(1000)} == {422}
         connection.send(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.reply()[0] == 400
 
