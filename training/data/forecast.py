@@ -121,34 +121,14 @@ def load(path: Path, options: Options) -> DataSet:
     notes = [f"{len(series)} series by {options.by}: {_some([one.name for one in series])}"] if options.by else []
     notes += _told([(one.name, note) for one in series for note in one.notes])
     if not inputs:
-        still = _still(table.columns, np.concatenate([one.trains for one in series])) - set(targets)
-        inputs = tuple(name for name in table.columns if name not in still)
-        notes += [f"{name}: never changes in the rows that train: left out" for name in table.columns if name in still]
-        notes += [
-            f"{name}: rises in every row, so later rows are beyond what was trained on: is it a time (--time {name}), "
-            "or a count that --inputs leaves out?"
-            for name in inputs
-            if name not in targets and all(_rises(one.table.take((name,))[:, 0]) for one in series)
-        ]
+        inputs, told = free_inputs(table.columns, targets, series)
+        notes += told
     columns = tuple(dict.fromkeys((*inputs, *targets)))
     for one in series:
         one.grid = fill(one.table, columns, inputs, one.rows, options.max_gap)
-    if not any((one.grid.start >= 0).any() for one in series):
-        known = np.sum([one.grid.known.sum(axis=0) for one in series], axis=0)
-        worst = min(inputs, key=lambda name: int(known[columns.index(name)]))
-        raise DataError(f"{path}: no row has all of its inputs; {worst!r} is missing most: leave it out of --inputs")
     notes += _told([(one.name, note) for one in series for note in one.grid.notes])
+    check(path, series, columns, inputs, targets)
     x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in targets]
-    for index in dict.fromkeys(x + y):
-        trains = np.concatenate([one.measured(index) for one in series])
-        if len(np.unique(trains)) < 2:
-            way = "take another target, or another --split" if index in y else "leave it out with --inputs"
-            raise DataError(
-                f"{path}, column {columns[index]!r} never changes in the first {options.split[0]}% of the rows, which "
-                f"train: {way}"
-            )
-        hint = f" (a time? then --time {columns[index]})" if _rises(trains) else ""
-        require_told_apart(f"{path}, column {columns[index]!r}{hint}", trains)
     spacing, count = common_spacing(series), max(len(one.rows) for one in series)
     season = find_season(spacing, count) if options.season is None else options.season
     back = {"last value": 0}  # of each baseline, how many rows before the step its forecast was measured
@@ -164,15 +144,11 @@ def load(path: Path, options: Options) -> DataSet:
                 errors = {baseline: errors[baseline] + missed[baseline] for baseline in back}
     for name, items in parts.items():
         if not items:
+            hint = " (--time '' counts only the rows that are there)" if any(-1 in one.rows for one in series) else ""
             raise DataError(
                 f"{path}: the {name} split ({_rows_of(name, series)}) holds no row whose target "
                 f"{options.horizon} rows later is known and that has {max(back.values())} rows before it: take a "
-                f"smaller --horizon or --season, another --split, or fill the gaps"
-                + (
-                    " (--time '' counts only the rows that are there)"
-                    if any((o.rows < 0).any() for o in series)
-                    else ""
-                )
+                f"smaller --horizon or --season, another --split, or fill the gaps{hint}"
             )
     features = names_and_units(columns)
     ahead = f"{options.horizon} row{'s' if options.horizon > 1 else ''}" + duration(spacing, options.horizon)
@@ -202,6 +178,40 @@ def lay_out(table: Table, options: Options) -> Series:
     """A series in even steps of time, and where its splits end."""
     rows, spacing, notes = even_rows(table, options.max_gap)
     return Series(table, rows, percentages(len(rows), options.split), spacing, notes)
+
+
+def free_inputs(
+    columns: tuple[str, ...], targets: tuple[str, ...], series: Sequence[Series]
+) -> tuple[tuple[str, ...], list[str]]:
+    """The columns that a client sends where nobody says which: all that change; and what is to be said of them."""
+    still = _still(columns, np.concatenate([one.trains for one in series])) - set(targets)
+    inputs = tuple(name for name in columns if name not in still)
+    notes = [f"{name}: never changes in the rows that train: left out" for name in columns if name in still]
+    notes += [
+        f"{name}: rises in every row, so later rows are beyond what was trained on: is it a time (--time {name}), "
+        "or a count that --inputs leaves out?"
+        for name in inputs
+        if name not in targets and all(_rises(one.table.take((name,))[:, 0]) for one in series)
+    ]
+    return inputs, notes
+
+
+def check(
+    path: Path, series: Sequence[Series], columns: tuple[str, ...], inputs: tuple[str, ...], targets: tuple[str, ...]
+) -> None:
+    """DataError where no row is whole, or a column says nothing in the rows that train."""
+    if not any((one.grid.start >= 0).any() for one in series):
+        known = np.sum([one.grid.known.sum(axis=0) for one in series], axis=0)
+        worst = min(inputs, key=lambda name: int(known[columns.index(name)]))
+        raise DataError(f"{path}: no row has all of its inputs; {worst!r} is missing most: leave it out of --inputs")
+    for index, name in enumerate(columns):
+        trains = np.concatenate([one.measured(index) for one in series])
+        if len(np.unique(trains)) < 2:
+            way = "take another target, or another --split" if name in targets else "leave it out with --inputs"
+            raise DataError(f"{path}, column {name!r} never changes in the first rows, which train: {way}")
+        require_told_apart(
+            f"{path}, column {name!r}" + (f" (a time? then --time {name})" if _rises(trains) else ""), trains
+        )
 
 
 def common_spacing(series: Sequence[Series]) -> float | None:
