@@ -266,12 +266,12 @@ def _thousands(cells: list[str], numbers: list[float | None]) -> int | None:
     """The row of a cell that may have a separator of thousands: where every mark in the column may be one, and every
     number without a mark is below 1000, some not far; None where marks can only be decimal points.
     """
-    marked = [row for row, cell in enumerate(cells) if "." in cell or "," in cell]
-    if not marked or not all(THOUSANDS.fullmatch(cells[row]) for row in marked):
+    marked = {row: cell for row, cell in enumerate(cells) if "." in cell or "," in cell}
+    if not all(map(THOUSANDS.fullmatch, marked.values())):
         return None
-    whole = {abs(number) for row, number in enumerate(numbers) if number is not None and row not in set(marked)}
+    whole = (abs(number) for row, number in enumerate(numbers) if number is not None and row not in marked)
     largest = max((number for number in whole if not math.isnan(number)), default=0)
-    return marked[0] if 100 <= largest < 1000 else None
+    return next(iter(marked), None) if 100 <= largest < 1000 else None
 
 
 def _is_count(numbers: list[float | None]) -> bool:
