@@ -236,10 +236,11 @@ def test_what_is_left_is_told_by_what_was_run(tiny: DataSet) -> None:
     reduced = replace(mgu, train=mgu.train | {"max_epochs": 2})
     todo = Choice(cells=("mgu2",), seeds=(2,)).of(small(tiny))
 
-    def left(*records: Record) -> str:
-        return reproduce.remaining(small(tiny), todo, {record.key: record for record in records})
+    def left(*records: Record, jobs: int = 1) -> str:
+        return reproduce.remaining(small(tiny), todo, {record.key: record for record in records}, jobs)
 
     assert left(gru) == "; about 5 min left"
+    assert left(gru, reduced, jobs=5) == "; about 5 min left"
     assert left(gru, reduced) == "; about 25 min left"
     assert left(reduced) == f"; about {5 * limit} min left"
     assert left() == f"; about {small(tiny).arms['scales'].epoch * limit / 60:.0f} min left"
@@ -253,6 +254,8 @@ def test_a_report_of_nothing_says_so(tiny: DataSet, tmp_path: Path) -> None:
     assert (
         "4 runs of the table are left (about 2 min on one core): `latch-train reproduce scales --arms scales`." in page
     )
+    (quick,) = findings.write(tmp_path, "scales-quick", small(tiny), [])
+    assert "`latch-train reproduce scales --quick --arms scales`" in quick.read_text()
     assert "±" not in page.partition("## ")[2]
 
 
