@@ -81,6 +81,18 @@ def test_the_other_experiments_table_is_what_the_records_say() -> None:
     assert table("others") == rows
 
 
+def test_the_sentence_on_speech_is_what_the_records_say() -> None:
+    """Its scores, and how far the runs got."""
+    records = reproduce.load(Path("training/results/speech.json")).values()
+    scores = {one.cell: one.test for one in records}
+    said = Path("README.md").read_text()
+    assert re.findall(r"`(\w+)` (-\d\.\d\d)", said) == [
+        (cell, f"{scores[cell]:.2f}") for cell in ("gru", "gru1", "mgu", "lstm", "gru3", "rnn")
+    ]
+    assert f"{max(one.epochs for one in records)} of at most 100 epochs were run" in said
+    assert {one.epochs for one in records} == {max(one.epochs for one in records)}
+
+
 def test_the_papers_table_is_what_the_records_say() -> None:
     """The README's rows of JSB: size, parameters, mean and deviation, and the papers' figures of the same unit."""
     arm, rows = EXPERIMENTS["music"].arms["chorales"], []
