@@ -232,11 +232,13 @@ class SessionManager:
         async def there(session: Session) -> tuple[Snapshot, int]:
             return session.engine.snapshots.unpack(data), 0
 
-        if not await self._is_known(session_id):
-            engine = self.engines.get(model, version)
-            with suppress(SessionExists):  # since then, by another call
-                return await self._make(engine, engine.snapshots.unpack(data), session_id, idle_ttl, _NOTHING), True
-        return await self._move(session_id, there), False
+        while True:  # it may be made, or end, meanwhile
+            if not await self._is_known(session_id):
+                engine = self.engines.get(model, version)
+                with suppress(SessionExists):
+                    return await self._make(engine, engine.snapshots.unpack(data), session_id, idle_ttl, _NOTHING), True
+            with suppress(SessionNotFound, SessionExpired):
+                return await self._move(session_id, there), False
 
     async def reset(self, session_id: str) -> Session:
         """Returns a session to its model's initial state and to step 0, after what it has waiting. Raises as `find`."""
@@ -578,12 +580,22 @@ class SessionManager:
             if session.is_live and session.has_idled_out:
                 self._forget(session)
                 tokens[session.id] = session.token
+        if self._store.is_shared:  # where a retry is use, too, of which the token says nothing
+            used = await asyncio.gather(*map(self._has_time_left, tokens))
+            tokens = {name: token for (name, token), is_used in zip(tokens.items(), used, strict=True) if not is_used}
         if not tokens:
             return 0
         expired = self._metrics.expired.labels(*sessions[0].engine.key)  # before its version can be gone
         count = await self._store.expire(tokens)
         expired.inc(count)
         return count
+
+    async def _has_time_left(self, session_id: str) -> bool:
+        """Whether the store, if it counts time, gives the session some."""
+        try:
+            return 0 < (await self._store.load(session_id)).time_left < inf
+        except (SessionNotFound, SessionExpired):
+            return False
 
     def _forget(self, session: Session) -> None:
         """Takes the session out of this process at once, before anything is awaited."""

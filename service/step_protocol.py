@@ -67,12 +67,13 @@ class StepProtocol(HttpToolsProtocol):
     app: FrontDoor
     _owed: _Step | None = None
     _is_head = _is_offer = False
-    _head_bytes = 0
+    _head_bytes = _segment = 0
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but for the two kinds of heads that it has no answer for."""
         self._unset_keepalive_if_required()
         while data:
+            self._segment = len(data)
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserError:
@@ -85,7 +86,7 @@ class StepProtocol(HttpToolsProtocol):
                     self.handle_websocket_upgrade()
             else:
                 if self._is_head:
-                    self._head_bytes += len(data)
+                    self._head_bytes += self._segment
                     if self._head_bytes > _LARGEST_HEAD:
                         self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
                         self.transport.close()
@@ -106,7 +107,7 @@ class StepProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins; its scope is made once it is known that somebody needs one."""
-        self._is_head, self._head_bytes = True, 0
+        self._is_head, self._head_bytes = True, -self._segment  # its first bytes come with the end of another request
         self.url = b""
         self.expect_100_continue = False
         self.headers = []

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from training.artifact import Values, free_version, write_version
 from training.errors import ExportError
@@ -312,8 +312,8 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path} is not an ONNX model: {error}") from error
     for tensor in _weights(model.graph):
         if uses_external_data(tensor):
-            place = ExternalDataInfo(tensor).location
-            if Path(place).name != place or not (path.parent / place).is_file():
+            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if not place or Path(place).name != place or not (path.parent / place).is_file():
                 raise ExportError(
                     f"{path}: weight {tensor.name!r} lies in {place!r}, which is no file beside it: put it there, or "
                     f"save the model in one file (torch.onnx.export(..., external_data=False))"

@@ -72,7 +72,7 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
 
     for what, before, now in (
         ("is for", found["description"].rpartition(": ")[0], info.description),
-        ("takes", features(found["input"]), ", ".join(name for name, _ in info.inputs)),
+        ("takes", features(found["input"]), "" if info.vocabulary else ", ".join(name for name, _ in info.inputs)),
         ("gives", features(found["outputs"][0]), ", ".join(name for name, _ in info.outputs)),
     ):
         if before != now:
@@ -85,8 +85,13 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
 def exported(run: Run, models: Path, name: str) -> Path | None:
     """The version of `name` in `models` that was made of a finished run; None where there is none."""
     mine = (run.model.cell, _settings(run), (run.result or {}).get("metrics"))
-    for version in sorted((models / name).glob("[0-9]*")):
-        found = _read_manifest(version)
+    for version in sorted(models.glob(f"{name}/*")):
+        if not version.name.isdecimal():
+            continue
+        try:
+            found = _read_manifest(version)
+        except ExportError:  # of a version that is none
+            continue
         if ((found["unit"] or {}).get("cell"), found["training"], found["metrics"]) == mine:
             return version
     return None

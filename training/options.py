@@ -191,7 +191,10 @@ def slug(name: str) -> str:
 
 def names(text: str | None) -> tuple[str, ...]:
     """`a, "b, c"` -> (a, `b, c`)."""
-    found = next(csv.reader([text or ""], skipinitialspace=True), [])
+    try:
+        found = next(csv.reader([text or ""], skipinitialspace=True), [])
+    except csv.Error as error:
+        raise ConfigError(f"{text!r} is no list of names, a, b: {error}") from error
     return tuple(name.strip() for name in found if name.strip())
 
 

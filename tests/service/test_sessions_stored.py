@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from starlette.types import Message
@@ -22,6 +23,7 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.routers.steps import StepDoor
+from service.sessions import SessionManager
 from service.snapshot import snapshot
 from service.stores import Save, Saved, Stored, open_store
 from service.wire import StepRequest
@@ -477,3 +479,46 @@ async def test_a_kept_reply_that_is_none_is_not_repeated(replicas: list[Replica]
     reply = await manager.step(made, ones(first=1))
     assert (reply.replayed, reply.data) == (True, None)
     assert (await manager.step(made, ones(first=2))).step == 2
+
+
+async def test_a_copy_elsewhere_ends_no_session_that_is_in_use(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the store counts the time, it is asked: a retry moves that on, and not the token."""
+    here, there = (replica.manager for replica in replicas)
+    await here.create("toy", session_id="a")
+    copy = await there.find("a")
+    load, left = SharedStore.load, 5.0
+
+    async def timed(self: SharedStore, name: str) -> Stored:
+        stored = await load(self, name)
+        if left <= 0:
+            raise SessionExpired("its time is over")
+        return msgspec.structs.replace(stored, time_left=left)
+
+    monkeypatch.setattr(SharedStore, "load", timed)
+    copy.engine.slab.expire_in(copy, 0)
+    assert (await there.sweep(), copy.is_live) == (0, False)
+    again = await there.find("a")
+    left = 0.0
+    again.engine.slab.expire_in(again, 0)
+    assert await there.sweep() == 1
+
+
+async def test_a_restore_of_what_ends_meanwhile_makes_it(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a create does."""
+    manager = replicas[0].manager
+    await manager.create("toy", session_id="a")
+    data = await manager.state("a")
+    known = SessionManager._is_known
+
+    async def then_deleted(self: SessionManager, name: str) -> bool:
+        found = await known(self, name)
+        if found:
+            await self.delete(name)
+        return found
+
+    monkeypatch.setattr(SessionManager, "_is_known", then_deleted)
+    assert (await manager.restore("a", data))[1]

@@ -294,6 +294,19 @@ def test_a_head_has_an_end(server: Server, piece: bytes) -> None:
         assert connection.socket.recv(100).startswith(b"HTTP/1.1 431 ")
 
 
+def test_a_long_way_to_a_head_is_none_of_it(server: Server) -> None:
+    """Of a segment, what comes before a request begins belongs to others."""
+    session, rows = server.create(), np.ones((7000, 3), np.float32).tobytes()
+    get = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connected(server) as connection:
+        connection.send(request(session, rows, kind=PACKED) + get[:20])
+        assert connection.reply()[0] == 200
+        connection.send(get[20:] + get * 5000 + get[:9])
+        assert {connection.reply()[0] for _ in range(5001)} == {200}
+        connection.send(get[9:])
+        assert connection.reply()[0] == 200
+
+
 def test_who_waits_behind_a_refusal_is_not_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal starts the clock of an idle connection, and the next request, of the same bytes, must stop it."""
     made, take = StepProtocol.connection_made, StepDoor.take

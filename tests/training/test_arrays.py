@@ -128,6 +128,18 @@ def test_what_is_wrong_is_told_by_array_and_sequence(tmp_path: Path, change: dic
         arrays.load(tmp_path / "made.npz", Options())
 
 
+def test_padding_tells_nothing_about_values(tmp_path: Path) -> None:
+    """What lies behind a sequence's end neither hides that its values are rounded away, nor is it held against them."""
+    lengths, x = np.full(40, 3), np.random.default_rng(1).normal(size=(40, 5, 2))
+    y = np.zeros((40, 5))
+    y[:, :3] = 1e9 + x[:, :3, 0]
+    np.savez(tmp_path / "made.npz", x=x, y=y, lengths=lengths)
+    with pytest.raises(DataError, match=r"y \[..., 0\] varies by .* where 32-bit floats are 64 apart"):
+        arrays.load(tmp_path / "made.npz", Options())
+    np.savez(tmp_path / "made.npz", x=x, y=np.where(np.arange(5) < 3, x[:, :, 0], 1e9), lengths=lengths)
+    assert arrays.load(tmp_path / "made.npz", Options()).info.task == "regression"
+
+
 def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     """Absent, something else, cut short, or with objects in it, which could run code when they are read."""
     path = tmp_path / "made.npz"

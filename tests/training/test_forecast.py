@@ -335,5 +335,24 @@ def test_what_goes_wrong_in_one_series_is_told_of_it(tmp_path: Path) -> None:
         load(path, targets=("a",), by="machine")
     with pytest.raises(DataError, match="has no column 'motor': its header is date, machine, a, b"):
         load(path, targets=("a",), by="motor")
+    with pytest.raises(DataError, match="column 'machine' says which series a row belongs to; it can be no input"):
+        load(path, targets=("a",), inputs=("a", "machine"), by="machine")
+    machines(path, {"left": 200, "short": 2})
+    assert (
+        "short: too few rows to tell how far apart they are: each counts as one step"
+        in load(path, targets=("a",), by="machine").notes
+    )
+    untimed = load(path, targets=("a",), by="machine", time="").notes
+    assert [note for note in untimed if "one step" in note] == ["no column of times: every row counts as one step"]
+
+
+def test_a_day_may_be_a_series(tmp_path: Path) -> None:
+    """The column that names the series is part of the time, too."""
+    path = tmp_path / "days.csv"
+    rows = [f"2026-01-{day:02},{hour:02}:00,{day + hour % 5}" for day in range(1, 9) for hour in range(24)]
+    path.write_text("Date,Time,a\n" + "\n".join(rows) + "\n")
+    data = load(path, targets=("a",), by="Date", time="Date,Time")
+    assert data.notes[0].startswith("8 series by Date: 2026-01-01, 2026-01-02")
+    assert "(1 hour)" in data.info.description
     uneven = load(machines(tmp_path / "m.csv", {"left": 99, "right": 99}, apart=30), targets=("a",), by="machine")
     assert uneven.info.description == "a 1 row ahead, with uncertainty"

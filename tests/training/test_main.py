@@ -16,11 +16,11 @@ from tests.training import strangers
 from tests.training.test_export import replay
 from tests.training.test_trainer import StopAt
 from training import __main__ as cli
-from training import data, ship
+from training import data, options, ship
 from training.checkpoint import Run
 from training.config import TrainConfig
 from training.data.sequences import DataSet
-from training.errors import ExportError, TrainingError
+from training.errors import ConfigError, ExportError, TrainingError
 from training.presets import PRESETS, Preset
 from training.trainer import configure, fit
 
@@ -118,6 +118,19 @@ def test_another_question_is_no_new_version(tmp_path: Path, waves: Path) -> None
     assert [path.name for path in (models / "two-waves").iterdir()] == ["1"]
     named = call(*words, "--targets", "b", "--run", str(tmp_path / "other"), "--name", "two-waves")
     assert str(models / "two-waves" / "2") in named
+
+
+def test_a_text_has_versions_too(tmp_path: Path) -> None:
+    """The same question of the same file, whether its ids have names in the manifest or not; other folders are none."""
+    (tmp_path / "t.txt").write_text("abcd efgh " * 60)
+    words = ["fit", "--text", str(tmp_path / "t.txt"), "--hidden", "4", "--epochs", "1", "--models"]
+    words += [str(tmp_path / "m"), "--run"]
+    call(*words, str(tmp_path / "one"))
+    (tmp_path / "m" / "t" / "1.old").mkdir()
+    assert "is left as it is" in call(*words, str(tmp_path / "one"))
+    assert str(tmp_path / "m" / "t" / "2") in call(*words, str(tmp_path / "two"), "--seed", "2")
+    (tmp_path / "m" / "t" / "1" / "manifest.json").write_text("{")
+    assert str(tmp_path / "m" / "t" / "3") in call(*words, str(tmp_path / "three"), "--seed", "3", "--name", "t")
 
 
 def test_a_finished_run_becomes_a_model_once(tmp_path: Path, waves: Path) -> None:
@@ -342,3 +355,11 @@ def test_what_the_disk_refuses_is_one_line_too(
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert (said.startswith("error: "), str(tmp_path / "taken") in said, said.count("\n")) == (True, True, 1)
+
+
+def test_names_may_hold_commas_in_quotes_and_no_line_breaks() -> None:
+    """As in the header that they are of."""
+    assert options.names('a, "b, c" ,d') == ("a", "b, c", "d")
+    assert options.names(None) == ()
+    with pytest.raises(ConfigError, match="is no list of names"):
+        options.names("v\nw")

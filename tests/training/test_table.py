@@ -132,6 +132,7 @@ def test_what_spreadsheets_put_around_a_table(tmp_path: Path) -> None:
         table = read(written(tmp_path, text))
         assert table.columns == ("a", "b")
         np.testing.assert_array_equal(table.values, [[1.5, 2], [np.nan, np.nan], [3, 4]])
+    assert read(written(tmp_path, '"Temp; in;\n degC",v\n1,2\n')).columns == ("Temp; in;\n degC", "v")
     table = read(written(tmp_path, '"x, y [m]";"p, q, r";c\n1,5;2;3\n'))
     assert (table.columns, table.values.tolist()) == (("x, y [m]", "p, q, r", "c"), [[1.5, 2, 3]])
 

@@ -50,7 +50,8 @@ def load(path: Path, options: Options) -> DataSet:
     ys, whole = answers(path, arrays, xs, laid_out)
     classes = np.issubdtype(arrays["y"].dtype, np.integer)
     features = np.concatenate([arrays["x"][place] for place in laid_out]).astype(np.float64)
-    values = np.zeros((1, 0)) if classes else arrays["y"].reshape(-1, ys[0].shape[1]).astype(np.float64)
+    given = arrays["y"] if whole else np.concatenate([arrays["y"][place] for place in laid_out])
+    values = np.zeros((1, 0)) if classes else given.reshape(-1, ys[0].shape[1]).astype(np.float64)
     for name, columns in (("x", features), ("y", values)):
         for index, column in enumerate(columns.T):
             require_told_apart(f"{path}: {name} [..., {index}]", column)

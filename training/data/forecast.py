@@ -119,6 +119,8 @@ def load(path: Path, options: Options) -> DataSet:
     inputs = tuple(find(path, table.columns, name) for name in options.inputs)
     series = [lay_out(part, options) for part in table.parts()]
     notes = [f"{len(series)} series by {options.by}: {_some([one.name for one in series])}"] if options.by else []
+    if table.seconds is None:
+        notes.append("no column of times: every row counts as one step")
     notes += _told([(one.name, note) for one in series for note in one.notes])
     if not inputs:
         inputs, told = free_inputs(table.columns, targets, series)
@@ -210,7 +212,9 @@ def check(
             way = "take another target, or another --split" if name in targets else "leave it out with --inputs"
             raise DataError(f"{path}, column {name!r} never changes in the first rows, which train: {way}")
         require_told_apart(
-            f"{path}, column {name!r}" + (f" (a time? then --time {name})" if _rises(trains) else ""), trains
+            f"{path}, column {name!r}"
+            + (f" (a time? then --time {name})" if all(_rises(one.measured(index)) for one in series) else ""),
+            trains,
         )
 
 
@@ -286,8 +290,10 @@ def even_rows(table: Table, max_gap: int) -> tuple[NDArray[np.int64], float | No
     too long to be filled only as much is kept as shows that it is.
     """
     count = len(table.values)
-    if table.seconds is None or count < 3:
-        return np.arange(count), None, ["no column of times: every row counts as one step"]
+    if table.seconds is None:  # which is said of the whole file
+        return np.arange(count), None, []
+    if count < 3:
+        return np.arange(count), None, ["too few rows to tell how far apart they are: each counts as one step"]
     apart = np.diff(table.seconds)
     spacing = float(np.median(apart))
     ratio = apart / spacing

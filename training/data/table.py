@@ -137,6 +137,8 @@ def read(
     named = {find(path, header, name) for name in wanted}
     clock = tuple(find(path, header, name) for name in time.split(",")) if time else ()
     key = find(path, header, by) if by else None
+    if key in named:
+        raise DataError(f"{path}: column {key!r} says which series a row belongs to; it can be no input or target too")
     order, series = _together(
         path, key, [row[header.index(key)].strip() for row in rows] if key else [""] * len(rows), lines
     )
@@ -148,10 +150,10 @@ def read(
         cells = [row[index].strip() for row in rows]
         numbers = [_number(cell, comma=comma) for cell in cells]
         known = sum(value is not None and not math.isnan(value) for value in numbers)
-        if name == key:
-            continue
         if name in clock:
             texts[name] = cells
+        elif name == key:
+            continue
         elif name in unnamed and _is_count(numbers):
             ignored[name] = "counts the rows"
         elif name in named or known > numbers.count(None):
@@ -211,7 +213,7 @@ def _cells(path: Path) -> _Cells:
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
     start = text.lstrip()
     said = re.match(r"sep=(.)\s*\n", start)  # Excel's own way to say it
-    head = re.sub(r'"[^"]*"', "", start.partition("\n")[0])  # what is quoted separates nothing
+    head = re.sub(r'"[^"]*"', "", start).partition("\n")[0]  # what is quoted separates nothing
     delimiter = said[1] if said else max(DELIMITERS, key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
