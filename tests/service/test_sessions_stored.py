@@ -57,6 +57,16 @@ def ones(steps: int = 1, first: int | None = None) -> StepRequest:
     return StepRequest(np.ones((steps, toys.INPUTS), np.float32).tobytes(), steps, ("y",), first)
 
 
+async def answer(door: StepDoor, body: bytes) -> bytes:
+    """What session `a` is answered over HTTP."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    scope = {"headers": [(b"content-type", b"application/json")], "query_string": b""}
+    return (await door.answer("a", scope, receive)).body
+
+
 async def test_a_run_is_one_save(replicas: list[Replica]) -> None:
     """What runs together is written together."""
     manager = replicas[0].manager
@@ -124,12 +134,7 @@ async def test_a_call_by_id_means_the_session_that_is_there(replicas: list[Repli
     await there.manager.delete("a")
     await asyncio.sleep(0.001)  # the clock of creation has moved on
     await there.manager.create("counter", session_id="a")
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b'{"inputs": [2], "step": 1}', "more_body": False}
-
-    scope = {"headers": [(b"content-type", b"application/json")], "query_string": b""}
-    assert b'"step":1' in (await door.answer("a", scope, receive)).body
+    assert b'"step":1' in await answer(door, b'{"inputs": [2], "step": 1}')
     assert (await there.manager.inspect("a")).step == 1
 
 
@@ -347,17 +352,9 @@ async def test_a_row_is_for_the_model_that_the_session_has_now(replicas: list[Re
     await there.manager.delete("a")
     await asyncio.sleep(0.001)  # the clock of creation has moved on
     await there.manager.create("counter", session_id="a")
-
-    async def answer(body: bytes) -> bytes:
-        async def receive() -> Message:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        scope = {"headers": [(b"content-type", b"application/json")], "query_string": b""}
-        return (await door.answer("a", scope, receive)).body
-
-    assert b'"step":1' in await answer(b'{"inputs": [2], "step": 1}')
+    assert b'"step":1' in await answer(door, b'{"inputs": [2], "step": 1}')
     with pytest.raises(InvalidInput, match=r"\$.inputs\[0\]"):
-        await answer(b'{"inputs": [[1, 2, 3]], "step": 2}')
+        await answer(door, b'{"inputs": [[1, 2, 3]], "step": 2}')
     assert (await there.manager.inspect("a")).step == 1
 
 

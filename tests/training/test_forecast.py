@@ -218,9 +218,7 @@ def test_a_column_that_never_changes_is_left_out(csv: Csv) -> None:
     data = load(path, targets=("a",))
     assert data.info.inputs == (("a", ""), ("b", ""))
     assert "c: never changes in the rows that train: left out" in data.notes
-    with pytest.raises(
-        DataError, match=r"column 'c' never changes in the first rows, which train: leave it out with --inputs"
-    ):
+    with pytest.raises(DataError, match=r"column 'c' never changes in the first 70% .* leave it out with --inputs"):
         load(path, targets=("a",), inputs=("a", "c"))
     with pytest.raises(DataError, match=r"column 'c' never changes .* take another target, or another --split"):
         load(path, targets=("c",))

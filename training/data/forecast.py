@@ -129,7 +129,7 @@ def load(path: Path, options: Options) -> DataSet:
     for one in series:
         one.grid = fill(one.table, columns, inputs, one.rows, options.max_gap)
     notes += _told([(one.name, note) for one in series for note in one.grid.notes])
-    check(path, series, columns, inputs, targets)
+    check(path, series, columns, inputs, targets, options.split[0])
     x, y = [columns.index(name) for name in inputs], [columns.index(name) for name in targets]
     spacing, count = common_spacing(series), max(len(one.rows) for one in series)
     season = find_season(spacing, count) if options.season is None else options.season
@@ -199,9 +199,14 @@ def free_inputs(
 
 
 def check(
-    path: Path, series: Sequence[Series], columns: tuple[str, ...], inputs: tuple[str, ...], targets: tuple[str, ...]
+    path: Path,
+    series: Sequence[Series],
+    columns: tuple[str, ...],
+    inputs: tuple[str, ...],
+    targets: tuple[str, ...],
+    percent: int,
 ) -> None:
-    """DataError where no row is whole, or a column says nothing in the rows that train."""
+    """DataError where no row is whole, or a column says nothing in the first `percent` of the rows, which train."""
     if not any((one.grid.start >= 0).any() for one in series):
         known = np.sum([one.grid.known.sum(axis=0) for one in series], axis=0)
         worst = min(inputs, key=lambda name: int(known[columns.index(name)]))
@@ -210,7 +215,9 @@ def check(
         trains = np.concatenate([one.measured(index) for one in series])
         if len(np.unique(trains)) < 2:
             way = "take another target, or another --split" if name in targets else "leave it out with --inputs"
-            raise DataError(f"{path}, column {name!r} never changes in the first rows, which train: {way}")
+            raise DataError(
+                f"{path}, column {name!r} never changes in the first {percent}% of the rows, which train: {way}"
+            )
         require_told_apart(
             f"{path}, column {name!r}"
             + (f" (a time? then --time {name})" if all(_rises(one.measured(index)) for one in series) else ""),
