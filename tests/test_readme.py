@@ -63,7 +63,8 @@ def test_the_sessions_do_what_the_readme_says(shipped: Server) -> None:
         here = command.replace("http://127.0.0.1:8000", shipped.url)
         run = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True, timeout=30)
         assert close(json.loads(run.stdout), json.loads(line)), run.stdout
-    for marker in ("<!-- tested: client -->", "<!-- tested: python -->", "<!-- tested: binary -->"):
+    for name in ("client", "python", "group", "binary"):
+        marker = f"<!-- tested: {name} -->"
         program = block("python", marker).replace("//127.0.0.1:8000", shipped.url.removeprefix("http:"))
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
         assert run.stdout == block("text", marker)

@@ -5,22 +5,29 @@
         for reply in session.stream(readings):
             print(reply.step, reply["y"])
 
+    with Client("http://127.0.0.1:8000") as latch, latch.group() as group:
+        motors = [latch.session(name, model="sensors") for name in names]
+        replies = group.step(dict(zip(motors, rows)))  # one row of each, over one socket
+
 `AsyncClient` is the same for asyncio. Steps are numbered, tried again and resumed by the client; what is refused for
 good is raised as the class of its code in `service.errors`.
 
 Rule: it needs the service's addresses and its packed rows, and imports none of the service's inside.
 """
 
-from service.client.asynchronous import AsyncClient, AsyncSession
-from service.client.blocking import Client, Session
-from service.client.errors import LostSteps, NotLatch, OutputsNotKept, PatienceExhausted
+from service.client.asynchronous import AsyncClient, AsyncGroup, AsyncSession
+from service.client.blocking import Client, Group, Session
+from service.client.errors import LostSteps, NotAllStepped, NotLatch, OutputsNotKept, PatienceExhausted
 from service.client.protocol import Reply
 
 __all__ = [
     "AsyncClient",
+    "AsyncGroup",
     "AsyncSession",
     "Client",
+    "Group",
     "LostSteps",
+    "NotAllStepped",
     "NotLatch",
     "OutputsNotKept",
     "PatienceExhausted",

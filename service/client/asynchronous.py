@@ -1,4 +1,4 @@
-"""`AsyncClient` and `AsyncSession`: for asyncio. Tasks may share them; the calls of one session wait for each other.
+"""`AsyncClient`, `AsyncSession`, `AsyncGroup`: for asyncio. Tasks may share them; calls of one session take turns.
 
 Rule: as `blocking.py`, which documents every argument; it performs what `protocol.py` asks for, and decides nothing.
 """
@@ -12,6 +12,7 @@ import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
 from service.client.effects import Answer, Call, Dial, Effect, Exchange, Retry, Sleep, Work
+from service.client.groups import GroupLogic, replies_of
 from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing
 from service.client.streams import StreamLogic
 from service.client.transport import FAILURES, Target, failure
@@ -57,6 +58,10 @@ class AsyncClient:
         """Runs whole sequences of rows, [T, *shape] each, from the initial state; nothing is kept."""
         return await self._line.run(self._logic.predict(model, sequences, outputs))
 
+    def group(self, outputs: Iterable[str] | None = None) -> "AsyncGroup":
+        """Steps many sessions together over one WebSocket; close it, or use it in an `async with` block."""
+        return AsyncGroup(self._line.another(), GroupLogic(self._logic, outputs))
+
     async def close(self) -> None:
         """Lets go of the connections; sessions live on."""
         await self._http.aclose()
@@ -96,7 +101,7 @@ class AsyncSession(Standing):
         try:
             async with aclosing(_batches(readings, window)) as batches:
                 async for batch in batches:
-                    for request in stream.requests(batch):
+                    for request in stream.requests.cut(batch):
                         for reply in await self._run(stream.exchange(request), line):
                             yield reply
         finally:
@@ -135,6 +140,34 @@ class AsyncSession(Standing):
     async def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
         async with self._lock:
             return await (line or self._line).run(work)
+
+
+class AsyncGroup:
+    """As `Group`. A step that was cancelled may be repeated: what of it was applied is not applied again."""
+
+    def __init__(self, line: "_Line", logic: GroupLogic) -> None:
+        self._line = line
+        self._logic = logic
+        self._lock = asyncio.Lock()
+
+    async def step(self, rows: Mapping[AsyncSession, Any]) -> dict[AsyncSession, Reply]:
+        """Advances each session by its own rows, and answers when all are through."""
+        async with self._lock, AsyncExitStack() as held:
+            for session in sorted(rows, key=id):  # two groups with the same sessions must not wait for each other
+                await held.enter_async_context(session._lock)
+            work = self._logic.step([(session._logic, row) for session, row in rows.items()])
+            return replies_of(rows, await self._line.run(work))
+
+    async def close(self) -> None:
+        """Closes the WebSocket; another step would open it again. The sessions live on."""
+        self._logic.hung_up()
+        await self._line.hang_up()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 async def _batches(readings: Iterable[Any] | AsyncIterable[Any], window: int) -> AsyncGenerator[list[Any]]:

@@ -1,4 +1,4 @@
-"""`Client` and `Session`: for plain Python. Threads may share them; the calls of one session wait for each other.
+"""`Client`, `Session`, `Group`: for plain Python. Threads may share them; calls of one session take turns.
 
 Rule: it performs what `protocol.py` asks for, and decides nothing.
 """
@@ -14,6 +14,7 @@ import httpx
 from websockets.sync.client import ClientConnection, connect
 
 from service.client.effects import Answer, Call, Dial, Effect, Exchange, Retry, Sleep, Work
+from service.client.groups import GroupLogic, replies_of
 from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing
 from service.client.streams import StreamLogic
 from service.client.transport import FAILURES, Target, failure
@@ -81,6 +82,14 @@ class Client:
         """Runs whole sequences of rows, [T, *shape] each, from the initial state; nothing is kept."""
         return self._line.run(self._logic.predict(model, sequences, outputs))
 
+    def group(self, outputs: Iterable[str] | None = None) -> "Group":
+        """Steps many sessions together over one WebSocket; close it, or use it in a `with` block.
+
+        Args:
+            outputs: names of what comes back for each row; None: each model's prediction.
+        """
+        return Group(self._line.another(), GroupLogic(self._logic, outputs))
+
     def close(self) -> None:
         """Lets go of the connections; sessions live on."""
         self._http.close()
@@ -144,7 +153,7 @@ class Session(Standing):
         try:
             items = iter(readings)
             while batch := list(islice(items, window)):
-                for request in stream.requests(batch):
+                for request in stream.requests.cut(batch):
                     yield from self._run(stream.exchange(request), line)
         finally:
             line.hang_up()
@@ -182,6 +191,48 @@ class Session(Standing):
     def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
         with self._lock:
             return (line or self._line).run(work)
+
+
+class Group:
+    """Many sessions over one WebSocket, as `Client.group` gives it. They may be of different models, come and go, and
+    be stepped by themselves between two steps of the group.
+    """
+
+    def __init__(self, line: "_Line", logic: GroupLogic) -> None:
+        self._line = line
+        self._logic = logic
+        self._lock = threading.Lock()
+
+    def step(self, rows: Mapping[Session, Any]) -> dict[Session, Reply]:
+        """Advances each session by its own row, or T of them, [T, *shape]. They run together in the service; each is
+        applied or refused by itself, whatever breaks.
+
+        After an error go on, for each session of its `errors`, from the row that comes after the session's step `at`.
+        That also holds for more rows of one session than the service keeps replies of (64 KiB): they travel in parts.
+
+        Args:
+            rows: what each session's model takes; at most 65,535 sessions.
+
+        Raises:
+            NotAllStepped: some were refused, or `patience` ended first; it has the replies of all others.
+            InvalidInput: rows that a model does not take, or two objects of one session. Nothing was sent.
+        """
+        with self._lock, ExitStack() as held:
+            for session in sorted(rows, key=id):  # two groups with the same sessions must not wait for each other
+                held.enter_context(session._lock)
+            outcomes = self._line.run(self._logic.step([(session._logic, row) for session, row in rows.items()]))
+            return replies_of(rows, outcomes)
+
+    def close(self) -> None:
+        """Closes the WebSocket; another step would open it again. The sessions live on."""
+        self._logic.hung_up()
+        self._line.hang_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Line:

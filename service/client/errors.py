@@ -3,6 +3,7 @@
 Rule: whoever catches `LatchError` has caught everything that these clients raise on purpose.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from service.errors import LatchError
@@ -43,6 +44,24 @@ class LostSteps(LatchError):
             "or somebody reset the session or rolled it back; refresh() goes on from there",
         )
         self.acknowledged, self.found = acknowledged, found
+
+
+class NotAllStepped(LatchError):
+    """Some sessions of a group were not stepped; what happened to one is no other's matter.
+
+    Attributes:
+        replies: of those that were stepped, as `Group.step` would have given them.
+        errors: of the others, each the error that the session's own `step` would have raised.
+    """
+
+    code = "not_all_stepped"
+    http_status = 409
+
+    def __init__(self, replies: Mapping[Any, Any], errors: Mapping[Any, LatchError]) -> None:
+        session, error = next(iter(errors.items()))
+        count = len(errors) + len(replies)
+        super().__init__(f"{len(errors)} of {count} sessions were not stepped; the first, {session.id!r}: {error}")
+        self.replies, self.errors = replies, errors
 
 
 class OutputsNotKept(LatchError):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.client import AsyncClient, Client, LostSteps, NotLatch, PatienceExhausted
+from service.client import AsyncClient, Client, LostSteps, NotAllStepped, NotLatch, PatienceExhausted, Reply
 from service.client.effects import Retry
 from service.errors import (
     InvalidInput,
@@ -48,8 +48,9 @@ class Blocking:
             result = value(*arguments, **options)
             if inspect.isasyncgen(result):
                 return self._each(result)
-            result = self._loop.run_until_complete(result)
-            return Blocking(result, self._loop) if hasattr(result, "rollback") else result
+            if inspect.isawaitable(result):
+                result = self._loop.run_until_complete(result)
+            return Blocking(result, self._loop) if hasattr(result, "step") and not isinstance(result, Reply) else result
 
         return call
 
@@ -278,6 +279,88 @@ def test_calls_through_a_network_that_breaks_anywhere(server: Server, client: Ca
     assert client(server.url).session(session.id).at == 60
 
 
+def test_a_group_steps_many_sessions_together(server: Server, client: Callable[..., Any]) -> None:
+    """Of two models, one row or more of each, some by themselves in between: each has the bits of being alone."""
+    latch = client(server.url)
+    sessions = [latch.session(f"member-{i}", model="toy") for i in range(300)]
+    counter = latch.session(model="counter")
+    group, rich = latch.group(), latch.group(outputs=["h"])
+    replies = group.step({session: ROWS[i % 200] for i, session in enumerate(sessions)} | {counter: [1, 2]})
+    assert replies[counter]["y"].tolist() == [1.5, 5.5]
+    assert sessions[7].step(ROWS[3:5])["y"].shape == (2, 4)
+    second = group.step({session: ROWS[5 : 6 + i % 3] for i, session in enumerate(sessions)})
+    assert [session.at for session in sessions] == [2 + i % 3 + 2 * (i == 7) for i in range(300)]
+    for i in (0, 199, 299):
+        whole = expected(latch, np.concatenate([ROWS[i % 200][None], ROWS[5 : 6 + i % 3]]))
+        assert (np.concatenate([replies[sessions[i]]["y"], second[sessions[i]]["y"]]) == whole).all()
+    states = rich.step({sessions[0]: ROWS[6]})[sessions[0]]
+    assert states["h"].shape == (1, 4)
+    group.close()
+    assert group.step({sessions[0]: ROWS[7]})[sessions[0]].step == states.step + 1
+    for each in (group, rich):
+        each.close()
+    for session in sessions:
+        session.delete()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_through_a_network_that_breaks_anywhere(server: Server, client: Callable[..., Any], seed: int) -> None:
+    """Whatever byte a connection ends at, every session sees each reply once, with the bits of the prediction."""
+    rng = np.random.default_rng(seed)
+    with network(server.url, [None, *rng.integers(1, 9000, 8).tolist()]) as proxy:  # the first makes the sessions
+        latch = client(proxy.url)
+        sessions = [latch.session(model="toy") for _ in range(8)]
+        group = latch.group()
+        replies = [group.step({session: ROWS[i + k] for i, session in enumerate(sessions)}) for k in range(60)]
+        group.close()
+        for i, session in enumerate(sessions):
+            given = np.concatenate([each[session]["y"] for each in replies])
+            assert (given == expected(client(server.url), ROWS[i : i + 60])).all()
+        assert proxy.cuts > 2
+
+
+def test_one_session_of_a_group_is_refused_and_the_others_go_on(server: Server, client: Callable[..., Any]) -> None:
+    """A value that is none, a session that is gone, one that somebody moved: the error has all replies and errors."""
+    latch = client(server.url)
+    fine, bad, gone, moved = (latch.session(model="toy") for _ in range(4))
+    group = latch.group()
+    group.step(dict.fromkeys((fine, bad, gone, moved), ROWS[0]))
+    latch.session(gone.id).delete()
+    other = latch.session(moved.id)
+    other.step(ROWS[1])
+    other.step(ROWS[2])
+    with pytest.raises(NotAllStepped, match="3 of 4") as caught:
+        group.step({fine: ROWS[1], bad: [1.0, np.nan, 2.0], gone: ROWS[1], moved: ROWS[1]})
+    assert [reply.step for reply in caught.value.replies.values()] == [2]
+    assert [*map(type, caught.value.errors.values())] == [InvalidInput, SessionNotFound, StepConflict]
+    moved.refresh()
+    assert [reply.step for reply in group.step({moved: ROWS[3], bad: ROWS[1]}).values()] == [4, 2]
+    with pytest.raises(InvalidInput, match=f"session '{fine.id}': rows of shape"):
+        group.step({bad: ROWS[2], fine: [1.0]})
+    assert (bad.at, server.http.get(f"/v1/sessions/{bad.id}").json()["step"]) == (2, 2)
+    group.close()
+
+
+def test_a_cancelled_step_of_a_group_may_be_repeated(server: Server) -> None:
+    """Whatever of it was applied is not applied again, and the answers that nobody read are nobody else's."""
+
+    async def follow() -> None:
+        async with AsyncClient(server.url) as latch, latch.group() as group:
+            sessions = [await latch.session(model="toy") for _ in range(8)]
+            for k in range(20):
+                rows = {session: ROWS[i + k] for i, session in enumerate(sessions)}
+                task = asyncio.create_task(group.step(rows))
+                await asyncio.sleep(0.0003 * k)
+                task.cancel()
+                await asyncio.wait([task])
+                replies = task.result() if not task.cancelled() else await group.step(rows)
+                assert [reply.step for reply in replies.values()] == [k + 1] * 8
+            whole = (await latch.predict("toy", [ROWS[7:27]]))[0]["y"]
+            assert (replies[sessions[7]]["y"] == whole[-1]).all()
+
+    asyncio.run(follow())
+
+
 def test_a_session_that_did_not_survive_is_told(
     server: Server, start: Callable[..., Server], client: Callable[..., Any]
 ) -> None:
@@ -348,6 +431,38 @@ def test_a_service_that_dies_in_the_middle_of_a_stream_costs_time_only(
         for asked in due:
             asked.set()
         reaper.join()
+        server.end()
+
+
+def test_a_service_that_dies_between_and_in_the_steps_of_a_group_costs_time_only(
+    repository: Path, tmp_path: Path, client: Callable[..., Any]
+) -> None:
+    """Killed in the middle of a step: each reply once, with the bits of no death."""
+    server = Mortal(repository, tmp_path)
+    server.start()
+
+    def again() -> None:
+        server.end()
+        server.start()
+
+    latch = client(server.url)
+    try:
+        sessions = [latch.session(f"survivor-{i}", model="toy") for i in range(30)]
+        group = latch.group()
+        replies = []
+        for k in range(60):
+            if k in (20, 40):
+                reaper = threading.Timer(0.002, again)
+                reaper.start()
+            replies.append(group.step({session: ROWS[i + k] for i, session in enumerate(sessions)}))
+            if k in (20, 40):
+                reaper.join()
+        group.close()
+        for i, session in enumerate(sessions):
+            whole = latch.predict("toy", [ROWS[i : i + 60]])[0]["y"]
+            assert (np.concatenate([each[session]["y"] for each in replies]) == whole).all()
+            assert latch.session(session.id).at == 60
+    finally:
         server.end()
 
 

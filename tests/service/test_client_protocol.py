@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from service.client.effects import Answer, Call, Dial, Exchange, Later, Retry, Sleep, Work
 from service.client.errors import LostSteps, NotLatch, OutputsNotKept, PatienceExhausted, refusal
 from service.client.protocol import PACKED, ClientLogic, Reply, SessionLogic
-from service.client.streams import INPUT_BYTES, MAX_STEPS, REPLY_BYTES, StreamLogic
+from service.client.requests import INPUT_BYTES, MAX_STEPS, REPLY_BYTES
+from service.client.streams import StreamLogic
 from service.errors import (
     Draining,
     InvalidInput,
@@ -89,7 +90,7 @@ class Latch:
         """What a shell's `stream` does."""
         logic = StreamLogic(session, outputs, window)
         for start in range(0, len(items), window):
-            for request in logic.requests(items[start : start + window]):
+            for request in logic.requests.cut(items[start : start + window]):
                 yield from self.run(logic.exchange(request))
 
     def info(self) -> dict[str, Any]:
@@ -250,7 +251,7 @@ class Faults(RuleBasedStateMachine):
         items = np.split(rows, np.cumsum(counts)[:-1])
         if self.moved:
             logic = StreamLogic(self.client, None)
-            self.fails(logic.exchange(next(logic.requests(items))), fates)
+            self.fails(logic.exchange(next(logic.requests.cut(items))), fates)
             return
         self.latch.fates = deque(fates)
         replies = list(self.latch.stream(self.client, items, window))
@@ -460,7 +461,7 @@ def test_a_message_that_is_no_answer_is_none(message: bytes | str, error: type[L
     latch = Latch()
     session = latch.session()
     logic = StreamLogic(session, None)
-    work = logic.exchange(next(logic.requests([[1.0]])))
+    work = logic.exchange(next(logic.requests.cut([[1.0]])))
     assert isinstance(next(work), Dial)
     work.send(None)
     work.send(frames.notice(Kind.HELLO, 0, latch.info()))
@@ -492,7 +493,7 @@ def test_a_hello_below_what_was_acknowledged_ends_the_stream_before_anything_is_
     session = latch.session()
     latch.run(session.step([[1.0], [2.0]], None))
     logic = StreamLogic(session, None)
-    work = logic.exchange(next(logic.requests([[3.0]])))
+    work = logic.exchange(next(logic.requests.cut([[3.0]])))
     assert isinstance(next(work), Dial)
     assert work.send(None).message is None
     with pytest.raises(LostSteps) as caught:
@@ -513,9 +514,9 @@ def test_requests_are_the_rows_of_the_items_cut_at_the_limit(counts: list[int], 
     """Nothing is left out, nothing comes twice, and no request is larger than it may be."""
     latch = Latch()
     logic = StreamLogic(latch.session(), None, window)
-    logic._limit = limit
+    logic.requests._limit = limit
     rows = np.arange(sum(counts), dtype=np.float32)[:, None]
-    requests = list(logic.requests(np.split(rows, np.cumsum(counts)[:-1])))
+    requests = list(logic.requests.cut(np.split(rows, np.cumsum(counts)[:-1])))
     assert b"".join(piece.data for request in requests for piece in request) == rows.tobytes()
     assert all(0 < sum(piece.steps for piece in request) <= limit for request in requests)
     assert sum(piece.is_last for request in requests for piece in request) == len(counts)
