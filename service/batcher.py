@@ -103,7 +103,6 @@ class Batcher:
         self._ledger = ledger
         self._committer = Committer(slab, self._queues, snapshots, ledger)
         self._is_shared = ledger is not None and ledger.store.is_shared
-        self._answered: set[Slot] = set()  # see `unsaved_uses`
         self._last_short = -math.inf  # see `_saw`
         self._running: dict[Slot, None] = {}  # those that get back in line when their run has ended, oldest first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="run")
@@ -178,9 +177,9 @@ class Batcher:
         """Slots whose use the store has not seen: that were answered without a save since this was last asked, or that
         have requests, and would be idle for too long within so many seconds.
         """
-        answered, self._answered = self._answered, set()
         busy = [slot for slot in self._queues.busy if self._slab.time_left(slot) < seconds]
-        return [slot for slot in {*answered, *busy} if slot.is_live and isinstance(slot, StoredSlot)]
+        used = {*self._committer.take_used(), *busy}
+        return [slot for slot in used if slot.is_live and isinstance(slot, StoredSlot)]
 
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
@@ -212,7 +211,7 @@ class Batcher:
                 if chunk.slot in self._running:  # the others are being saved, or were
                     chunk.settle(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            self._queues.resume(self._running)
+            self._resume()
 
     async def _serve_block(self, work: BlockWork) -> None:
         self._queues.began(work)
@@ -231,7 +230,11 @@ class Batcher:
             log.exception("a block of %d failed outside the runtime", len(work.slots))
             work.refuse(InferenceFailed("the batch failed; the state did not move"))
         finally:
-            self._queues.resume(self._running)
+            self._resume()
+
+    def _resume(self) -> None:
+        running, self._running = self._running, {}  # nothing here keeps a session, and its engine, that has ended
+        self._queues.resume(running)
 
     def _collect(self) -> list[Chunk] | BlockWork:
         """The oldest block, or the head of every queue before it that needs a run, up to `max_batch_size`."""
@@ -265,9 +268,10 @@ class Batcher:
                 self._committer.refresh_later(slot)
                 return False
             self._slab.touch(slot)  # a retry is use, too
-            if self._ledger is not None:
-                self._answered.add(slot)
+            self._committer.used(slot)
             kept = self._slab.kept(slot)
+            if kept is not None and kept.first_step + request.steps - 1 != step:
+                kept = None  # of a snapshot of somebody's own making, or this is no duplicate
             try:
                 decision = decide(step, kept, request.first_step, request.digest)
             except StepConflict as error:

@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from service.errors import Internal, LatchError, SessionCorrupt, SessionNotFound, SnapshotInvalid, SnapshotMismatch
-from service.ledger import Ledger, StoredSlot, Written
+from service.ledger import Ledger, StoredSlot, Written, packed
 from service.manifest import Array
 from service.queues import Queues
 from service.slab import Commits, Slot, StateSlab
 from service.snapshot import Snapshot, SnapshotCodec
-from service.stores import Saved
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ class Committer:
         self._snapshots = snapshots
         self._ledger = ledger
         self._writing: set[Slot] = set()
+        self._used: set[StoredSlot] = set()  # since their last save; see `used`
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __contains__(self, slot: object) -> bool:
@@ -82,7 +82,7 @@ class Committer:
             arrival.settle(range(len(slots)), self._slab.commit(commits, state), 0.0)
             return False
         token = self._ledger.token()
-        saved = [*map(Saved, commits.steps, *self._snapshots.pack(commits, state))]
+        saved = packed(self._snapshots, commits, state)
         self._ledger.write(_stored(slots), token, saved, partial(self._written, arrival, token))
         self._writing.update(slots)
         return True
@@ -125,7 +125,7 @@ class Committer:
         commits, state = snapshot.commits(slot)
         if self._ledger is not None and isinstance(slot, StoredSlot):
             token, future = self._ledger.token(), asyncio.get_running_loop().create_future()
-            saved = [*map(Saved, commits.steps, *self._snapshots.pack(commits, state))]
+            saved = packed(self._snapshots, commits, state)
             self._ledger.write([slot], token, saved, partial(_end, future), earlier)
             try:
                 outcome = (await future).outcome
@@ -139,8 +139,21 @@ class Committer:
                 await self.refresh(slot)
                 return False
             slot.token = token
-        self._slab.commit(commits, state)
+        if self._slab.commit(commits, state) != [True]:
+            raise SessionNotFound("the session was deleted while this request was under way")
         return True
+
+    def used(self, slot: Slot) -> None:
+        """Notes a use that is not saved, such as a retry: a store that counts time hears of it before it is next asked
+        for the session, or from whoever calls `take_used`.
+        """
+        if self._ledger is not None and self._ledger.store.is_durable and isinstance(slot, StoredSlot):
+            self._used.add(slot)
+
+    def take_used(self) -> set[StoredSlot]:
+        """The slots with such a use since this was last asked."""
+        used, self._used = self._used, set()
+        return used
 
     async def refresh(self, slot: StoredSlot) -> None:
         """Brings a slot that is out of line up to date with the store.
@@ -150,7 +163,10 @@ class Committer:
         """
         assert self._ledger is not None  # noqa: S101 - who has stored slots has a ledger
         try:
-            stored = await self._ledger.load(slot)
+            if slot in self._used:
+                self._used.discard(slot)
+                await self._ledger.store.touch({slot.id: slot.token})
+            stored = await self._ledger.store.load(slot.id)
             if stored.created_at != slot.created_at:
                 raise MadeAnew("the session was deleted, and made anew: open it again")
             if stored.token != slot.token:
@@ -193,6 +209,7 @@ class Committer:
 
     def release(self, slot: Slot, error: LatchError) -> None:
         """Gives the row back; everybody who still waits for it is told."""
+        self._used.discard(slot)  # one that is not stored is not there
         self._slab.release(slot)
         for ticket in self._queues.waiting(slot):
             ticket.settle(error)

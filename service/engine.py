@@ -81,7 +81,12 @@ class Engine:
         self._runner.warm_up(options.max_batch_size)
         self.rows = RowFormat.of(files.manifest)
         self.codec = NativeCodec(self.rows, max_steps=options.max_steps)
-        self.snapshots = SnapshotCodec("/".join(self.key), files.manifest.files["model.onnx"], files.manifest.state)
+        self.snapshots = SnapshotCodec(
+            "/".join(self.key),
+            files.manifest.files["model.onnx"],
+            files.manifest.state,
+            keep_reply_bytes=options.keep_reply_bytes,
+        )
         self.batcher = Batcher(
             self._runner,
             self.slab,

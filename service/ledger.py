@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from service.errors import Internal, LatchError
+from service.manifest import Array
 from service.metrics import Metrics
-from service.slab import Slot
-from service.stores import Save, Saved, SessionStore, Stored
+from service.slab import Commits, Slot
+from service.snapshot import SnapshotCodec
+from service.stores import Save, Saved, SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ class _Entry(NamedTuple):
     saves: list[Save]
     done: Callable[[Written], None]
     submitted: float
+
+
+def packed(snapshots: SnapshotCodec, commits: Commits, state: Sequence[Array]) -> list[Saved]:
+    """What is saved of slots that shall stand where `commits` and `state` say."""
+    return [*map(Saved, commits.steps, *snapshots.pack(commits, state))]
 
 
 class Ledger:
@@ -96,10 +103,6 @@ class Ledger:
         saves = [Save(slot.id, slot.token, token, each, earlier) for slot, each in zip(slots, saved, strict=True)]
         self._waiting.append(_Entry(saves, done, time.perf_counter()))
         self._wake.set()
-
-    async def load(self, slot: StoredSlot) -> Stored:
-        """The session as the store has it now. Raises SessionNotFound, SessionExpired, StoreUnavailable."""
-        return await self.store.load(slot.id)
 
     async def _serve(self) -> None:
         while self._waiting or not self._is_closed:

@@ -54,7 +54,7 @@ class StatePair(_Batched, frozen=True, kw_only=True):
 
     input: str
     output: str
-    initial: tuple[float, ...] | None = None
+    initial: tuple[int | float, ...] | None = None
 
     def initial_value(self) -> Array:
         """The state of a session that has seen nothing, shape `shape`: zeros unless the manifest gives h_0."""
@@ -74,7 +74,7 @@ class Constant(msgspec.Struct, frozen=True):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    value: tuple[float | bool, ...]
+    value: tuple[int | float | bool, ...]
 
     def array(self) -> Array:
         """The value as the graph takes it, shape `shape`."""

@@ -29,7 +29,8 @@ class Ticket(msgspec.Struct):
     """A place in the queue of a session, until `answer` was called. Without a request it needs no run: at its turn,
     when everything before it is applied or has failed, `action` gives the outcome.
 
-    `requests` and `size` (bytes of inputs) are what it counts for; what needs no run takes no room from what does.
+    `requests` and `size` (bytes of inputs) are what it counts for in the queue of the model, where what needs no run
+    takes no room from what does; in that of its session it counts as every other.
     """
 
     slot: Slot
@@ -280,7 +281,10 @@ class Queues(Generic[G]):
         if self._is_full:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._outside.append(future)
-            await future
+            try:
+                await future
+            finally:  # who was let in may have gone, or want less: the others are looked at again when that is known
+                asyncio.get_running_loop().call_soon(self._admit)
 
     def close(self, error: LatchError, saving: Container[Slot] = ()) -> None:
         """Takes nothing more, and tells whoever waits; but not the first of the slots that are `saving`: what it has

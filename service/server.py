@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 from rich.console import Console
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 from websockets.frames import Frame
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # A request that is on its way when its idle connection is about to be closed has this long to come in.
 SETTLE_SECONDS = 0.1
+# Bytes of a WebSocket that are handled at once; the frames of one read that are not many; and bytes at once of more.
+READ_AT_ONCE, FRAMES_AT_ONCE, READ_ON_AT_ONCE = 65_536, 256, 2_048
 # Whoever is told at the deadline that the service stops has this long to take it.
 GOODBYE_SECONDS = 1.0
 
@@ -42,13 +45,68 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
     on_message: Callable[[bytes | str], None] | None = None
     on_full: Callable[[], None] | None = None
+    _unread = b""  # what came with too many frames to handle in one turn
+    _frames_handled = 0
+    _is_paused = False
+
+    def data_received(self, data: bytes) -> None:
+        """In parts, and many small frames over many turns of the loop: nobody waits for a flood of pings."""
+        if self._unread:  # it was read before the pause took hold
+            self._unread += data
+            return
+        was_flood, self._frames_handled = self._frames_handled > FRAMES_AT_ONCE, 0
+        if was_flood:
+            self._unread = data
+        else:
+            for start in range(0, len(data), READ_AT_ONCE):
+                super().data_received(data[start : start + READ_AT_ONCE])
+                if self._frames_handled > FRAMES_AT_ONCE:
+                    self._unread = data[start + READ_AT_ONCE :]
+                    break
+        if self._unread and not self.transport.is_closing():
+            self.transport.pause_reading()
+            self.loop.call_soon(self._read_on)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            # The library has read no request in it (a head too large, one with a body), and would wait for ever.
+            self.handshake_complete = self.close_sent = True
+            self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+    def _read_on(self) -> None:
+        if not self._unread or self._is_paused or self.transport.is_closing():
+            return
+        data, self._unread = self._unread[:READ_ON_AT_ONCE], self._unread[READ_ON_AT_ONCE:]
+        super().data_received(data)
+        if self._unread:
+            self.loop.call_soon(self._read_on)
+        elif not self._is_paused and not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
         extensions["latch.wire"] = self
         await super().run_asgi()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.close_sent:  # a refusal by way of HTTP is an answer, too, and nothing for the log
+            self.handshake_complete = True
+
+    def handle_cont(self, event: Frame) -> None:
+        self._frames_handled += 1
+        whole = self.frames[0] if isinstance(self.frames[0], bytearray) else bytearray(self.frames[0])
+        whole += event.data  # a list of millions of fragments weighs many times what is in them
+        self.frames = [whole]  # type: ignore[list-item]
+        if event.fin:
+            self.frames = [bytes(whole)]
+            self.send_receive_event_to_app()
+
+    def handle_pong(self, event: Frame) -> None:
+        self._frames_handled += 1
+        super().handle_pong(event)
+
     def send_receive_event_to_app(self) -> None:
+        self._frames_handled += 1
         if self.on_message is None or self.close_sent:
             super().send_receive_event_to_app()
             return
@@ -73,6 +131,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
             self.on_full()
 
     def handle_ping(self) -> None:
+        self._frames_handled += 1
         pongs = self.conn.data_to_send()
         if self.writable.is_set():  # who does not read gets no more of them: they would pile up
             self.transport.write(b"".join(pongs))
@@ -91,12 +150,16 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
     def pause(self) -> None:
         """Reads no more."""
+        self._is_paused = True
         if not self.transport.is_closing():
             self.transport.pause_reading()
 
     def resume(self) -> None:
         """Reads again."""
-        if not self.transport.is_closing():
+        self._is_paused = False
+        if self._unread:
+            self.loop.call_soon(self._read_on)
+        elif not self.transport.is_closing():
             self.transport.resume_reading()
 
     def unsent(self) -> int:

@@ -25,9 +25,6 @@ from service.errors import (
     Draining,
     InvalidInput,
     LatchError,
-    ModelBroken,
-    ModelDraining,
-    ModelNotFound,
     PayloadTooLarge,
     SessionCorrupt,
     SessionExists,
@@ -38,7 +35,7 @@ from service.errors import (
     StepNotKept,
     StoreUnavailable,
 )
-from service.ledger import Ledger, StoredSlot
+from service.ledger import Ledger, StoredSlot, packed
 from service.metrics import Metrics
 from service.queues import Answer, Outcome, Ticket
 from service.slab import Slot
@@ -174,18 +171,13 @@ class SessionManager:
             StoreUnavailable: the store cannot be asked.
         """
         while True:
-            try:
-                engine = self.engines.get(model, version)
-                start = engine.snapshots.start(state or _NOTHING)
+            if session_id is not None:  # one that is there needs no room, and no model that takes new ones
+                with suppress(SessionNotFound, SessionExpired):
+                    return self._same(await self._current(session_id), model, version), False
+            engine = self.engines.get(model, version)
+            start = engine.snapshots.start(state or _NOTHING)
+            with suppress(SessionExists):  # it was made meanwhile
                 return await self._make(engine, start, session_id, idle_ttl, metadata or _NOTHING), True
-            except (ModelNotFound, ModelBroken, ModelDraining):  # no new ones, but this may be asking for an old one
-                if session_id is None or not await self._runs(session_id, model):
-                    raise
-            except SessionExists:
-                pass
-            assert session_id is not None  # noqa: S101 - no id of the server's own is taken
-            with suppress(SessionNotFound, SessionExpired):  # it has ended since: then it can be made
-                return self._same(await self._current(session_id), model, version), False
 
     async def fork(
         self,
@@ -230,13 +222,14 @@ class SessionManager:
         (model, version), _ = origin(data)
 
         async def there(session: Session) -> tuple[Snapshot, int]:
-            return session.engine.snapshots.unpack(data), 0
+            return session.engine.snapshots.restore(data), 0
 
         while True:  # it may be made, or end, meanwhile
             if not await self._is_known(session_id):
                 engine = self.engines.get(model, version)
                 with suppress(SessionExists):
-                    return await self._make(engine, engine.snapshots.unpack(data), session_id, idle_ttl, _NOTHING), True
+                    start = engine.snapshots.restore(data)
+                    return await self._make(engine, start, session_id, idle_ttl, _NOTHING), True
             with suppress(SessionNotFound, SessionExpired):
                 return await self._move(session_id, there), False
 
@@ -352,10 +345,9 @@ class SessionManager:
     async def page(self, model: str | None, after: str, limit: int) -> tuple[list[Session | Stored], str | None]:
         """Live sessions in order of id, above `after`; and the id to go on after, if there are more."""
         records = await self._store.page(model, after, limit + 1)
+        cursor = records[limit - 1].id if len(records) > limit else None
         found = [record if isinstance(record, Stored) else self.resident(record.id) for record in records[:limit]]
-        return [record for record in found if record is not None], records[limit - 1].id if len(
-            records
-        ) > limit else None
+        return [record for record in found if record is not None], cursor
 
     async def predict(self, engine: Engine, requests: Sequence[StepRequest]) -> list[StepReply]:
         """Runs whole sequences from the initial state, without sessions, beside everybody else's steps.
@@ -426,7 +418,7 @@ class SessionManager:
         metadata: Mapping[str, Any],
     ) -> Session:
         """Makes a session that stands at `start`. Raises SessionExists where one of that id lives."""
-        if self.is_draining and not (session_id and await self._is_known(session_id)):
+        if self.is_draining:
             raise Draining
         ttl = self._idle.default if idle_ttl is None else idle_ttl
         if not self._idle.shortest <= ttl <= self._idle.longest:
@@ -449,7 +441,7 @@ class SessionManager:
         saved = Saved(start.step, b"")
         if self._ledger is not None:
             session.token = self._ledger.token()
-            [saved] = map(Saved, [start.step], *engine.snapshots.pack(*start.commits(session)))
+            [saved] = packed(engine.snapshots, *start.commits(session))
         self.engines.check(engine)
         self._acquire(engine, session, ttl)
         try:
@@ -463,10 +455,6 @@ class SessionManager:
         self._live[session_id] = session
         engine.sessions += 1
         return session
-
-    async def _runs(self, session_id: str, model: str) -> bool:
-        """Whether a session of that id lives, on that model."""
-        return await self._is_known(session_id) and (await self.inspect(session_id)).model == model
 
     def _acquire(self, engine: Engine, slot: Slot, idle_ttl: float = inf) -> None:
         """Gives the slot a row; where sessions can be loaded again, those used least recently make room."""

@@ -224,10 +224,6 @@ class StateSlab:
         for slot, reply in zip(commits.slots, commits.replies, strict=True):
             self._kept_reply[slot.row] = reply
 
-    def reset(self, slot: Slot) -> None:
-        """Returns the slot to the initial state and step 0; nothing is kept of what was."""
-        self.commit(Commits([slot], [0], [0], [bytes(_DIGEST.itemsize)], [None]), self._initial)
-
     def _grow(self) -> None:
         rows = len(self._owners)
         more = min(rows, self._capacity - rows)

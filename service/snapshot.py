@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import orjson
 from numpy.typing import DTypeLike
@@ -28,7 +29,7 @@ FORMAT, VERSION = "latch-snapshot", 1
 _STATE = "state."
 _HASH = "xxh3"
 _MAX_HEADER = 2**20  # bytes; more tensors than any model has would keep the loop busy
-_LAST_STEP = 2**53  # the numbers that JSON has for sure; all that may follow fit into a store
+_LAST_STEP = 2**53  # the numbers that JSON has for sure; from here a store has room for more steps than there will be
 
 
 class Snapshot(NamedTuple):
@@ -65,12 +66,14 @@ class SnapshotCodec:
         model: name/version.
         sha256: of its graph.
         pairs: its state tensors.
+        keep_reply_bytes: largest reply that is kept, here and of other services' snapshots.
     """
 
-    def __init__(self, model: str, sha256: str, pairs: Sequence[StatePair]) -> None:
+    def __init__(self, model: str, sha256: str, pairs: Sequence[StatePair], *, keep_reply_bytes: int) -> None:
         self._model = model
         self._sha256 = sha256
         self._pairs = pairs
+        self._keep_reply_bytes = keep_reply_bytes
         self._layout = lru_cache(maxsize=64)(self._lay_out)
 
     def pack(self, commits: Commits, state: Sequence[Array]) -> tuple[list[bytes], list[bytes]]:
@@ -124,10 +127,10 @@ class SnapshotCodec:
             )
         tensors = load(data)
         step, first_step = _value(tensors, "position", np.int64, (2,)).tolist()
-        if not 0 <= first_step <= step <= _LAST_STEP:
+        if not 0 <= first_step <= step:
             raise SnapshotInvalid(f"the snapshot is at step {step}, and its last request began at {first_step}")
         digest, reply = _value(tensors, "digest", np.uint8, (16,)), None
-        if (rows := tensors.get("reply")) is not None:
+        if (rows := tensors.get("reply")) is not None and rows.nbytes <= self._keep_reply_bytes:
             reply = _value(tensors, "reply", np.uint8, (rows.size,)).tobytes()
         state = [_value(tensors, _STATE + pair.name, pair.dtype, pair.shape) for pair in self._pairs]
         for pair, value in zip(self._pairs, state, strict=True):
@@ -150,9 +153,10 @@ class SnapshotCodec:
             if pair.name in values:
                 path = f"$.state.{pair.name}"
                 try:
+                    given = msgspec.convert(values[pair.name], _nested(pair))
                     with np.errstate(over="ignore"):  # infinite, then
-                        value = np.array(values[pair.name], pair.dtype)
-                except (ValueError, TypeError, OverflowError) as error:
+                        value = np.array(given, pair.dtype)
+                except (ValueError, OverflowError) as error:  # msgspec's is a ValueError
                     raise InvalidInput(f"{path} is not {pair.dtype}{list(pair.shape)}: {error}", path=path) from error
                 if value.shape != pair.shape or not np.isfinite(value).all():
                     raise InvalidInput(
@@ -161,6 +165,13 @@ class SnapshotCodec:
                     )
             state.append(value)
         return Snapshot(0, None, state)
+
+    def restore(self, data: bytes) -> Snapshot:
+        """`unpack`, of what a client sends. Raises SnapshotInvalid, too, for a step that is beyond all use."""
+        found = self.unpack(data)
+        if found.step > _LAST_STEP:
+            raise SnapshotInvalid(f"the snapshot is at step {found.step}: sessions go on from {_LAST_STEP} at most")
+        return found
 
     def _lay_out(self, reply_size: int) -> _Layout:
         zeros: dict[str, Array] = {
@@ -174,6 +185,14 @@ class SnapshotCodec:
         metadata = {"format": FORMAT, "version": str(VERSION), "model": self._model, "sha256": self._sha256}
         data = save(zeros, metadata)
         return _Layout(np.frombuffer(data, np.uint8), data[: 8 + len(_header(data))], _places(data))
+
+
+def _nested(pair: StatePair) -> Any:
+    """The type of a state in JSON: no bool or text passes for a number, and no fraction for a whole one."""
+    values: Any = int if np.dtype(pair.dtype).kind in "iu" else bool if pair.dtype == "bool" else float
+    for _ in pair.shape:
+        values = list[values]
+    return values
 
 
 def origin(data: bytes) -> tuple[tuple[str, str], str]:

@@ -8,12 +8,12 @@ other answer is owed on its connection. All else is uvicorn's, and the answers a
 
 import asyncio
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sized
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import Draining, Malformed
 from service.routers import KINDS
@@ -61,13 +61,33 @@ class _Step:
         task.add_done_callback(tasks.discard)
 
 
+class _Flow(FlowControl):
+    """uvicorn's, but that nothing is read while requests of the connection wait: it would read on at every answer, and
+    at every look for a body, and keep all that a client sends in advance.
+    """
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
+
+
 class StepProtocol(HttpToolsProtocol):
     """A connection to a `FrontDoor`."""
 
     app: FrontDoor
     _owed: _Step | None = None
+    _running: RequestResponseCycle | None = None
     _is_head = _is_offer = False
     _head_bytes = _segment = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As uvicorn's, with another flow control."""
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but for the two kinds of heads that it has no answer for."""
@@ -145,7 +165,20 @@ class StepProtocol(HttpToolsProtocol):
         step: object = self.cycle
         if isinstance(step, _Step) and step.more_body:
             step.door.refuse(step, Malformed("the client left before the body was whole"))
+        if self._running is not None:  # uvicorn tells the newest request only, and would begin those that wait
+            self._running.disconnected = True
+            self._running = None
+        self.pipeline.clear()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Goes on with the next request; reads again when there is none that waits."""
+        super().on_response_complete()
+        self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def send_answer(self, answer: Answer, *, keep_alive: bool) -> None:
         """Answers the step that is owed."""

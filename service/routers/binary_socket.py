@@ -43,6 +43,10 @@ class BinarySocket(Socket):
         self._channels[channel] = _Channel(channel, session, outputs)
         await super().greet(session, channel)
 
+    def feeds(self, session: Session) -> bool:
+        """See `Socket`."""
+        return any(channel.session.id == session.id for channel in self._channels.values())
+
     def take_now(self, message: bytes | str) -> bool:
         """See `Socket`."""
         if isinstance(message, str) or (frame := frames.read_single(message)) is None:

@@ -26,6 +26,7 @@ from service.wire import StepRequest, native
 JSON, BINARY = "latch.json", "latch.binary"
 # A connection that is closed and whose peer does not read is dropped after this long.
 ABORT_SECONDS = 5.0
+_PATIENCE = 5.0  # seconds for which a hello waits for another socket, whose client may be slow to read
 # Replies that are written together are one message up to this size: client libraries take a megabyte by default.
 MESSAGE_BYTES = 2**19
 
@@ -54,6 +55,12 @@ class Shared:
     _is_flushing: bool = False
     _open: set["Socket"] = field(default_factory=set)
     _is_leaving: bool = False
+
+    async def passed(self, session: Session, socket: "Socket") -> None:
+        """Waits, for seconds at most, until what other sockets have received for a session by now stands in its queue."""
+        marks = [mark for other in self._open if other is not socket and (mark := other.mark(session))]
+        if marks:
+            await asyncio.wait(marks, timeout=_PATIENCE)
 
     def came(self, socket: "Socket") -> None:
         """A socket begins to read."""
@@ -139,6 +146,11 @@ def _joined(messages: list[bytes]) -> Iterator[bytes]:
         yield b"".join(messages[start:])
 
 
+def _open(mark: asyncio.Future[None]) -> None:
+    if not mark.done():
+        mark.set_result(None)
+
+
 def _ignore(_message: bytes | str) -> None:
     """What comes after the end."""
 
@@ -161,8 +173,9 @@ class Socket:
         self._owed = self._answered = 0
         self._taken_bytes = 0  # of replies to what was taken since nothing was owed
         self._room = asyncio.Event()
-        self._backlog: deque[bytes | str] = deque()
+        self._backlog: deque[bytes | str | asyncio.Future[None]] = deque()
         self._behind: asyncio.Task[None] | None = None
+        self._is_greeting = False
         self._draining: asyncio.Task[None] | None = None
         self._going: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -190,6 +203,9 @@ class Socket:
         finally:
             self._wire.on_message, self._wire.on_full = _ignore, None
             self.shared.left(self)
+            for mark in self._backlog:
+                if isinstance(mark, asyncio.Future):
+                    _open(mark)
             for task in (left, self._behind, self._draining, self._going):
                 if task is not None:
                     task.cancel()
@@ -243,13 +259,29 @@ class Socket:
             while self._backlog:
                 await self.room()
                 message = self._backlog.popleft()
-                if not self.take_now(message):
+                if isinstance(message, asyncio.Future):
+                    _open(message)
+                elif not self.take_now(message):
                     await self.take(message)
         except Exception as error:  # noqa: BLE001 - as above
             self.end(error)
         self._behind = None
         if self._going is None:
             self._wire.resume()
+
+    def feeds(self, session: Session) -> bool:
+        """Whether it is known to be for a session."""
+        return self.single is not None and self.single.id == session.id
+
+    def mark(self, session: Session) -> asyncio.Future[None] | None:
+        """Done when all is handed on that was received by now for a session; None where that is so already, or may take
+        long: its client does not read, or it waits for marks itself.
+        """
+        if self._behind is None or self._is_greeting or not self._wire.writable.is_set() or not self.feeds(session):
+            return None
+        mark: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._backlog.append(mark)
+        return mark
 
     def go_away(self) -> None:
         """Reads no more, and ends the socket when what was read is answered."""
@@ -275,7 +307,12 @@ class Socket:
         return self._owed >= self._max_owed or self._taken_bytes >= self.shared.max_unsent_bytes
 
     async def greet(self, session: Session, channel: int = 0) -> None:
-        """Says where a session stands, after what an earlier socket may have left in its queue: go on from there."""
+        """Says where a session stands, after what an earlier socket has received for it: go on from there."""
+        self._is_greeting = True
+        try:
+            await self.shared.passed(session, self)
+        finally:
+            self._is_greeting = False
         step = await self.manager.turn(session)
         facts = {
             "session": session.id,

@@ -28,6 +28,7 @@ Rule: the addresses and the agreement on a subprotocol; how a socket is read and
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -57,13 +58,16 @@ class StreamDoor:
         socket = (BinarySocket if subprotocol == BINARY else JsonSocket)(self._shared, scope, receive, send)
         path: str = scope["path"]
         try:
+            query = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
             if path == "/v1/stream":
+                if "outputs" in query:
+                    raise InvalidInput("on /v1/stream each OPEN, or each JSON step, has its `outputs`", path="query")
                 await socket.run()
             else:
                 before, _, session_id = path.removesuffix("/stream").rpartition("/")
                 if before != "/v1/sessions" or not path.endswith("/stream"):
                     raise NotFound(f"{path}: no such address; /v1/stream, or a session's /v1/sessions/<id>/stream")
-                await socket.run(session_id, *_channel(scope.get("query_string", b""), subprotocol))
+                await socket.run(session_id, *_channel(query, subprotocol))
         except LatchError as error:
             await socket.fail(error)
         except asyncio.CancelledError:  # as in the front door
@@ -73,9 +77,11 @@ class StreamDoor:
             await socket.fail(Internal("the service failed on this socket; its log says why"))
 
 
-def _channel(query: bytes, subprotocol: str | None) -> tuple[Any, ...]:
-    """What a socket of one session binds it to: number and outputs. Raises InvalidInput."""
-    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("outputs")
+def _channel(query: Mapping[str, list[str]], subprotocol: str | None) -> tuple[Any, ...]:
+    """What a socket of one session binds it to: number and outputs. Raises InvalidInput. Other names are left alone: a
+    token for a proxy, say, for which browsers have no other place.
+    """
+    values = query.get("outputs")
     if values is None:
         return ()
     if subprotocol != BINARY:

@@ -11,10 +11,10 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from itertools import islice
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -30,7 +30,7 @@ _APPLICATION = 0x4C617463  # "Latc", in the header of the file
 _VERSION = 2
 _BUSY_SECONDS = 5.0
 _CHECKPOINT_PAGES = 4000
-_SWEEP_ROWS = 2000
+_PAGE_ROWS, _SWEEP_ROWS, _ENDED_AT_ONCE = 250, 2000, 200  # of a transaction, whose work is on the loop
 _NUMBERS = 100_000
 _HEADERS_AT_HAND = 1000
 
@@ -325,25 +325,30 @@ class SqliteStore:
         await self._transact(touch)
 
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored]:
-        """Live sessions in order of id."""
+        """Live sessions in order of id, from as many parts of the file as it takes."""
+        found: list[Stored] = []
+        last: bytes | None = after.encode()
+        while last is not None and len(found) < limit:
+            part, last = await self._transact(partial(self._page, model, last, limit - len(found)))
+            found += part
+        return found
 
-        def page() -> list[Stored]:
-            rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM sessions WHERE id > ? AND expires_at > ? AND (? IS NULL OR model = ?) "  # noqa: S608
-                "ORDER BY id",
-                (after, self._now, model, model),
-            )
-            with closing(rows):  # a statement that broke off would keep the file open
-                return [*islice(self._readable(rows), limit)]
-
-        return await self._transact(page)
-
-    def _readable(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[Stored]:
-        for row in rows:
+    def _page(self, model: str | None, after: bytes, limit: int) -> tuple[list[Stored], bytes | None]:
+        """Those of the next rows, and the id of the last of these, if there may be more."""
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS}, expires_at > ? AND (? IS NULL OR model = ?) FROM sessions "  # noqa: S608
+            "WHERE id > CAST(? AS TEXT) ORDER BY id LIMIT ?",
+            (self._now, model, model, after, _PAGE_ROWS),
+        ).fetchall()
+        found: list[Stored] = []
+        for *row, is_wanted in rows:
             try:
-                yield self._stored(row)
+                if is_wanted and len(found) < limit:
+                    found.append(self._stored(tuple(row)))
             except SessionCorrupt:
                 log.exception("a list of sessions goes on without one")
+        last = rows[-1][0] if len(rows) == _PAGE_ROWS else after
+        return found, last if last > after else None  # a spoilt index may lead backwards
 
     async def sweep(self) -> None:
         """Looks through the next part of the file for what expired, and forgets the oldest of that."""
@@ -355,10 +360,13 @@ class SqliteStore:
             ).fetchall()
             self._swept = rows[-1][0] if len(rows) == _SWEEP_ROWS else 0
             now, ended = self._now, []
-            for _, session, expires_at in rows:
+            for number, session, expires_at in rows:
                 if expires_at <= now:
                     with suppress(UnicodeDecodeError):  # a spoilt one is left as it is
                         ended.append(session.decode())
+                    if len(ended) == _ENDED_AT_ONCE:
+                        self._swept = number
+                        break
             if ended:
                 self._end(ended)
 

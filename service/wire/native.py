@@ -22,6 +22,8 @@ from service.wire.rows import RowFormat
 
 Values = TypeVar("Values")
 _FLOAT32_OVERFLOW = 2.0**128 - 2.0**103  # from here on a number rounds to infinity in float32
+_LARGE = 2**16  # bytes of a body, above which it is looked at for what no request has before any of it is read
+_MOST_COLONS = 256  # five fields and a session's id have fewer
 _WRITE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
 
 
@@ -69,6 +71,9 @@ class NativeCodec:
         self._step = msgspec.json.Decoder(_Step[values])
         self._named_step = msgspec.json.Decoder(_NamedStep[values])
         self._predict = msgspec.json.Decoder(_Predict[values])
+        # A request has so many lists and numbers at most, each with a comma of its own, and at most a list a sequence.
+        self._most_lists = max_steps * (1 + sum(math.prod(self._shape[:i]) for i in range(len(self._shape)))) + 8
+        self._most_commas = max_steps * (1 + math.prod(self._shape)) + len(rows.outputs) + 8
         # The common row is flat: struct packs it in half of numpy's time, and refuses a wrong length and an overflow.
         self._pack_row: Callable[..., bytes] | None = None
         if len(self._shape) == 1:
@@ -142,11 +147,17 @@ class NativeCodec:
                 return rows.tobytes()
         except (struct.error, ValueError, OverflowError):  # another length, or a number beyond the dtype
             pass
-        problem = self._problem(values, (None, *self._shape), path)
+        problem = None
+        if self._pack_row is None:
+            problem = self._problem(values, (None, *self._shape), path)
+        elif (i := next((i for i, row in enumerate(values) if not self._packs(row)), None)) is not None:
+            problem = self._problem(values[i], self._shape, f"{path}[{i}]")
         raise problem or InvalidInput(f"{path} is no [T, {self._shape}] of {self._dtype}", path=path)
 
     def _decode(self, decoder: msgspec.json.Decoder[Any], body: bytes | str) -> Any:
         """The fast typed read; where it fails, a slow one finds the exact path of the first bad value."""
+        if len(body) > _LARGE:
+            self._check_counts(body)
         try:
             return decoder.decode(body)
         except msgspec.ValidationError as error:
@@ -156,6 +167,20 @@ class NativeCodec:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             # NaN and Infinity are no JSON, yet many writers emit them: they are bad values, not bad syntax.
             raise self._explain(body) or Malformed(f"the body is not JSON: {error}") from error
+
+    def _check_counts(self, body: bytes | str) -> None:
+        """Raises PayloadTooLarge for more than any request has: a body of millions of lists takes seconds to read."""
+        for what, count, limit in (
+            ("lists", _lists_in(body), self._most_lists),
+            ("values", _count(body, ","), self._most_commas),
+            ("names", _count(body, ":"), _MOST_COLONS),
+        ):
+            if count > limit:
+                raise PayloadTooLarge(
+                    f"{count} {what}: {self._max_steps} steps, as many as one request may carry, have at most {limit}",
+                    path="$",
+                    limit=limit,
+                )
 
     def _explain(self, body: bytes | str) -> LatchError | None:
         try:
@@ -184,22 +209,25 @@ class NativeCodec:
             )
         if not isinstance(value, list):
             return InvalidInput(f"the value at {path} is {_show(value)}: the model takes a list there", path=path)
-        if len(shape) == 1 and self._is_row(value):
-            return None
         if shape[0] is not None and len(value) != shape[0]:
             return InvalidInput(f"{len(value)} values at {path}: the model takes {shape[0]}", path=path)
+        if len(shape) == 1 and self._is_row(value):
+            return None
         found = (self._problem(child, shape[1:], f"{path}[{i}]") for i, child in enumerate(value))
         return next((problem for problem in found if problem), None)
 
     def _is_row(self, values: list[Any]) -> bool:
         """Whether a flat row is right: told in a tenth of the time that its values take one by one."""
+        return (
+            {*map(type, values)} <= ({int} if self._dtype == "int64" else {int, float})
+            and self._packs(values)
+            and math.isfinite(sum(values))
+        )
+
+    def _packs(self, values: list[Any]) -> bool:
+        """Whether a flat row of numbers has the right length, and none of them is out of range."""
         try:
-            return (
-                self._pack_row is not None
-                and {*map(type, values)} <= ({int} if self._dtype == "int64" else {int, float})
-                and bool(self._pack_row(*values))
-                and math.isfinite(sum(values))
-            )
+            return self._pack_row is not None and bool(self._pack_row(*values))
         except (struct.error, OverflowError):
             return False
 
@@ -215,16 +243,32 @@ def read_envelope(text: str) -> Envelope:
     """Which session a message of `/v1/stream` is for.
 
     Raises:
-        Malformed: not a JSON object, or it names no session.
+        Malformed: not JSON.
+        InvalidInput: not an object, or it names no session.
     """
     try:
         return _ENVELOPE.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         with suppress(ValueError, RecursionError):  # NaN is no JSON: where it is, the model's codec says
-            document = json.loads(text)
+            is_short = _lists_in(text) < _LARGE and _count(text, ":") <= _MOST_COLONS
+            document = json.loads(text) if is_short else None
             if isinstance(document, dict) and isinstance(name := document.get("session"), str) and name.encode():
                 return Envelope(name)
-        raise Malformed(f'the message names no session: {error}; send {{"session": id, ...}}') from error
+        if isinstance(error, msgspec.ValidationError):
+            problem, _, path = str(error).partition(" - at ")
+            raise InvalidInput(
+                f'the message names no session: {problem}; send {{"session": id, ...}}', path=path.strip("`") or "$"
+            ) from error
+        raise Malformed(f"the message is not JSON: {error}") from error
+
+
+def _count(body: bytes | str, character: str) -> int:
+    return body.count(character.encode()) if isinstance(body, bytes) else body.count(character)
+
+
+def _lists_in(body: bytes | str) -> int:
+    """How many lists and objects JSON has, at most."""
+    return _count(body, "[") + _count(body, "{")
 
 
 def encode(document: dict[str, Any]) -> bytes:

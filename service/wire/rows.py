@@ -51,13 +51,14 @@ class RowFormat:
         """The outputs to return: those of `wanted`, each once, or the default. Raises InvalidInput where unknown."""
         if wanted is None:
             return self.default
-        for i, name in enumerate(wanted):
+        names = tuple(dict.fromkeys(wanted))
+        for name in names:
             if name not in self.outputs:
+                where = f"{path}[{wanted.index(name)}]"
                 raise InvalidInput(
-                    f"{name!r} at {path}[{i}] is no output of this model: it has {', '.join(self.outputs)}",
-                    path=f"{path}[{i}]",
+                    f"{name!r} at {where} is no output of this model: it has {', '.join(self.outputs)}", path=where
                 )
-        return tuple(dict.fromkeys(wanted))
+        return names
 
     def output_bytes(self, names: tuple[str, ...]) -> int:
         """Bytes of one row of these outputs."""

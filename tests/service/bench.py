@@ -129,7 +129,7 @@ class Together:
 ROWS = RowFormat(Field("float64", (1,)), {name: Field("float64", (1,)) for name in ("y", "inverse", "nothing")})
 
 
-SNAPSHOTS = SnapshotCodec("m/1", "0" * 64, [PAIR])
+SNAPSHOTS = SnapshotCodec("m/1", "0" * 64, [PAIR], keep_reply_bytes=2**16)
 
 
 class Bench:
@@ -193,7 +193,7 @@ class Bench:
         """Resets the slot, in turn."""
 
         def reset() -> StepReply:
-            self.slab.reset(slot)
+            self.slab.commit(*SNAPSHOTS.start({}).commits(slot))
             return StepReply((), b"", 0, self.slab.step(slot))
 
         return self.ask(lambda answer: self.batcher.at_turn(slot, reset, answer))

@@ -552,6 +552,19 @@ async def test_who_waits_outside_a_full_queue_takes_no_room_in_it(metrics: Metri
     assert tries < 30 * 5 * 10
 
 
+async def test_who_was_let_in_and_has_gone_keeps_nobody_out(metrics: Metrics) -> None:
+    """Room that its finder leaves is offered to the next."""
+    bench = Bench(metrics, max_queue=1)
+    slots = [bench.acquire() for _ in range(5)]
+    waiting = bench.step(slots[0], 1)
+    outside = [asyncio.ensure_future(bench.batcher.room(slot)) for slot in slots[1:]]
+    await asyncio.sleep(0)
+    async with serving(bench):
+        await waiting
+        outside[0].cancel()
+        await asyncio.wait_for(asyncio.gather(*outside[1:]), 5)
+
+
 async def test_stopping_lets_in_who_waits_outside(metrics: Metrics) -> None:
     """They try again and are told that the service is stopping."""
     bench = Bench(metrics, max_queue=1)

@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from service.errors import ManifestInvalid
@@ -32,6 +33,15 @@ def test_a_valid_manifest_becomes_types(document: Any) -> None:
     assert manifest.constants[0].array().tolist() == 2
     assert manifest.state_bytes == 4 + 8
     assert manifest.replies == {"y": "y", "total": "total_next", "steps": "steps_next"}
+
+
+def test_whole_numbers_are_not_rounded(document: Any) -> None:
+    """Those beyond 2**53 pass through no float."""
+    document["constants"][0]["value"] = [2**53 + 1]
+    document["state"][1]["initial"] = [2**62 + 1]
+    manifest = parse(document)
+    assert (manifest.constants[0].array().dtype, manifest.constants[0].array().item()) == (np.int64, 2**53 + 1)
+    assert manifest.state[1].initial_value().tolist() == [2**62 + 1]
 
 
 @pytest.mark.parametrize(

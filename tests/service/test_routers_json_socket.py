@@ -94,9 +94,10 @@ def test_replies_come_in_order_for_each_session(server: Server) -> None:
 REFUSED: dict[str, tuple[str | bytes, str, bool]] = {
     "nothing": ("", "malformed", False),
     "no JSON": ("{", "malformed", False),
-    "a list": ("[]", "malformed", False),
-    "no session": (json.dumps({"inputs": [ROW]}), "malformed", False),
-    "a session that is no name": (json.dumps({"session": 5, "inputs": [ROW]}), "malformed", False),
+    "a list": ("[]", "invalid_input", False),
+    "no session": (json.dumps({"inputs": [ROW]}), "invalid_input", False),
+    "a session that is no name": (json.dumps({"session": 5, "inputs": [ROW]}), "invalid_input", False),
+    "cut short": ('{"session": "SESSION", "inputs": [[1, 2', "malformed", False),
     "a session that is no text": ('{"session": "\\ud800", "inputs": [[NaN]]}', "malformed", False),
     "bytes": (b"\1\0\0\0", "malformed", False),
     "an unknown session": (json.dumps({"session": "nobody", "inputs": [ROW]}), "session_not_found", True),

@@ -109,7 +109,7 @@ def test_a_version_is_removed_and_loaded_by_calls(start: Callable[..., Server], 
     assert (late.status_code, late.json()["code"]) == (409, "model_draining")
     again = server.http.put(f"/v1/sessions/{session}", json={"model": "toy"})
     assert (again.status_code, again.json()["id"]) == (200, session)
-    assert server.http.put(f"/v1/sessions/{session}", json={"model": "nope"}).status_code == 404
+    assert server.http.put(f"/v1/sessions/{session}", json={"model": "nope"}).status_code == 409
     assert server.http.post(f"/v1/sessions/{session}/steps", json={"inputs": [ROW]}).json()["step"] == 1
     server.http.delete(f"/v1/sessions/{session}")
     until(lambda: server.http.get(url).status_code == 404)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 from websockets.sync.client import connect as connect_to
+from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from tests.service import peer
@@ -135,6 +136,52 @@ def test_a_hello_waits_for_what_the_last_socket_left(start: Callable[..., Server
         step = json.loads(socket.recv(timeout=30))["step"]
         assert step % rows == 0
         assert ask(socket, inputs=[ROW], step=step + 1)["step"] == step + 1
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["frames", "messages"])
+def test_a_hello_waits_for_what_the_last_socket_had_read(start: Callable[..., Server], together: bool) -> None:
+    """Steps that a broken connection has brought and no queue has had room for yet are counted, too."""
+    server = start(max_session_queue=4)
+    session, count = server.create(), 2000
+    with server.socket(session, subprotocols=["latch.binary"]) as socket:
+        socket.recv()
+        frames = [peer.step(0, np.ones((1, 3), np.float32), i + 1) for i in range(count)]
+        for message in [b"".join(frames)] if together else frames:
+            socket.send(message)
+        while not server.app.state.manager._live[session].step:
+            pass
+        socket.socket.close()
+    with server.socket(session) as socket:
+        step = json.loads(socket.recv(timeout=30))["step"]
+        assert ask(socket, inputs=[ROW], step=step + 1)["step"] == step + 1
+    assert step > 4
+
+
+def test_sockets_that_are_greeted_at_once_do_not_wait_for_each_other(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for a client that does not read."""
+    monkeypatch.setattr("service.routers.sockets._PATIENCE", 1000)
+    server = start()
+    session = server.create()
+    with ExitStack() as stack:
+        sockets = []
+        for _ in range(8):
+            sockets.append(stack.enter_context(server.socket(session)))
+            sockets[-1].send(json.dumps({"inputs": [ROW]}))
+        for socket in sockets:
+            assert json.loads(socket.recv(timeout=30))["type"] == "hello"
+
+
+def test_outputs_in_the_address_are_for_one_session(server: Server) -> None:
+    """On a socket of many each channel has its own; other names may be for a proxy."""
+    url = server.url.replace("http", "ws") + "/v1/stream"
+    with connect_to(f"{url}?outputs=y") as socket:
+        error = json.loads(socket.recv())
+        assert (error["code"], error["path"]) == ("invalid_input", "query")
+    with connect_to(f"{url}?token=a", subprotocols=[Subprotocol("latch.json")]) as socket:
+        socket.send(json.dumps({"session": server.create(), "inputs": [ROW]}))
+        assert json.loads(socket.recv())["step"] == 1
 
 
 def test_what_was_received_is_applied_when_the_client_leaves(server: Server) -> None:

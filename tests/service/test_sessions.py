@@ -121,6 +121,15 @@ async def test_capacity_is_bounded_and_a_delete_makes_room(manager: SessionManag
     await manager.create("toy")
 
 
+async def test_creating_again_needs_no_room_and_fits_whatever_it_says(manager: SessionManager) -> None:
+    """What exists is not made: neither a full model nor a state or an idle time of no use keep a client from it."""
+    session, _, _ = [(await manager.create("toy", session_id=name))[0] for name in "abc"]
+    for options in ({}, {"state": {"h": "nonsense"}}, {"idle_ttl": 1e9}):
+        assert await manager.create("toy", session_id="a", **options) == (session, False)  # type: ignore[arg-type]
+    with pytest.raises(SessionExists):
+        await manager.create("nope", session_id="a")
+
+
 async def test_an_idle_session_expires_and_says_so(manager: SessionManager, clock: Clock) -> None:
     """At its idle_ttl it is gone, before any sweep; the id answers expired, not unknown; its slot is free."""
     session, _ = await manager.create("toy", session_id="a", idle_ttl=20)

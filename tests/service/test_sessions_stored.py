@@ -464,6 +464,79 @@ async def test_in_a_file_who_is_in_use_does_not_expire(repository: Path, tmp_pat
     await store.close()
 
 
+async def test_a_create_finds_who_was_used_since_the_last_save(repository: Path, tmp_path: Path) -> None:
+    """A retry has moved its end, of which a file hears at the next sweep: its old end makes no room for a new one."""
+    store = open_store(f"sqlite:///{tmp_path}/s.db", keep_steps=0, max_expired_ids=10)
+    replica = Replica(repository, store, max_sessions=4)
+    await replica.start()
+    manager = replica.manager
+    session, _ = await manager.create("toy", session_id="a", idle_ttl=0.3)
+    await manager.step(session, ones(first=1))
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        assert (await manager.step(session, ones(first=1))).replayed
+    assert (await store.page(None, "", 9), await manager.create("toy", session_id="a")) == ([], (session, False))
+    assert (await manager.step(session, ones(first=2))).step == 2
+    await replica.close()
+    await store.close()
+
+
+async def test_where_replicas_share_it_the_store_hears_of_use_before_it_is_asked(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that counts time would else say that a session is over which its last retry has kept."""
+    calls: list[str] = []
+    load = SharedStore.load
+
+    async def touch(_: SharedStore, tokens: dict[str, bytes]) -> None:
+        calls.append(f"touch {' '.join(tokens)}")
+
+    async def loaded(self: SharedStore, name: str) -> Stored:
+        calls.append("load")
+        return await load(self, name)
+
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    for _ in range(2):
+        await manager.step(session, ones(first=1))
+    monkeypatch.setattr(SharedStore, "touch", touch)
+    monkeypatch.setattr(SharedStore, "load", loaded)
+    assert await manager.create("toy", session_id="a") == (session, False)
+    await manager.fork("a")
+    assert calls == ["touch a", "load", "load"]
+
+
+async def test_a_kept_request_that_ends_elsewhere_is_not_repeated(replicas: list[Replica]) -> None:
+    """A snapshot of somebody's own making may say that one row led over ten steps: its duplicate is stale."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    await manager.step(session, ones(first=1))
+    commits, state = snapshot(session.engine.slab, session).commits(session)
+    [body], [header] = session.engine.snapshots.pack(commits._replace(steps=[10]), state)
+    made, _ = await manager.restore("b", header + body)
+    with pytest.raises(StepConflict, match="the next is 11"):
+        await manager.step(made, ones(first=1))
+
+
+async def test_a_reset_of_who_is_deleted_meanwhile_is_no_success(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved, and then gone before it was applied here: the caller is told of the end."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    save = SharedStore.save
+
+    async def meanwhile(self: SharedStore, saves: Any) -> Any:
+        done = await save(self, saves)
+        await manager.delete("a")
+        return done
+
+    monkeypatch.setattr(SharedStore, "save", meanwhile)
+    with pytest.raises(SessionNotFound):
+        await manager.reset("a")
+    assert not session.is_live
+
+
 async def test_a_kept_reply_that_is_none_is_not_repeated(replicas: list[Replica]) -> None:
     """A snapshot may be of anybody's making: its checksum is right, and its reply has not the size of one."""
     manager = replicas[0].manager

@@ -156,16 +156,6 @@ def test_who_was_acquired_last_is_the_last_to_go() -> None:
     assert next(slab.oldest()) is slots[2]
 
 
-def test_a_reset_keeps_nothing() -> None:
-    """The initial state at step 0, and no reply to repeat."""
-    slab = make_slab(10)
-    slot = take(slab)
-    slab.commit(at(5, slot), rows(2.5))
-    slab.reset(slot)
-    assert [state.tolist() for state in slab.gather([slot])] == [[[0.0] * 3], [7]]
-    assert (slab.step(slot), slab.kept(slot)) == (0, None)
-
-
 class SlabMachine(RuleBasedStateMachine):
     """Any order of acquire, commit and release, compared with a dictionary."""
 

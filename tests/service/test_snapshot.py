@@ -19,7 +19,7 @@ PAIRS = [
     StatePair(name="count", input="c", output="c2", dtype="int64", shape=(), batch_axis=0),
     StatePair(name="seen", input="s", output="s2", dtype="bool", shape=(5,), batch_axis=0, initial=(1, 0, 0, 0, 1)),
 ]
-CODEC = SnapshotCodec("m/3", "a" * 64, PAIRS)
+CODEC = SnapshotCodec("m/3", "a" * 64, PAIRS, keep_reply_bytes=100)
 
 
 def rows(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -134,7 +134,7 @@ def test_a_newer_format_is_named() -> None:
 def test_a_snapshot_of_another_model_is_refused_with_both_hashes() -> None:
     """The same shapes are not the same model."""
     [data] = packed([b""])[2]
-    other = SnapshotCodec("m/4", "b" * 64, PAIRS)
+    other = SnapshotCodec("m/4", "b" * 64, PAIRS, keep_reply_bytes=100)
     with pytest.raises(SnapshotMismatch, match=f"m/3.*{'a' * 64}.*m/4 with {'b' * 64}"):
         other.unpack(data)
 
@@ -144,10 +144,10 @@ def test_a_state_of_another_shape_is_refused() -> None:
     [data] = packed([b""])[2]
     wider = [StatePair(name="h", input="h", output="h2", dtype="float32", shape=(2, 4), batch_axis=1), *PAIRS[1:]]
     with pytest.raises(SnapshotInvalid, match=r"state\.h of the snapshot is float32\[2, 3\]"):
-        SnapshotCodec("m/3", "a" * 64, wider).unpack(data)
+        SnapshotCodec("m/3", "a" * 64, wider, keep_reply_bytes=100).unpack(data)
     more = StatePair(name="more", input="a", output="b", dtype="float32", shape=(1,), batch_axis=0)
     with pytest.raises(SnapshotInvalid, match=r"lacks state\.more"):
-        SnapshotCodec("m/3", "a" * 64, [*PAIRS, more]).unpack(data)
+        SnapshotCodec("m/3", "a" * 64, [*PAIRS, more], keep_reply_bytes=100).unpack(data)
 
 
 def forged(**changes: np.ndarray) -> bytes:
@@ -165,7 +165,6 @@ def forged(**changes: np.ndarray) -> bytes:
     ("changes", "problem"),
     [
         ({"position": np.array([-5, -9])}, "step -5"),
-        ({"position": np.array([2**63 - 2, 1])}, f"step {2**63 - 2}"),
         ({"position": np.array([3, 900])}, "began at 900"),
         ({"position": np.array([3, -1])}, "began at -1"),
         ({"position": np.array([3.5, np.nan])}, r"position of the snapshot is float64\[2\]"),
@@ -180,6 +179,21 @@ def test_values_that_no_session_has_are_refused(changes: dict[str, np.ndarray], 
     assert CODEC.unpack(forged()).step == 10
     with pytest.raises(SnapshotInvalid, match=problem):
         CODEC.unpack(forged(**changes))
+
+
+def test_a_step_beyond_all_use_is_refused_from_clients_only() -> None:
+    """A session that began at the last one that may be restored is read again from a store, whatever it did since."""
+    last, beyond = (forged(position=np.array([step, 1])) for step in (2**53, 2**53 + 1))
+    assert CODEC.restore(last).step == 2**53
+    assert CODEC.unpack(beyond).step == 2**53 + 1
+    with pytest.raises(SnapshotInvalid, match=f"step {2**53 + 1}"):
+        CODEC.restore(beyond)
+
+
+def test_a_reply_that_is_too_large_to_keep_is_not_kept_from_a_snapshot_either() -> None:
+    """The limit is that of the service that reads it."""
+    kept = [CODEC.unpack(packed([bytes(size)])[2][0]).kept for size in (100, 101)]
+    assert [len(each.reply) if each and each.reply is not None else None for each in kept] == [100, None]
 
 
 def test_more_tensors_than_any_model_has_are_not_looked_at() -> None:
@@ -206,6 +220,11 @@ def test_a_session_may_begin_somewhere_else() -> None:
         ({"h": None}, r"\$\.state\.h"),
         ({"h": [[1, 2, 3], [4, 5, 1e39]]}, "all finite"),
         ({"count": 2**70}, r"\$\.state\.count"),
+        ({"count": 1.9}, r"\$\.state\.count is not int64.*got `float`"),
+        ({"count": "7"}, r"\$\.state\.count is not int64.*got `str`"),
+        ({"count": True}, r"\$\.state\.count is not int64.*got `bool`"),
+        ({"h": [[1, 2, 3], [4, True, 6]]}, r"\$\.state\.h is not float32.*got `bool`"),
+        ({"seen": [1, 0, 0, 0, 1]}, r"\$\.state\.seen is not bool"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(values: dict[str, object], problem: str) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import json
+import logging
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -200,6 +202,49 @@ def test_who_does_not_read_is_not_read_from(server: Server) -> None:
             *range(4000, 4000 * count + 1, 4000)
         ]
         writer.join()
+
+
+@pytest.mark.parametrize("call", ["look", "step"])
+def test_what_is_sent_in_advance_is_left_in_the_network(
+    server: Server, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Of thousands of pipelined requests no more are taken in than one read brings; all are answered."""
+    session, count = server.create(), 20_000
+    data = request(session) if call == "step" else b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    most = 0
+    start = StepProtocol._start_asgi_task
+
+    def watched(self: StepProtocol, *arguments: Any) -> None:
+        nonlocal most
+        most = max(most, len(self.pipeline))
+        start(self, *arguments)
+
+    monkeypatch.setattr(StepProtocol, "_start_asgi_task", watched)
+    with connected(server) as connection:
+        writer = threading.Thread(target=connection.send, args=(data * count,))
+        writer.start()
+        assert {connection.reply()[0] for _ in range(count)} == {200}
+        writer.join()
+    assert 0 < most <= 2 * 2**18 // len(data)  # the second buffer is one that came before the pause took hold
+
+
+def test_who_leaves_with_requests_waiting_is_no_fault(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is begun for him any more, and nothing is logged or counted as the service's own failure."""
+    before = server.http.get("/metrics").text.count('code="internal"')
+    with connected(server) as connection:
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 500)
+        while not (waiting := [one for one in pipelines(server) if one]):
+            pass
+    while any(waiting):
+        pass
+    assert server.http.get("/metrics").text.count('code="internal"') == before
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def pipelines(server: Server) -> list[Any]:
+    """What waits on each connection."""
+    return [one.pipeline for one in list(server.uvicorn.server_state.connections) if isinstance(one, StepProtocol)]
 
 
 def steady(server: Server, session: str) -> int:

@@ -365,6 +365,30 @@ async def test_a_session_expires_by_itself_and_is_swept(path: Path) -> None:
     await store.close()
 
 
+async def test_a_long_file_is_looked_through_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of few among many, and the end of many, are several transactions: others have their turn between them."""
+    for name, rows in (("PAGE_ROWS", 4), ("SWEEP_ROWS", 4), ("ENDED_AT_ONCE", 3)):
+        monkeypatch.setattr(f"service.stores.sqlite._{name}", rows)
+    now = 1e9
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=99, wall=lambda: now)
+    names = [f"{i:02}" for i in range(14)]
+    await made(store, *names)
+    store._db.execute("UPDATE sessions SET model = 'other' WHERE id IN ('03', '09', '10', '13')")
+    for model, found in ((None, names), ("other", ["03", "09", "10", "13"]), ("none", [])):
+        for after, limit in (("", 99), ("", 2), ("04", 2), ("09", 1), ("13", 9)):
+            page = await store.page(model, after, limit)
+            assert [each.id for each in page] == [name for name in found if name > after][:limit]
+    await store.close()
+    now += 901
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=99, wall=lambda: now)
+    left = []
+    for _ in range(6):
+        await store.sweep()
+        left.append(store._db.execute("SELECT count(*) FROM sessions").fetchone()[0])
+    assert left == [11, 8, 5, 2, 0, 0]
+    await store.close()
+
+
 async def test_a_row_that_was_spoilt_is_one_session_s_trouble(path: Path) -> None:
     """The session says so; the others, even those that are asked for in the same moment, are well."""
     store = opened(path)

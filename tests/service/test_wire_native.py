@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as hnp
 
 from service.errors import InvalidInput, LatchError, Malformed, PayloadTooLarge
 from service.registry import load
-from service.wire import StepReply, StepRequest
-from service.wire.native import NativeCodec
-from service.wire.rows import RowFormat
+from service.wire import StepReply, StepRequest, native
+from service.wire.native import NativeCodec, read_envelope
+from service.wire.rows import Field, RowFormat
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ BAD_STEPS: list[tuple[str, type[LatchError], str | None]] = [
     ("\x00", Malformed, None),
     ("nope", Malformed, None),
     ('{"inputs": [[1, 2, 3]]} x', Malformed, None),
-    ("[" * 100_000, InvalidInput, "$"),
+    ("[" * 60_000, InvalidInput, "$"),
     ("[]", InvalidInput, "$"),
     ("{}", InvalidInput, "$"),
     ('{"inputs": null}', InvalidInput, "$.inputs"),
@@ -141,6 +141,47 @@ def test_a_body_over_the_limit_is_refused_before_it_is_searched(toy: NativeCodec
     for body in ({"inputs": [[1, 2, 3]] * 101 + [[None]]}, {"sequences": [[[1, 2, 3]] * 101, [[None]]]}):
         with pytest.raises(PayloadTooLarge):
             (toy.decode_step if "inputs" in body else toy.decode_predict)(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("body", "many"),
+    [
+        ('{"sequences": [@]}', "[],"),
+        ('{"inputs": [[@]]}', "{},"),
+        ('{"inputs": [[@]]}', "1,"),
+        ('{"inputs": [[1, 2, 3]], "outputs": [@]}', '"y",'),
+        ('{"inputs": @]}', "["),
+    ],
+    ids=["sequences", "objects", "numbers", "names", "depth"],
+)
+def test_a_body_of_what_no_request_has_is_refused_before_it_is_read(
+    toy: NativeCodec, body: str, many: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Millions of lists or values take seconds to read, in which everybody would wait."""
+    monkeypatch.setattr(native.json, "loads", None)
+    body = body.replace("@", many * 70_000)
+    for decode in (toy.decode_step, toy.decode_predict):
+        for form in (body, body.encode()):
+            with pytest.raises(PayloadTooLarge, match="100 steps, as many as one request may carry, have at most"):
+                decode(form)  # type: ignore[arg-type]
+
+
+def test_the_largest_request_is_within_the_counts(repository: Path) -> None:
+    """As many steps as there may be, of any shape, in one sequence or in one each, with every output."""
+    fields = {"y": Field("float32", (2, 3)), "h": Field("float32", (1,))}
+    codec = NativeCodec(RowFormat(Field("float32", (2, 3)), fields), max_steps=5_000)
+    row = [[1.5, 2.5, 3.5], [4.5, 5.5, 6.5]]
+    names = ["y", "h", "y"]
+    body = json.dumps({"inputs": [row] * 5_000, "outputs": names}).encode()
+    assert codec.decode_step(body).steps == 5_000
+    assert len(codec.decode_predict(json.dumps({"sequences": [[row]] * 5_000, "outputs": names}).encode())) == 5_000
+
+
+def test_a_message_that_names_no_session_is_not_searched_for_ever() -> None:
+    """One that is no JSON is read again for its NaN only where it is no larger than a request."""
+    assert read_envelope('{"session": "a", "inputs": [[NaN]]}').session == "a"
+    with pytest.raises(Malformed):
+        read_envelope(f'{{"session": "a", "inputs": [[NaN{", []" * 70_000}]]}}')
 
 
 @given(body=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
