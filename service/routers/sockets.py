@@ -57,7 +57,7 @@ class Shared:
     _is_leaving: bool = False
 
     async def passed(self, session: Session, socket: "Socket") -> None:
-        """Waits, for seconds at most, until what other sockets have received for a session by now stands in its queue."""
+        """Waits, for seconds at most, until what other sockets have received for a session by now is in its queue."""
         marks = [mark for other in self._open if other is not socket and (mark := other.mark(session))]
         if marks:
             await asyncio.wait(marks, timeout=_PATIENCE)
