@@ -21,6 +21,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from training.artifact import Values, free_version, write_version
 from training.errors import ExportError
+from training.graph import error
 
 Array = NDArray[Any]
 
@@ -28,6 +29,7 @@ SEQUENCES, STEPS, SEED = 3, 24, 20141212
 # Somebody else's graph may hold operators that round a row by its place in the batch, and large numbers.
 TOLERANCE = 1e-4
 BATCHES = (2, 3, 5)
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 CONSTANTS = DTYPES | {"tensor(double)": "float64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
 STATE = re.compile(r"(?P<input>[^=@]+)=(?P<output>[^=@]+)(@(?P<axis>\d))?")
@@ -264,9 +266,7 @@ def adopt(
     inputs = golden_inputs(runner.x, plan)
     golden = prove(runner, inputs)
     sizes = {"sequences": inputs.shape[0], "steps": inputs.shape[1], "tolerance": TOLERANCE}
-    weights = sum(
-        int(np.prod(weight.dims)) for weight in graph.graph.initializer if weight.data_type == TensorProto.FLOAT
-    )
+    weights = sum(int(np.prod(weight.dims)) for weight in _weights(graph.graph) if weight.data_type in FLOATS)
 
     def manifest(files: dict[str, str]) -> dict[str, Any]:
         return {
@@ -341,7 +341,10 @@ def golden_inputs(x: Tensor, plan: Plan) -> Array:
             raise ExportError(
                 f"{plan.sample} has shape {list(sample.shape)}, not [sequences, steps, {', '.join(map(str, x.shape))}]"
             )
-        return np.asarray(sample, x.dtype)
+        cast = np.asarray(sample, x.dtype)
+        if x.dtype == "int64" and not np.array_equal(cast, sample):
+            raise ExportError(f"{plan.sample} holds values that are no whole numbers; input {x.name!r} is int64")
+        return cast
     rng, size = np.random.default_rng(SEED), (SEQUENCES, STEPS, *x.shape)
     if x.dtype == "int64":
         if plan.ids is None:
@@ -368,11 +371,11 @@ def prove(runner: StepRunner, inputs: Array) -> Values:
                 f"{kind} {name!r} differs when the same steps are repeated: the graph is not deterministic"
             )
         single = np.concatenate([replayed[key] for replayed in alone])
-        error = float((np.abs(value - single) / np.maximum(1, np.abs(single))).max())
-        if error > TOLERANCE:
+        differs = error(value, single)
+        if differs > TOLERANCE:
             raise ExportError(
-                f"{kind} {name!r} differs by {error:.2e} when a session runs alone and among {len(inputs)}: rows of a "
-                f"batch influence each other, or the axis of its batch is another"
+                f"{kind} {name!r} differs by {differs:.2e} when a session runs alone and among {len(inputs)}: rows of "
+                f"a batch influence each other, or the axis of its batch is another"
             )
     return {f"input.{runner.x.name}": inputs} | golden
 

@@ -3,7 +3,7 @@
 Its one rule: state in, state out, nothing kept in `self` but weights. It must not know layers, heads or data.
 
 With s the gate activation, phi the candidate activation and o the elementwise product (Wikipedia, "Gated recurrent
-unit"; Cho 2014 arXiv:1406.1078v3 eqs. 5-8 and Chung 2014 arXiv:1412.3555v1 eqs. 4-8 for `gru`; Dey & Salem 2017
+unit"; Cho 2014 arXiv:1406.1078v3 eqs. 5-8 and Chung 2014 arXiv:1412.3555v1 section 3.2 for `gru`; Dey & Salem 2017
 arXiv:1701.05923v1 eqs. 4-9 for types 1 to 3; Zhou 2016 arXiv:1603.09420v1 and Heck & Salem 2017 arXiv:1701.03452v1
 for the minimal units; Feng 2024 arXiv:2410.01201v1 for `mingru`):
 
@@ -209,7 +209,7 @@ class GatedCell(Cell):
 
 
 class LstmCell(Cell):
-    """`lstm` without peepholes (Chung 2014 eqs. 1-3; the blocks are i, f, o and the candidate)."""
+    """`lstm` without peepholes (Chung 2014 section 3.1, without V; the blocks are i, f, o and the candidate)."""
 
     states = ("h", "c")
     u: nn.Parameter

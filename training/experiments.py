@@ -15,7 +15,7 @@ from functools import partial
 from training import data
 from training.cells import UNITS
 from training.config import TrainConfig
-from training.data import adding
+from training.data import adding, polymusic
 from training.data.sequences import DataSet, Split
 from training.errors import ConfigError
 
@@ -91,45 +91,18 @@ def only(hidden: dict[str, int], *cells: str) -> dict[str, int]:
 
 # Chung 2014, table 1: about 20,000 parameters for each of its three units; the variants keep the GRU's 46.
 MUSIC = sizes(46, lstm=36, rnn=100)
-MUSIC_PAPERS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
-    "chorales": (
-        "JSB chorales",
-        {
-            "Chung 2014": {"rnn": 9.10, "gru": 8.54, "lstm": 8.67},
-            "Bai 2018": {"rnn": 8.91, "gru": 8.43, "lstm": 8.45, "TCN": 8.10},
-            "RRU 2021": {"gru": 8.20, "lstm": 8.33, "RRU": 7.72},
-            "floor": {"independent notes": 11.09, "first-order Markov": 10.49},
-        },
-    ),
-    "nottingham": (
-        "Nottingham",
-        {
-            "Chung 2014": {"rnn": 3.13, "gru": 3.23, "lstm": 3.20},
-            "Bai 2018": {"rnn": 4.05, "gru": 3.46, "lstm": 3.29, "TCN": 3.07},
-            "RRU 2021": {"gru": 3.22, "lstm": 3.25, "RRU": 2.92},
-            "floor": {"independent notes": 10.26, "first-order Markov": 5.15},
-        },
-    ),
-    "musedata": (
-        "MuseData",
-        {
-            "Chung 2014": {"rnn": 6.23, "gru": 5.99, "lstm": 6.23},
-            "RRU 2021": {"gru": 7.31, "lstm": 7.24, "RRU": 7.03},
-            "floor": {"independent notes": 11.51, "first-order Markov": 8.56},
-        },
-    ),
-    "piano-midi": (
-        "Piano-midi.de",
-        {
-            "Chung 2014": {"rnn": 9.03, "gru": 8.82, "lstm": 9.03},
-            "RRU 2021": {"gru": 7.58, "lstm": 7.54, "RRU": 7.38},
-            "floor": {"independent notes": 11.05, "first-order Markov": 8.26},
-        },
-    ),
+MUSIC_TITLES = {
+    "chorales": "JSB chorales",
+    "nottingham": "Nottingham",
+    "musedata": "MuseData",
+    "piano-midi": "Piano-midi.de",
 }
 MUSIC_SEEDS = {"chorales": 3, "nottingham": 3, "musedata": 1, "piano-midi": 1}
 MUSIC_EPOCH = {"chorales": 0.3, "nottingham": 0.9, "musedata": 2.0, "piano-midi": 0.5}
-PIXEL_PAPERS = {"Bai 2018": {"gru": 0.962, "lstm": 0.872, "TCN": 0.990}, "RRU 2021": {"GRU, 2 layers": 0.9836}}
+PIXEL_PAPERS = {
+    "Bai 2018": {"rnn": 0.215, "gru": 0.962, "lstm": 0.872, "TCN": 0.990},
+    "RRU 2021": {"GRU, 2 layers": 0.9836},
+}
 RMSPROP = TrainConfig(optimiser="rmsprop", rate=0.002)
 
 
@@ -160,9 +133,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         "are larger.",
         {
             name: Arm(
-                title, partial(data.load, name), "nll", MUSIC, RMSPROP, MUSIC_EPOCH[name], papers, MUSIC_SEEDS[name]
+                title,
+                partial(data.load, name),
+                "nll",
+                MUSIC,
+                RMSPROP,
+                MUSIC_EPOCH[name],
+                polymusic.SETS[name].papers,
+                MUSIC_SEEDS[name],
             )
-            for name, (title, papers) in MUSIC_PAPERS.items()
+            for name, title in MUSIC_TITLES.items()
         },
     ),
     "mnist-rows": Experiment(
@@ -211,8 +191,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "adding": Experiment(
         "The adding problem: the sum of two marked numbers among many",
-        "No paper of the units' has a table of it. RMSE in standard deviations of the training sums: always saying the "
-        "mean scores 1.",
+        "No paper of the units' has a table of it; Bai 2018 has the mean squared error at 600 steps, of sums whose "
+        "variance is about 0.17: LSTM 0.164 and RNN 0.177, which is the mean, GRU 5.3e-5, TCN 5.8e-5. Here RMSE in "
+        "standard deviations of the training sums: always saying the mean scores 1.",
         {
             f"steps-{steps}": Arm(
                 f"{steps} steps",

@@ -85,7 +85,7 @@ def deviation(values: Tensor) -> Tensor:
 
 def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
     """Mean and deviation of the training split's inputs, of its targets where they are values, and of their change."""
-    items = data.splits["train"].items
+    items = data.uncut or data.splits["train"].items
     if data.info.standardise:
         inputs = torch.cat([torch.from_numpy(inputs) for inputs, _, _ in items]).float()
         model.x_mean, model.x_std = inputs.mean(0), deviation(inputs)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service import proof
 from service.engine import Engine
 from service.errors import GoldenMismatch
 from service.metrics import Metrics
@@ -36,6 +37,14 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, metrics
     toys.rewrite_golden(folder, **{key: value})
     with pytest.raises(GoldenMismatch, match=key.replace("__", r"\.")):
         Engine(load(folder), OPTIONS, metrics)
+
+
+@pytest.mark.parametrize(("size", "error"), [(0.5, 1e-2), (1e4, 1e-6)])
+def test_an_error_is_judged_by_the_size_of_the_values(size: float, error: float) -> None:
+    """Where watts cross zero, 32-bit floats are as exact as thousands of watts are; another element is judged alone."""
+    want = np.array([[[0.0, 3.0], [size, 3.0]]])
+    got = want + np.array([[[1e-2, 0.0], [0.0, 0.0]]])
+    assert proof._error(got, want) == pytest.approx(error)
 
 
 def test_golden_vectors_that_are_not_a_number_are_no_match(tmp_path: Path, metrics: Metrics) -> None:

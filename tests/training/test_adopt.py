@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from tests.training import strangers
@@ -78,6 +78,28 @@ def test_a_sample_is_what_the_golden_vectors_are_made_of(tmp_path: Path) -> None
     np.save(tmp_path / "sample.npy", sample[:, :, :1])
     with pytest.raises(ExportError, match=r"sample\.npy has shape \[2, 7, 1\], not \[sequences, steps, 2\]"):
         adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", plan)
+
+
+def test_a_sample_of_ids_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Fractions are none, and would be cut to others."""
+    np.save(tmp_path / "ids.npy", np.array([[1.0, 2.0, 4.0]]))
+    plan = Plan(["seen=seen_next@1", "steps=steps_next"], sample=tmp_path / "ids.npy")
+    path = strangers.words(tmp_path / "words.onnx")
+    assert golden(adopt(path, tmp_path / "models", "words", plan))["input.id"].tolist() == [[1, 2, 4]]
+    np.save(tmp_path / "ids.npy", np.array([[1.0, 2.5, 4.0]]))
+    with pytest.raises(ExportError, match=r"ids\.npy holds values that are no whole numbers; input 'id' is int64"):
+        adopt(path, tmp_path / "models", "words", plan)
+
+
+def test_weights_count_wherever_they_are(tmp_path: Path) -> None:
+    """In a node's attribute and in another width, too."""
+    model = onnx.load(strangers.memory(tmp_path / "m.onnx"))
+    double = numpy_helper.from_array(np.ones((2, 3)), "weights")
+    model.graph.initializer.append(double)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["more"], value=numpy_helper.from_array(np.ones(5))))
+    onnx.save(model, tmp_path / "m.onnx")
+    folder = adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", MEMORY)
+    assert json.loads((folder / "manifest.json").read_text())["parameters"] == 1 + 6 + 5
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from training import data
 from training.data import adding, polymusic, sensors
 from training.data.sequences import Split, collate, next_step, similar_lengths
 from training.errors import DataError
+from training.experiments import EXPERIMENTS
 
 
 @pytest.fixture
@@ -35,8 +36,16 @@ def music(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def expect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `path`'s present content the right one."""
     rolls = polymusic.SETS["chorales"]
-    known = type(rolls)(rolls.file, pooch.file_hash(str(path)), rolls.title, rolls.licence, rolls.references)
+    known = type(rolls)(rolls.file, pooch.file_hash(str(path)), rolls.title, rolls.licence, rolls.papers)
     monkeypatch.setitem(polymusic.SETS, "chorales", known)
+
+
+def test_a_set_of_music_has_the_papers_figures_of_its_table(music: Path) -> None:
+    """Those that `reproduce` shows are those that `evaluate` shows."""
+    shown = {(one.name, one.value) for one in data.load("chorales").references}
+    arm = EXPERIMENTS["music"].arms["chorales"]
+    assert {("Bai 2018 rnn", 8.91), ("RRU 2021 RRU", 7.72), ("independent notes", 11.09)} <= shown
+    assert {value for _, value in shown} == {value for models in arm.papers.values() for value in models.values()}
 
 
 def test_transposed_music_is_the_same_music(music: Path) -> None:

@@ -153,8 +153,48 @@ def test_baselines_are_the_naive_forecasts(csv: Csv, horizon: int, last: int, na
     found = {(one.name, one.metric): one.value for one in data.references}
     assert found["last value", "mae a"] == pytest.approx(last)
     assert found["seasonal naive (24 rows)", "mae a"] == pytest.approx(naive)
-    train = np.concatenate([targets[predicted] for _, targets, predicted in data.splits["train"].items])
+    train = np.concatenate([targets[predicted] for _, targets, predicted in data.uncut])
     assert found["last value", "mae"] == pytest.approx(last / train.std(ddof=1), rel=1e-5)
+
+
+def test_a_step_counts_once_in_what_is_measured_of_the_training_rows(csv: Csv) -> None:
+    """Windows overlap, and most rows would count twice: neither scale nor score may depend on how long they are."""
+    path = csv(400)
+    found = []
+    for window in (16, 40, 400):
+        data = load(path, window=window, horizon=3)
+        model = RecurrentModel(configure(data, "gru", hidden=2))
+        set_normalisation(model, data)
+        found.append((model.x_mean, model.x_std, model.y_mean, model.y_std, [one.value for one in data.references]))
+    rows = torch.arange(400.0)
+    torch.testing.assert_close(found[0][3], rows[3:280].std()[None])
+    torch.testing.assert_close(found[0][0][:1], rows[:277].mean()[None])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_a_target_that_is_measured_seldom_is_told_as_the_reason(csv: Csv) -> None:
+    """It is an input as long as nobody says else, and ends a sequence wherever it is missing."""
+    path = csv(400)
+    lines = path.read_text().splitlines()
+    lines[1:] = [line if row % 8 == 0 else line.replace(f",{row},", ",,") for row, line in enumerate(lines[1:])]
+    path.write_text("\n".join(lines))
+    words = r"(?s)1 row later is known: .*larger --max-gap, or leave .* of --inputs\n.*  a \[m\]: 350 cells missing"
+    with pytest.raises(DataError, match=words) as caught:
+        load(path)
+    assert "rows before it" not in str(caught.value)
+    assert load(path, max_gap=7).splits["test"].items
+    assert load(path, inputs=("b",)).splits["test"].items
+
+
+def test_months_are_of_no_length(csv: Csv) -> None:
+    """Three of them are three rows."""
+    path = csv()
+    days = [f"{2000 + row // 12}-{row % 12 + 1:02}-01" for row in range(200)]
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(f"{day},{row % 7},{row}" for row, day in enumerate(days))]))
+    assert load(path, horizon=3).info.description == "a 3 rows ahead, with uncertainty"
+    assert load(csv(apart=timedelta(days=1)), horizon=3).info.description == "a 3 rows (3 days) ahead, with uncertainty"
 
 
 def test_rows_without_a_season_before_them_are_not_scored(csv: Csv) -> None:
@@ -257,14 +297,14 @@ def test_scores_are_those_of_the_values_in_the_file(csv: Csv, base: float, unit:
         assert one.value == pytest.approx(other.value * (unit if in_its_unit else 1), rel=1e-3)
     model = RecurrentModel(configure(small, "gru"))
     set_normalisation(model, small)
-    inputs = np.concatenate([inputs for inputs, _, _ in small.splits["train"].items])
+    inputs = np.concatenate([inputs for inputs, _, _ in small.uncut])
     assert model.encode(torch.from_numpy(inputs)).std(0).tolist() == pytest.approx([1, 1], rel=1e-3)
     assert model.y_std.item() == pytest.approx(unit * plain_deviation(plain), rel=1e-3)
 
 
 def plain_deviation(data: DataSet) -> float:
     """Of the targets that are asked about in training."""
-    return float(np.concatenate([y[asked] for _, y, asked in data.splits["train"].items]).std(ddof=1))
+    return float(np.concatenate([y[asked] for _, y, asked in data.uncut]).std(ddof=1))
 
 
 def test_inputs_that_are_never_there_together_are_refused(csv: Csv) -> None:

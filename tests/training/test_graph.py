@@ -74,6 +74,27 @@ def test_weights_that_come_to_nothing_are_zero(lowering: str) -> None:
     check_parity(model, graph.SerializeToString())
 
 
+def in_units(mean: float, deviation: float, head: str = "gaussian", turned: float = 1.0) -> RecurrentModel:
+    """A model of values in some unit; `turned` multiplies the head's weights."""
+    torch.manual_seed(0)
+    model = RecurrentModel(ModelConfig("gru", 6, 2, head, hidden=5)).eval()
+    model.y_mean[:], model.y_std[:] = mean, deviation
+    with torch.no_grad():
+        model.head.weight *= turned
+    return model
+
+
+@pytest.mark.parametrize("head", ["gaussian", "regression"])
+@pytest.mark.parametrize(("mean", "deviation"), [(2852, 46_333), (0, 1e-9), (1e6, 100), (0, 1)])
+def test_parity_does_not_depend_on_the_unit(mean: float, deviation: float, head: str) -> None:
+    """Watts that cross zero are as right as volts; and of farads a graph that is wrong is found out."""
+    model = in_units(mean, deviation, head)
+    assert check_parity(model, build_graph(model).SerializeToString()) < 2e-6
+    wrong = build_graph(in_units(mean, deviation, head, turned=-3)).SerializeToString()
+    with pytest.raises(ExportError, match=r"differ by .* in '(y|std)'"):
+        check_parity(model, wrong)
+
+
 def test_the_operator_is_one_node_for_the_whole_unit() -> None:
     """Lowered to its operator, the fully gated unit is four nodes, in parity, without its gates."""
     model = RecurrentModel(ModelConfig("gru", 6, 6, "bernoulli", hidden=5)).eval()

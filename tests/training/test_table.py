@@ -182,6 +182,13 @@ def test_a_wanted_column_must_be_there_and_hold_numbers(tmp_path: Path) -> None:
         read(path).take(("a",))
 
 
+def test_a_name_with_a_comma_is_shown_in_quotes(tmp_path: Path) -> None:
+    """As it must be given where several are separated by commas."""
+    path = written(tmp_path, 'day,"price, EUR"\n1,2\n')
+    with pytest.raises(DataError, match="no column 'price': its header is day, \"price, EUR\"; a name with a comma"):
+        read(path, wanted=("price",))
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     """An absent one, and one in another encoding, with the line where that shows."""
     with pytest.raises(DataError, match=r"absent\.csv cannot be read: No such file"):

@@ -27,7 +27,8 @@ _NOTES = 8  # of a kind, at most: there may be a thousand series
 SPACINGS = {60: "minute", 3600: "hour", 86400: "day", 604800: "week"}
 # Seasons to look for, longest first: a day, an hour, a minute; for daily rows a week, weekly a year, monthly a year.
 PERIODS = (86400, 3600, 60)
-CALENDAR = ((86400, 7), (604800, 52), (30.4 * 86400, 12))
+MONTH = 30.4 * 86400
+CALENDAR = ((86400, 7), (604800, 52), (MONTH, 12))
 
 
 @dataclass(frozen=True)
@@ -137,23 +138,31 @@ def load(path: Path, options: Options) -> DataSet:
     if season:
         back[f"seasonal naive ({season} rows)"] = season * -(-options.horizon // season) - options.horizon
     parts: dict[str, list[Item]] = {name: [] for name in SPLITS}
+    uncut: list[Item] = []
     errors: dict[str, list[Values]] = {name: [] for name in back}
     for one in series:
         for name, begin, end in zip(SPLITS, [0, *one.ends[:-1]], one.ends, strict=True):
-            items, missed = cut(one.grid, x, y, (begin, end), options, back, scored=name != "train")
-            parts[name] += items
+            whole, missed = cut(one.grid, x, y, (begin, end), options, back, scored=name != "train")
+            pieces = training_windows if name == "train" else scoring_pieces
+            parts[name] += [piece for item in whole for piece in pieces(item, options.window)]
+            if name == "train":
+                uncut += whole
             if name == "test":
                 errors = {baseline: errors[baseline] + missed[baseline] for baseline in back}
     for name, items in parts.items():
         if not items:
+            before = f" and that has {max(back.values())} rows before it" if name != "train" else ""
+            ways = f"a smaller --horizon{' or --season' if before else ''}, another --split, or a larger --max-gap"
+            if len(inputs) > 1:
+                ways += ", or leave what is measured too seldom out of --inputs"
             hint = " (--time '' counts only the rows that are there)" if any(-1 in one.rows for one in series) else ""
             raise DataError(
                 f"{path}: the {name} split ({_rows_of(name, series)}) holds no row whose target "
-                f"{options.horizon} rows later is known and that has {max(back.values())} rows before it: take a "
-                f"smaller --horizon or --season, another --split, or fill the gaps{hint}"
+                f"{_rows(options.horizon)} later is known{before}: take {ways}{hint}"
+                + "".join(f"\n  {note}" for note in notes)
             )
     features = names_and_units(columns)
-    ahead = f"{options.horizon} row{'s' if options.horizon > 1 else ''}" + duration(spacing, options.horizon)
+    ahead = _rows(options.horizon) + duration(spacing, options.horizon)
     info = DataInfo(
         name=path.stem,
         description=f"{', '.join(features[name][0] for name in targets)} {ahead} ahead, with uncertainty",
@@ -169,11 +178,11 @@ def load(path: Path, options: Options) -> DataSet:
         feedback="identity" if options.horizon == 1 and inputs == targets else None,
         standardise=True,
     )
-    asked = np.concatenate([targets[predicted] for _, targets, predicted in parts["train"]])
+    asked = np.concatenate([targets[predicted] for _, targets, predicted in uncut])
     references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
     splits = {name: Split(items) for name, items in parts.items()}
     ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
-    return DataSet(info, splits, references, (*ignored, *table.notes, *notes))
+    return DataSet(info, splits, references, (*ignored, *table.notes, *notes), uncut)
 
 
 def lay_out(table: Table, options: Options) -> Series:
@@ -284,7 +293,7 @@ def cut(
         if scored:
             predicted &= (at >= first) & (at - reach >= begin)
         item = (grid.values[at][:, x].astype(np.float32), targets.astype(np.float32), predicted)
-        items += (scoring_pieces if scored else training_windows)(item, options.window)
+        items.append(item)
         for name, rows in back.items():
             errors[name].append((grid.values[at - rows][:, y] - targets)[predicted])
     return items, errors
@@ -395,13 +404,17 @@ def find_season(spacing: float | None, rows: int) -> int:
 
 def duration(spacing: float | None, rows: int) -> str:
     """` (6 hours)` for 6 rows that are an hour apart; nothing where the spacing is not known or odd."""
-    if spacing is None:
+    if spacing is None or abs(spacing / MONTH - 1) < 0.05:  # months are not of one length
         return ""
     for unit in sorted(SPACINGS, reverse=True):
         if rows * spacing % unit == 0:
             count = int(rows * spacing // unit)
             return f" ({count} {SPACINGS[unit]}{'s' if count > 1 else ''})"
     return ""
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
 
 
 def _some(places: list[str], most: int = 3) -> str:

@@ -48,12 +48,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class DataSet:
-    """The splits, what the manifest will say about them, the references, and what a person should know of the file."""
+    """The splits, what the manifest will say about them, the references, and what a person should know of the file.
+
+    `uncut` are the sequences of the train split as they were before they were cut into windows that overlap, where
+    they were: what is measured of the training data must not count the same step twice.
+    """
 
     info: DataInfo
     splits: dict[str, Split]
     references: tuple[Reference, ...] = ()
     notes: tuple[str, ...] = ()
+    uncut: Items[Item] = ()
 
 
 def require_told_apart(what: str, values: NDArray[np.floating]) -> None:

@@ -113,7 +113,9 @@ def find(path: Path, columns: Sequence[str], name: str) -> str:
     if len(named) > 1:
         raise DataError(f"{path} has several columns {name!r}: say which with its unit, {' or '.join(named)}")
     if not named:
-        raise DataError(f"{path} has no column {name!r}: its header is {', '.join(columns)}")
+        quoted = [f'"{column}"' if "," in column else column for column in columns]
+        how = "; a name with a comma is given in double quotes" if quoted != [*columns] else ""
+        raise DataError(f"{path} has no column {name!r}: its header is {', '.join(quoted)}{how}")
     return named[0]
 
 

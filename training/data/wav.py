@@ -117,7 +117,11 @@ def load(path: Path, options: Options) -> DataSet:
         f"{len(files)} recordings at {rate} Hz, {sum(len(item[0]) for item in made) / 100:.0f} s, {len(labels)} labels",
     )
     return DataSet(
-        info, {name: Split(items) for name, items in splits.items()}, class_baselines(whole, len(labels)), notes
+        info,
+        {name: Split(items) for name, items in splits.items()},
+        class_baselines(whole, len(labels)),
+        notes,
+        whole["train"],
     )
 
 
