@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from service.errors import Internal, LatchError, SessionCorrupt, SessionNotFound, SnapshotInvalid, SnapshotMismatch
-from service.ledger import Ledger, StoredSlot, Written, packed
+from service.errors import Internal, LatchError, SessionNotFound
+from service.ledger import Ledger, StoredSlot, Written, packed, unpacked
 from service.manifest import Array
 from service.queues import Queues
 from service.slab import Commits, Slot, StateSlab
@@ -170,12 +170,8 @@ class Committer:
             if stored.created_at != slot.created_at:
                 raise MadeAnew("the session was deleted, and made anew: open it again")
             if stored.token != slot.token:
-                self._slab.commit(*self._snapshots.unpack(stored.saved.snapshot).commits(slot))
+                self._slab.commit(*unpacked(self._snapshots, slot.id, stored.saved).commits(slot))
                 slot.token = stored.token
-        except (SnapshotInvalid, SnapshotMismatch) as error:
-            corrupt = SessionCorrupt(f"session {slot.id!r} cannot be read from the store: {error}")
-            self.drop(slot, corrupt)
-            raise corrupt from error
         except LatchError as error:
             self.drop(slot, error)
             raise

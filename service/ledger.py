@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from service.errors import Internal, LatchError
+from service.errors import Internal, LatchError, SessionCorrupt, SnapshotInvalid, SnapshotMismatch
 from service.manifest import Array
 from service.metrics import Metrics
 from service.slab import Commits, Slot
-from service.snapshot import SnapshotCodec
+from service.snapshot import Snapshot, SnapshotCodec
 from service.stores import Save, Saved, SessionStore
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,14 @@ class _Entry(NamedTuple):
 def packed(snapshots: SnapshotCodec, commits: Commits, state: Sequence[Array]) -> list[Saved]:
     """What is saved of slots that shall stand where `commits` and `state` say."""
     return [*map(Saved, commits.steps, *snapshots.pack(commits, state))]
+
+
+def unpacked(snapshots: SnapshotCodec, session_id: str, saved: Saved) -> Snapshot:
+    """Where a session stood when it was saved. Raises SessionCorrupt where the store gives something else."""
+    try:
+        return snapshots.unpack(saved.snapshot)
+    except (SnapshotInvalid, SnapshotMismatch) as error:
+        raise SessionCorrupt(f"session {session_id!r} cannot be read from the store: {error}") from error
 
 
 class Ledger:

@@ -26,16 +26,13 @@ from service.errors import (
     InvalidInput,
     LatchError,
     PayloadTooLarge,
-    SessionCorrupt,
     SessionExists,
     SessionExpired,
     SessionNotFound,
-    SnapshotInvalid,
-    SnapshotMismatch,
     StepNotKept,
     StoreUnavailable,
 )
-from service.ledger import Ledger, StoredSlot, packed
+from service.ledger import Ledger, StoredSlot, packed, unpacked
 from service.metrics import Metrics
 from service.queues import Answer, Outcome, Ticket
 from service.slab import Slot
@@ -261,7 +258,7 @@ class SessionManager:
                     return None  # what is kept may be what another replica has left: not to be held against this step
                 raise self._not_kept(session, step, steps)
             index = len(steps) - 1 - steps[::-1].index(step)
-            return session.engine.snapshots.unpack(earlier[index].snapshot), index
+            return unpacked(session.engine.snapshots, session_id, earlier[index]), index
 
         return await self._move(session_id, back)
 
@@ -524,10 +521,7 @@ class SessionManager:
         if (session := self._live.get(session_id)) is not None:
             return session
         engine = self.engines.serving(stored.model, stored.version)
-        try:
-            standing = engine.snapshots.unpack(stored.saved.snapshot)
-        except (SnapshotInvalid, SnapshotMismatch) as error:
-            raise SessionCorrupt(f"session {session_id!r} cannot be read from the store: {error}") from error
+        standing = unpacked(engine.snapshots, session_id, stored.saved)
         session = Session(
             id=session_id,
             engine=engine,
