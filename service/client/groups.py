@@ -128,10 +128,10 @@ class GroupLogic:
     def _lanes(self, rows: Sequence[tuple[SessionLogic, Any]]) -> list[_Lane]:
         if len({session.info.id for session, _ in rows}) < len(rows):
             raise InvalidInput("a session is there twice: it has one request under way at a time", path="rows")
-        if len(self._channels.keys() | {session for session, _ in rows}) > MAX_CHANNELS:
-            self._channels.clear()  # a number that is opened again is another session's from then on
         if len(rows) > MAX_CHANNELS:
             raise InvalidInput(f"{len(rows)} sessions: a socket carries {MAX_CHANNELS}", path="rows")
+        if len(self._channels) + sum(session not in self._channels for session, _ in rows) > MAX_CHANNELS:
+            self._channels.clear()  # a number that is opened again is another session's from then on
         lanes = []
         for session, item in rows:
             channel = self._channels.setdefault(session, _Channel(len(self._channels) + 1))
