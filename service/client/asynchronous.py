@@ -159,9 +159,10 @@ class AsyncGroup:
             return replies_of(rows, await self._line.run(work))
 
     async def close(self) -> None:
-        """Closes the WebSocket; another step would open it again. The sessions live on."""
-        self._logic.hung_up()
-        await self._line.hang_up()
+        """Closes the WebSocket, after a step that is under way; another would open it again. The sessions live on."""
+        async with self._lock:
+            self._logic.hung_up()
+            await self._line.hang_up()
 
     async def __aenter__(self) -> Self:
         return self

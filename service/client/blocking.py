@@ -6,7 +6,7 @@ Rule: it performs what `protocol.py` asks for, and decides nothing.
 import threading
 import time
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Any, Self, TypeVar
 
@@ -116,7 +116,7 @@ class Session(Standing):
     def __init__(self, line: "_Line", logic: SessionLogic) -> None:
         self._line = line
         self._logic = logic
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # which only its owner can let go of: see `_let_go`
 
     def step(self, rows: Any, outputs: Iterable[str] | None = None) -> Reply:
         """Advances by one row or by T of them, [T, *shape]: all are applied, or none.
@@ -207,32 +207,52 @@ class Group:
         """Advances each session by its own row, or T of them, [T, *shape]. They run together in the service; each is
         applied or refused by itself, whatever breaks.
 
-        After an error go on, for each session of its `errors`, from the row that comes after the session's step `at`.
-        That also holds for more rows of one session than the service keeps replies of (64 KiB): they travel in parts.
+        A step that was interrupted may be repeated, and so may the rows of the sessions in `errors`: what of it was
+        applied is not applied again. But where one session has more rows than the service keeps a reply of (64 KiB),
+        they travel in parts: go on from the row that comes after its step `at`.
 
         Args:
-            rows: what each session's model takes; at most 65,535 sessions.
+            rows: what each session's model takes; at most 65,535 sessions. They travel 256 at a time, and each part is
+                answered before the next is sent. `patience` is the time in which nobody gets an answer.
 
         Raises:
-            NotAllStepped: some were refused, or `patience` ended first; it has the replies of all others.
-            InvalidInput: rows that a model does not take, or two objects of one session. Nothing was sent.
+            NotAllStepped: some were refused, or nobody knows; it has the replies of all others.
+            InvalidInput: rows whose shape or kind a model does not take, or two objects of one session. Nothing was
+                sent, for any session.
         """
-        with self._lock, ExitStack() as held:
-            for session in sorted(rows, key=id):  # two groups with the same sessions must not wait for each other
-                held.enter_context(session._lock)
-            outcomes = self._line.run(self._logic.step([(session._logic, row) for session, row in rows.items()]))
-            return replies_of(rows, outcomes)
+        with self._lock:
+            locks = [session._lock for session in sorted(rows, key=id)]  # two groups must not wait for each other
+            try:
+                for lock in locks:
+                    lock.acquire()
+                outcomes = self._line.run(self._logic.step([(session._logic, row) for session, row in rows.items()]))
+                return replies_of(rows, outcomes)
+            finally:
+                _let_go(locks)
 
     def close(self) -> None:
-        """Closes the WebSocket; another step would open it again. The sessions live on."""
-        self._logic.hung_up()
-        self._line.hang_up()
+        """Closes the WebSocket, after a step that is under way; another would open it again. The sessions live on."""
+        with self._lock:
+            self._logic.hung_up()
+            self._line.hang_up()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _let_go(locks: list[Any]) -> None:
+    """Releases what of them was taken, whatever interrupts that."""
+    try:
+        while locks:
+            with suppress(RuntimeError):  # it was not: the interrupt came before
+                locks[-1].release()
+            locks.pop()
+    finally:
+        if locks:
+            _let_go(locks)
 
 
 class _Line:

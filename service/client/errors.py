@@ -25,6 +25,10 @@ class PatienceExhausted(LatchError):
         super().__init__(message)
         self.unacknowledged = unacknowledged
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that hand their errors on."""
+        return type(self), (str(self), self.unacknowledged)
+
 
 class LostSteps(LatchError):
     """The session is at a lower step than the service had acknowledged: a store lost data, or another client reset the
@@ -43,7 +47,11 @@ class LostSteps(LatchError):
             f"session {session!r} is at step {found}, and {acknowledged} steps were acknowledged: the store lost some, "
             "or somebody reset the session or rolled it back; refresh() goes on from there",
         )
-        self.acknowledged, self.found = acknowledged, found
+        self.session, self.acknowledged, self.found = session, acknowledged, found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As above."""
+        return type(self), (self.session, self.acknowledged, self.found)
 
 
 class NotAllStepped(LatchError):
@@ -51,7 +59,10 @@ class NotAllStepped(LatchError):
 
     Attributes:
         replies: of those that were stepped, as `Group.step` would have given them.
-        errors: of the others, each the error that the session's own `step` would have raised.
+        errors: of the others, each the error that the session's own `step` would have raised. Of those whose error is
+            PatienceExhausted or of the connection nobody knows; the same rows again apply them, once.
+
+    In another process both are by the sessions' ids.
     """
 
     code = "not_all_stepped"
@@ -60,8 +71,14 @@ class NotAllStepped(LatchError):
     def __init__(self, replies: Mapping[Any, Any], errors: Mapping[Any, LatchError]) -> None:
         session, error = next(iter(errors.items()))
         count = len(errors) + len(replies)
-        super().__init__(f"{len(errors)} of {count} sessions were not stepped; the first, {session.id!r}: {error}")
+        super().__init__(f"{len(errors)} of {count} sessions were not stepped; the first, {_name(session)!r}: {error}")
         self.replies, self.errors = replies, errors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As above."""
+        return type(self), tuple(
+            {_name(session): outcome for session, outcome in each.items()} for each in (self.replies, self.errors)
+        )
 
 
 class OutputsNotKept(LatchError):
@@ -78,6 +95,10 @@ class NotLatch(LatchError):
 
     code = "not_latch"
     http_status = 502
+
+
+def _name(session: Any) -> str:
+    return session if isinstance(session, str) else str(session.id)
 
 
 def refusal(document: dict[str, Any]) -> LatchError:

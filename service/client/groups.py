@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from service.client.effects import Dial, Exchange, Later, Work
+from service.client.effects import Dial, Exchange, Later, Sleep, Work
 from service.client.errors import NotAllStepped, NotLatch, PatienceExhausted
-from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing, read, refused
+from service.client.protocol import ClientLogic, Hello, Reply, SessionLogic, Standing, read, refused
 from service.client.requests import INPUT_BYTES, Requests
-from service.client.streams import Hello, opening
+from service.client.streams import opening
 from service.errors import InvalidInput, LatchError, StepConflict
 from service.wire import frames
 from service.wire.frames import Kind
 
 MAX_CHANNELS = 2**16 - 1  # that a client has; what the service says of the socket itself comes on channel 0
+_PACKED_AT_ONCE = 1000
 SESSIONS_AT_ONCE = 256  # as many as a run of the service takes where it is set as it comes (`LATCH_MAX_BATCH_SIZE`)
 
 _SOCKET = 0
@@ -40,7 +41,7 @@ class _Channel:
 class _Lane:
     """What one session has left to do in a step of the group."""
 
-    __slots__ = ("channel", "later", "left", "outcome", "requests")
+    __slots__ = ("channel", "is_slow", "later", "left", "outcome", "requests")
 
     def __init__(self, channel: _Channel, requests: Requests, rows: Any) -> None:
         self.channel = channel
@@ -48,6 +49,7 @@ class _Lane:
         self.left = [*requests.cut([rows])][::-1]
         self.outcome: Reply | LatchError | None = None
         self.later: Later | None = None  # why it waits for another try
+        self.is_slow = False  # a try ended without its answer
 
     @property
     def size(self) -> int:
@@ -78,8 +80,10 @@ class _Lane:
             if channel.is_bound:
                 for reply in self.requests.replies(self.left.pop(), answer):
                     self.outcome = reply
+                if self.left:  # of several parts, the service keeps the last one's reply only
+                    self.requests.note()
             else:
-                session.check(read(answer.payload, Hello).step)
+                session.greeted(read(answer.payload, Hello))
                 channel.is_bound = True
         except NotLatch:
             raise
@@ -104,36 +108,46 @@ class GroupLogic:
         self._is_open = False
 
     def step(self, rows: Sequence[tuple[SessionLogic, Any]]) -> Work[list[Reply | LatchError]]:
-        """A reply, or what it was refused for, for each session.
+        """A reply, or why there is none, for each session. They have moved on when it ends, and not before: a step that
+        is interrupted may be repeated.
 
         Raises:
             InvalidInput: rows that a model does not take, or a session twice; nothing was sent.
-            NotLatch, LatchError: what is wrong with the connection and not with a session.
         """
-        lanes = self._lanes(rows)
+        lanes = yield from self._lanes(rows)
         try:
-            if lanes:
-                yield from self._client.retry.until_done(partial(self._attempt, lanes))
-        except PatienceExhausted as error:
+            while left := _left(lanes):
+                try:
+                    yield from self._client.retry.until_done(partial(self._attempt, lanes))
+                except PatienceExhausted:
+                    if _left(lanes) == left:  # nobody got an answer in all that time
+                        raise
+        except LatchError as error:  # of the connection: of those that were not answered, nobody knows
             for lane in lanes:
                 if lane.outcome is None:
-                    lane.outcome = PatienceExhausted(str(error), lane.requests.steps(lane.left[-1]))
-                    lane.outcome.__cause__ = error.__cause__
+                    lane.outcome = error
+                    if isinstance(error, PatienceExhausted):
+                        lane.outcome = PatienceExhausted(str(error), lane.requests.steps(lane.left[-1]))
+                        lane.outcome.__cause__ = error.__cause__
+        for lane in lanes:
+            lane.requests.note()
         return [lane.outcome for lane in lanes if lane.outcome is not None]
 
     def hung_up(self) -> None:
         """The shell has closed the socket."""
         self._is_open = False
 
-    def _lanes(self, rows: Sequence[tuple[SessionLogic, Any]]) -> list[_Lane]:
+    def _lanes(self, rows: Sequence[tuple[SessionLogic, Any]]) -> Work[list[_Lane]]:
         if len({session.info.id for session, _ in rows}) < len(rows):
             raise InvalidInput("a session is there twice: it has one request under way at a time", path="rows")
         if len(rows) > MAX_CHANNELS:
             raise InvalidInput(f"{len(rows)} sessions: a socket carries {MAX_CHANNELS}", path="rows")
         if len(self._channels) + sum(session not in self._channels for session, _ in rows) > MAX_CHANNELS:
             self._channels.clear()  # a number that is opened again is another session's from then on
-        lanes = []
+        lanes: list[_Lane] = []
         for session, item in rows:
+            if len(lanes) % _PACKED_AT_ONCE == _PACKED_AT_ONCE - 1:
+                yield Sleep(0.0)  # other tasks have their turn
             channel = self._channels.setdefault(session, _Channel(len(self._channels) + 1))
             try:
                 lanes.append(_Lane(channel, Requests(session, self._outputs), item))
@@ -150,8 +164,9 @@ class GroupLogic:
         for lane in lanes:
             lane.later = None
         while ready := [lane for lane in lanes if lane.is_ready]:
-            for part in _parts(ready):
-                yield from self._exchange(part, timeout)
+            for is_slow in (False, True):  # nobody waits for those that a try ended without
+                for part in _parts([lane for lane in ready if lane.is_slow is is_slow]):
+                    yield from self._exchange(part, timeout)
         self._is_open = True
         if waiting := [lane.later for lane in lanes if lane.later is not None]:
             raise max(waiting, key=lambda later: later.after)
@@ -166,7 +181,12 @@ class GroupLogic:
 
         message: bytes | None = b"".join([lane.frame() for lane in lanes])
         while owed:
-            received: bytes | str | None = yield Exchange(message, timeout)
+            try:
+                received: bytes | str | None = yield Exchange(message, timeout)
+            except Later as later:
+                for lane in owed.values():
+                    lane.is_slow = isinstance(later.problem, TimeoutError)
+                raise
             if not isinstance(received, bytes):
                 raise NotLatch(f"a message that is no frame: {received!r:.80}")
             for answer in frames.read_answers(received, lambda number: lane_of(number).requests.out_bytes):
@@ -176,6 +196,11 @@ class GroupLogic:
                     lane_of(answer.channel).take(answer)
                     del owed[answer.channel]
             message = None
+
+
+def _left(lanes: Iterable[_Lane]) -> int:
+    """How many requests have no answer."""
+    return sum([len(lane.left) for lane in lanes if lane.outcome is None])
 
 
 def _parts(lanes: Iterable[_Lane]) -> Iterator[list[_Lane]]:

@@ -37,6 +37,14 @@ class Info(msgspec.Struct, frozen=True):
     step: int
 
 
+class Hello(msgspec.Struct):
+    """What a HELLO says of a session; it says more."""
+
+    model: str
+    version: str
+    step: int
+
+
 class _Tensor(msgspec.Struct):
     name: str
     dtype: str
@@ -280,6 +288,14 @@ class SessionLogic:
         """Raises LostSteps where the service has fewer steps than it had acknowledged."""
         if found < self.at:
             raise LostSteps(self.info.id, self.at, found)
+
+    def greeted(self, hello: Hello) -> None:
+        """Raises SessionNotFound where another session has the id now, and LostSteps as `check`."""
+        if (hello.model, hello.version) != (self.info.model, self.info.version):
+            raise SessionNotFound(
+                f"session {self.info.id!r} was deleted, and made anew on {hello.model}/{hello.version}: open it again"
+            )
+        self.check(hello.step)
 
     def conflict(self, error: StepConflict) -> StepConflict:
         """The conflict, which is another client's doing. Raises LostSteps where it is not."""

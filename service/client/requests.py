@@ -42,6 +42,7 @@ class Requests:
         limits = REPLY_BYTES // max(1, self.out_bytes), INPUT_BYTES // max(1, self._in_bytes), MAX_STEPS
         self._limit = max(1, min(limits))
         self._parts: list[tuple[bytes | None, int, bool]] = []
+        self._ahead = 0  # steps that were answered and are not noted
 
     def cut(self, items: Iterable[Any]) -> Iterator[Request]:
         """Packs items (a row or T rows each) into as few requests as their size allows."""
@@ -63,7 +64,7 @@ class Requests:
 
     def steps(self, request: Request) -> range:
         """The numbers of the rows of the next request."""
-        first = self.session.at + 1
+        first = self.session.at + self._ahead + 1
         return range(first, first + sum([piece.steps for piece in request]))
 
     def frame(self, request: Request, channel: int = 0) -> bytes:
@@ -72,16 +73,21 @@ class Requests:
         return frames.step(channel, b"".join([piece.data for piece in request]), len(steps), steps[0])
 
     def replies(self, request: Request, answer: frames.Answer) -> list[Reply]:
-        """The replies of the items that are whole with this one; the session has moved on. Raises NotLatch where the
-        answer is to something else.
+        """The replies of the items that are whole with this one, which count once they are noted. Raises NotLatch where
+        the answer is to something else.
         """
         steps = self.steps(request)
         if (answer.first_step, answer.count) != (steps[0], len(steps)):
             raise NotLatch(
                 f"{answer.count} steps from {answer.first_step} are the answer to {len(steps)} from {steps[0]}"
             )
-        self.session.at = steps[-1]
+        self._ahead += len(steps)
         return [*self._replies(request, answer)]
+
+    def note(self) -> None:
+        """The session has moved on: who asked has the replies, or could not get them again."""
+        self.session.at += self._ahead
+        self._ahead = 0
 
     def _replies(self, request: Request, answer: frames.Answer) -> Iterator[Reply]:
         kept = not answer.flags & frames.ALREADY_APPLIED

@@ -7,21 +7,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from service.client.effects import Dial, Exchange, Later, Work
 from service.client.errors import NotLatch
-from service.client.protocol import Reply, SessionLogic, read, refused
+from service.client.protocol import Hello, Reply, SessionLogic, read, refused
 from service.client.requests import Request, Requests
 from service.errors import InvalidInput, StepConflict
 from service.wire import frames
 from service.wire.frames import Kind
-
-
-class Hello(msgspec.Struct):
-    """What a HELLO says of a session; it says more."""
-
-    step: int
 
 
 class StreamLogic:
@@ -51,14 +43,16 @@ class StreamLogic:
             answer = yield from self._session.client.retry.until_done(attempt, self.requests.steps(request))
         except StepConflict as error:
             raise self._session.conflict(error) from error
-        return self.requests.replies(request, answer)
+        replies = self.requests.replies(request, answer)
+        self.requests.note()
+        return replies
 
     def _attempt(self, message: bytes, timeout: float) -> Work[frames.Answer]:
         try:
             if not self._is_open:
                 yield Dial(self._path, timeout)
                 hello = yield from self._answer(self._opening, Kind.HELLO, timeout)
-                self._session.check(read(hello.payload, Hello).step)
+                self._session.greeted(read(hello.payload, Hello))
                 self._is_open = True
             return (yield from self._answer(message, Kind.STEPPED, timeout))
         except Later:

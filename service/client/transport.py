@@ -3,13 +3,14 @@
 Rule: the only place that knows how httpx and websockets say that something broke.
 """
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.typing import Subprotocol
 
 from service.client.effects import Later
@@ -30,6 +31,7 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "url", urlsplit(self.url).geturl())  # the scheme in lower case
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise InvalidInput(f"{self.url!r} is no address: it starts with http:// or https://", path="url")
 
@@ -40,7 +42,7 @@ class Target:
     def socket(self, path: str, timeout: float) -> dict[str, Any]:
         """Arguments of a websockets connection."""
         return {
-            "uri": self.url.rstrip("/").replace("http", "ws", 1) + path,
+            "uri": "ws" + self.url.rstrip("/")[4:] + path,
             "subprotocols": [Subprotocol("latch.binary")],
             "additional_headers": dict(self.headers),
             "open_timeout": timeout,
@@ -58,8 +60,21 @@ def failure(error: Exception) -> Later | LatchError:
             return PayloadTooLarge("a message was larger than the service takes (LATCH_MAX_BODY_BYTES)")
         if code in _REFUSALS:
             return NotLatch(f"the WebSocket was closed with {code}: {error}")
+    if (untrusted := _untrusted(error)) is not None:
+        return NotLatch(
+            f"the certificate is not trusted: {untrusted.verify_message}; SSL_CERT_FILE may name a file of further ones"
+        )
+    if isinstance(error, InvalidURI):
+        return NotLatch(str(error))
     if isinstance(error, InvalidStatus):
         status = error.response.status_code
         if status < 500 and status not in (408, 429):
             return NotLatch(f"the WebSocket was refused with {status}: Latch, or a proxy before it, takes none there")
     return Later(error)
+
+
+def _untrusted(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """Why the certificate is refused, where that is behind an error: another try would find the same."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error

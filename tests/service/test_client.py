@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -11,11 +12,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from websockets.exceptions import InvalidURI
 
 from service.client import AsyncClient, Client, LostSteps, NotAllStepped, NotLatch, PatienceExhausted, Reply
-from service.client.effects import Retry
+from service.client.blocking import _let_go
+from service.client.effects import Later, Retry
+from service.client.transport import Target, failure
 from service.errors import (
     InvalidInput,
     ModelNotFound,
@@ -339,6 +344,67 @@ def test_one_session_of_a_group_is_refused_and_the_others_go_on(server: Server, 
         group.step({bad: ROWS[2], fine: [1.0]})
     assert (bad.at, server.http.get(f"/v1/sessions/{bad.id}").json()["step"]) == (2, 2)
     group.close()
+
+
+def test_a_group_is_closed_between_steps(server: Server) -> None:
+    """Threads may share it, also while one of them closes it."""
+    with Client(server.url) as latch:
+        sessions = [latch.session(model="toy") for _ in range(20)]
+        group = latch.group()
+        closing = threading.Event()
+
+        def close() -> None:
+            while not closing.is_set():
+                group.close()
+
+        closer = threading.Thread(target=close)
+        closer.start()
+        try:
+            for k in range(20):
+                replies = group.step(dict.fromkeys(sessions, ROWS[k]))
+                assert [reply.step for reply in replies.values()] == [k + 1] * 20
+        finally:
+            closing.set()
+            closer.join()
+        group.close()
+
+
+def test_locks_are_let_go_wherever_an_interrupt_came() -> None:
+    """Those that were taken, whichever these are; another thread's stay with it."""
+    locks = [threading.RLock() for _ in range(4)]
+    theirs, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locks[3]:
+            theirs.set()
+            go.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    theirs.wait(20)
+    for lock in locks[:2]:
+        lock.acquire()
+    _let_go([*locks])
+    free: list[bool] = []
+    prober = threading.Thread(target=lambda: free.extend(lock.acquire(blocking=False) for lock in locks))
+    prober.start()
+    prober.join()
+    go.set()
+    holder.join()
+    assert free == [True, True, True, False]
+
+
+def test_what_another_try_would_not_mend_is_final() -> None:
+    """A certificate that is not trusted, an address that is none; a broken connection may pass."""
+    refused = httpx.ConnectError("no")
+    refused.__cause__ = ssl.SSLCertVerificationError(1, "self-signed certificate")
+    refused.__cause__.verify_message = "self-signed certificate"  # type: ignore[attr-defined]
+    error = failure(refused)
+    assert isinstance(error, NotLatch)
+    assert "self-signed certificate; SSL_CERT_FILE" in str(error)
+    assert isinstance(failure(InvalidURI("xs://a", "scheme")), NotLatch)
+    assert isinstance(failure(httpx.ConnectError("no")), Later)
+    assert Target("HTTPS://a:1/b/").socket("/v1/stream", 1.0)["uri"] == "wss://a:1/b/v1/stream"
 
 
 def test_a_cancelled_step_of_a_group_may_be_repeated(server: Server) -> None:

@@ -1,6 +1,7 @@
 """Groups, without I/O: a service of many sessions in memory, on a network that loses what a test tells it to."""
 
 import json
+import pickle
 from collections import deque
 from typing import Any
 
@@ -66,6 +67,8 @@ class Hub:
             answers are cut in the middle), `going_away`.
         refusals: what the next steps of a session are refused with, by id; fine when there is none left.
         messages: what was sent, as (type, channel) of each frame.
+        models: of those that are not `sum`.
+        takes: seconds that an exchange takes.
     """
 
     def __init__(self) -> None:
@@ -73,12 +76,13 @@ class Hub:
         self.fates: deque[str] = deque()
         self.refusals: dict[str, deque[str]] = {}
         self.messages: list[list[tuple[int, int]]] = []
+        self.models: dict[str, str] = {}
         self.dials = 0
-        self.now = 0.0
+        self.now = self.takes = 0.0
         self.client = ClientLogic(Retry(60.0, 10.0, lambda: self.now, lambda _, most: most))
         self._bound: dict[int, tuple[str, tuple[str, ...]]] = {}
         self._ready: deque[bytes] = deque()
-        self._is_open = False
+        self._is_open = self._is_silent = False
 
     def session(self, name: str) -> SessionLogic:
         """One that is there now, as a client finds it."""
@@ -115,12 +119,17 @@ class Hub:
             self._bound, self._ready, self._is_open = {}, deque(), True
             return None
         assert isinstance(effect, Exchange)
+        self.now += self.takes
         assert self._is_open, "a message on a socket that broke"
         if effect.message is not None:
             assert not self._ready, "a message before the answers to the last"
             self._take(effect.message)
         if fate == "half":
             self._ready = deque([*self._ready][: len(self._ready) // 2])
+        if self._is_silent and not self._ready:
+            self._is_silent = False
+            self._cut()
+            raise Later(TimeoutError())
         if fate == "unanswered" or not self._ready:
             raise self._cut()
         return self._ready.popleft() + (
@@ -135,20 +144,24 @@ class Hub:
             if frame.kind == Kind.OPEN:
                 opened = json.loads(frame.payload)
                 self._ready.append(self._open(frame.channel, opened["session"], tuple(opened["outputs"])))
-            else:
-                self._ready.append(self._step(frame))
+            elif answer := self._step(frame):
+                self._ready.append(answer)
         self.messages.append(sent)
 
     def _open(self, channel: int, name: str, outputs: tuple[str, ...]) -> bytes:
         if name not in self.sums:
             return frames.notice(Kind.ERROR, channel, SessionNotFound("no such session").to_dict())
         self._bound[channel] = name, outputs
-        return frames.notice(Kind.HELLO, channel, {"session": name, "step": len(self.sums[name].applied)})
+        model, step = self.models.get(name, "sum"), len(self.sums[name].applied)
+        return frames.notice(Kind.HELLO, channel, {"session": name, "model": model, "version": "1", "step": step})
 
     def _step(self, frame: frames.Frame) -> bytes:
         name, outputs = self._bound[frame.channel]
         waiting = self.refusals.get(name)
         fate = waiting.popleft() if waiting else "fine"
+        if fate == "silent":
+            self._is_silent = True
+            return b""
         try:
             if fate != "fine":
                 if fate == "store_unavailable":  # which may mean that it is applied
@@ -370,19 +383,91 @@ def test_channels_are_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["text", "a step before the hello", "a channel of nobody", "the socket's own error"],
 )
-def test_what_is_wrong_with_the_connection_ends_the_step(message: Any, error: type[Exception]) -> None:
-    """And the next step makes another connection."""
+def test_what_is_wrong_with_the_connection_is_told_of_who_has_no_answer(message: Any, error: type[Exception]) -> None:
+    """Whoever has one keeps it, and the next step makes another connection."""
     hub = Hub()
     session = hub.session("s")
     group = GroupLogic(hub.client, None)
     work = group.step([(session, [1.0])])
     assert isinstance(next(work), Dial)
     work.send(None)
-    with pytest.raises(error):
+    with pytest.raises(StopIteration) as end:
         work.send(message)
+    assert [type(outcome) for outcome in end.value.value] == [error]
     assert session.at == 0
     stepped(hub, group, {session: [1.0]})
     assert (hub.dials, session.at) == (1, 1)
+
+
+def test_a_step_that_was_interrupted_may_be_repeated() -> None:
+    """Those that were answered before it are answered again, with the replies that they had."""
+    hub = Hub()
+    sessions = [hub.session(str(i)) for i in range(SESSIONS_AT_ONCE + 1)]
+    group = GroupLogic(hub.client, None)
+    stepped(hub, group, {session: [1.0] for session in sessions})
+    rows = {session: [2.0] for session in sessions}
+    interrupted = group.step([*rows.items()])
+    effect = next(interrupted)
+    for _ in range(SESSIONS_AT_ONCE):
+        effect = interrupted.send(hub._perform(effect))
+    del interrupted
+    assert [len(each.applied) for each in hub.sums.values()] == [2] * SESSIONS_AT_ONCE + [1]
+    assert {session.at for session in sessions} == {1}
+    replies = [reply for reply in stepped(hub, group, rows) if isinstance(reply, Reply)]
+    assert [(reply.step, reply["y"].tolist()) for reply in replies] == [(2, [[3.0]])] * (SESSIONS_AT_ONCE + 1)
+    assert {len(each.applied) for each in hub.sums.values()} == {2}
+
+
+def test_a_session_of_another_model_is_not_stepped() -> None:
+    """Its rows may have another size, and then the frames behind its own would be taken for its rows."""
+    hub = Hub()
+    sessions = [hub.session(name) for name in "abc"]
+    hub.models["b"] = "product"
+    outcomes = stepped(hub, GroupLogic(hub.client, None), {session: [1.0] for session in sessions})
+    assert [type(outcome) for outcome in outcomes] == [Reply, SessionNotFound, Reply]
+    assert "made anew on product/1" in str(outcomes[1])
+    assert [session.at for session in sessions] == [1, 0, 1]
+
+
+def test_nobody_waits_for_a_session_that_does_not_answer() -> None:
+    """After a try that it has spoilt it comes last, alone: the others are all stepped, whatever it does."""
+    hub = Hub()
+    sessions = [hub.session(str(i)) for i in range(2 * SESSIONS_AT_ONCE)]
+    group = GroupLogic(hub.client, None)
+    hub.refusals["3"] = deque(["silent"] * 1000)
+    hub.takes = 0.01
+    outcomes = stepped(hub, group, {session: [1.0] for session in sessions})
+    assert [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Reply)] == [3]
+    assert isinstance(outcomes[3], PatienceExhausted)
+    assert outcomes[3].unacknowledged == range(1, 2)
+
+
+def test_patience_is_the_time_without_an_answer() -> None:
+    """A step of many takes as long as it takes, and a break in the middle of it costs time only."""
+    hub = Hub()
+    sessions = [hub.session(str(i)) for i in range(4 * SESSIONS_AT_ONCE)]
+    hub.takes = 25 / SESSIONS_AT_ONCE
+    hub.fates += ["fine"] * 6 * SESSIONS_AT_ONCE + ["unanswered"]
+    outcomes = stepped(hub, GroupLogic(hub.client, None), {session: [1.0] for session in sessions})
+    assert {type(outcome) for outcome in outcomes} == {Reply}
+    assert hub.now > 100
+    assert {len(each.applied) for each in hub.sums.values()} == {1}
+
+
+def test_errors_survive_the_way_to_another_process() -> None:
+    """A pool of processes would break of one that does not; sessions are named by their ids there."""
+    hub = Hub()
+    one, other = hub.session("one"), hub.session("other")
+    patience = PatienceExhausted("too long", range(3, 5))
+    for error in (patience, LostSteps("one", 5, 3)):
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301 - of our own making
+        assert (str(again), vars(again)) == (str(error), vars(error))
+    reply = stepped(hub, GroupLogic(hub.client, None), {one: [1.0]})[0]
+    with pytest.raises(NotAllStepped) as caught:
+        replies_of([Named(one), Named(other)], [reply, patience])
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - likewise
+    assert str(again) == str(caught.value)
+    assert (again.replies["one"].step, again.errors["other"].unacknowledged) == (1, range(3, 5))
 
 
 def test_a_step_that_was_interrupted_leaves_no_answers_to_be_taken_for_the_next_ones() -> None:
