@@ -5,8 +5,8 @@ Rule: everything is put together here and nowhere else; one handler turns every 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -44,6 +44,8 @@ Beside these calls there are WebSockets, which OpenAPI cannot describe:
 ```text
 {frames.__doc__}```
 """
+
+_CLOSE_SECONDS = 2.0
 
 
 def create_app(settings: Settings) -> FrontDoor:
@@ -83,9 +85,9 @@ def create_app(settings: Settings) -> FrontDoor:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(store.close)
+            stack.push_async_callback(_in_time, store.close)
             if ledger is not None:
-                stack.push_async_callback(ledger.close)
+                stack.push_async_callback(_in_time, ledger.close)
                 ledger.start()
             repository.start()
             stack.push_async_callback(repository.close)
@@ -124,6 +126,13 @@ def create_app(settings: Settings) -> FrontDoor:
     front = FrontDoor(app, app.state.steps, StreamDoor(sockets), origins)
     app.state.drain = Drain(manager, sockets, front)
     return front
+
+
+async def _in_time(close: Callable[[], Awaitable[None]]) -> None:
+    """Whoever waited for a store that does not answer was told; the process does not wait for it, too."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await close()
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -25,7 +25,9 @@ from service.errors import (
     Draining,
     InvalidInput,
     LatchError,
+    ModelNotFound,
     PayloadTooLarge,
+    SessionCorrupt,
     SessionExists,
     SessionExpired,
     SessionNotFound,
@@ -170,7 +172,7 @@ class SessionManager:
         while True:
             if session_id is not None:  # one that is there needs no room, and no model that takes new ones
                 with suppress(SessionNotFound, SessionExpired):
-                    return self._same(await self._current(session_id), model, version), False
+                    return await self._existing(session_id, model, version), False
             engine = self.engines.get(model, version)
             start = engine.snapshots.start(state or _NOTHING)
             with suppress(SessionExists):  # it was made meanwhile
@@ -333,10 +335,12 @@ class SessionManager:
 
     async def delete(self, session_id: str) -> None:
         """Ends a session; whoever waits for it is told. Raises SessionExpired, SessionNotFound, StoreUnavailable."""
-        found = await self.inspect(session_id)
+        created_at = None
+        with suppress(SessionCorrupt):  # what cannot be read can go
+            created_at = (await self.inspect(session_id)).created_at
         await self._store.delete(session_id)  # first: a copy that was loaded meanwhile goes, too
         session = self._live.get(session_id)
-        if session is not None and session.created_at == found.created_at:
+        if session is not None and created_at in (None, session.created_at):
             self._forget(session)
 
     async def page(self, model: str | None, after: str, limit: int) -> tuple[list[Session | Stored], str | None]:
@@ -447,8 +451,11 @@ class SessionManager:
         except BaseException:
             engine.batcher.release(session)
             raise
-        if (stale := self._live.get(session_id)) is not None:  # of one that ended in another process
-            self._forget(stale)
+        if (known := self._live.get(session_id)) is not None:
+            if known.created_at == session.created_at:  # itself, loaded while the store's answer was on its way
+                engine.batcher.release(session)
+                return known
+            self._forget(known)  # of one that ended in another process
         self._live[session_id] = session
         engine.sessions += 1
         return session
@@ -543,9 +550,19 @@ class SessionManager:
             kept_steps=[*steps, session.step],
         )
 
+    async def _existing(self, session_id: str, model: str, version: str | None) -> Session:
+        """The session that a repeated create means. Raises as `find`, and SessionExists where it is another."""
+        try:
+            session = await self._current(session_id)
+        except ModelNotFound:  # of what it is on, which may be another than what is asked for
+            self._check_same(await self.inspect(session_id), model, version)
+            raise
+        self._check_same(session, model, version)
+        return session
+
     @staticmethod
-    def _same(existing: Session, model: str, version: str | None) -> Session:
-        """The session that a repeated create means. Without a version, it keeps the one that it has."""
+    def _check_same(existing: Session | Stored, model: str, version: str | None) -> None:
+        """Raises SessionExists for another model or version. Without a version, it keeps the one that it has."""
         if existing.model != model or version not in (None, existing.version):
             raise SessionExists(
                 f"session {existing.id!r} exists already, on {existing.model}/{existing.version}: "
@@ -553,7 +570,6 @@ class SessionManager:
                 model=existing.model,
                 version=existing.version,
             )
-        return existing
 
     async def _expire(self, sessions: Sequence[Session]) -> int:
         """Ends sessions that have idled out here; one that another process has moved since lives on."""

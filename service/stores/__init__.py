@@ -176,8 +176,12 @@ def open_store(url: str, *, keep_steps: int, max_expired_ids: int) -> SessionSto
     """
     try:
         scheme = urlsplit(url).scheme
-    except ValueError as error:
-        raise SettingsInvalid(f"session store: the address cannot be read: {error}") from error
+    except ValueError:  # which may quote a password
+        raise SettingsInvalid(
+            "session store: the address cannot be read: percent-encode what is no letter or digit in user and password"
+        ) from None
+    if "#" in url:
+        raise SettingsInvalid("session store: the address has a #, which ends it: write %23")
     if scheme == "memory":
         from service.stores.memory import MemoryStore
 

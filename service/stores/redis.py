@@ -6,16 +6,17 @@ confirm it first.
 """
 
 import asyncio
+import logging
+import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
-from struct import Struct
 from typing import Any
 
 import orjson
 
-from service.errors import SessionExists, StoreInvalid
+from service.errors import SessionCorrupt, SessionExists, StoreInvalid
 from service.stores import Save, Saved, SessionRecord, Stored, missing
 from service.stores.redis_link import Call, Link
 from service.stores.redis_scripts import (
@@ -39,10 +40,13 @@ from service.stores.redis_scripts import (
     shard_of,
 )
 
+log = logging.getLogger(__name__)
+
 _VERSION = 1
-_HEAD = Struct("<16sQ")  # token, step
-_ROW = Struct("<16si16sQI")  # expected token, how many earlier ones are left, head, bytes of the snapshot; then these
-_STEP = Struct("<Q")  # of an earlier save; then its snapshot
+_HEAD = struct.Struct("<16sQ")  # token, step
+# Expected token, how many earlier ones are left, head, bytes of the snapshot; then these.
+_ROW = struct.Struct("<16si16sQI")
+_STEP = struct.Struct("<Q")  # of an earlier save; then its snapshot
 _KEEP = -1
 _ROWS, _BYTES = 512, 2**24  # of a script: while it runs, the server does nothing else
 _SEEN = 500  # ids that one look at a shard's index takes
@@ -88,7 +92,7 @@ class RedisStore:
         found = await self._one(LOAD, [session_key(session)])
         if found is None or found[-2] <= 0:
             raise missing(session, expired=found is not None)
-        return _stored(session, found[:-1], found[-1])
+        return _stored(session, found[:-1], found[-1] or b"")
 
     async def earlier(self, session: str) -> Sequence[Saved]:
         """Up to `keep_steps` saves before the last one, oldest first."""
@@ -140,7 +144,11 @@ class RedisStore:
             calls = [Call([ids_key(shard)], [afters[shard], _SEEN, limit, model or ""]) for shard in afters]
             replies = await self._link.run(PAGE, calls)
             for shard, (last, rows) in zip(list(afters), replies, strict=True):
-                found.extend(_stored(row[0].decode(), row[1:], b"") for row in rows)
+                for row in rows:
+                    try:
+                        found.append(_stored(row[0].decode(), row[1:], b""))
+                    except SessionCorrupt:
+                        log.exception("a list of sessions goes on without one")
                 counts[shard] += len(rows)
                 afters[shard] = last.decode()
                 if not last or counts[shard] >= limit:
@@ -212,15 +220,18 @@ async def _ping(link: Link) -> None:
 
 def _stored(session: str, fields: Sequence[Any], snapshot: bytes) -> Stored:
     model, version, idle_ttl, created_at, metadata, head, milliseconds = fields
-    token, step = _HEAD.unpack(head)
-    return Stored(
-        id=session,
-        model=model.decode(),
-        version=version.decode(),
-        idle_ttl=float(idle_ttl),
-        created_at=float(created_at),
-        metadata=orjson.loads(metadata),
-        token=token,
-        saved=Saved(step, snapshot),
-        time_left=milliseconds / 1000,
-    )
+    try:
+        token, step = _HEAD.unpack(head)
+        return Stored(
+            id=session,
+            model=model.decode(),
+            version=version.decode(),
+            idle_ttl=float(idle_ttl),
+            created_at=float(created_at),
+            metadata=orjson.loads(metadata),
+            token=token,
+            saved=Saved(step, snapshot),
+            time_left=milliseconds / 1000,
+        )
+    except (struct.error, ValueError, TypeError, AttributeError) as error:
+        raise SessionCorrupt(f"session {session!r} cannot be read from Redis: {error}") from error

@@ -9,6 +9,7 @@ nothing, a power cut may lose the last commits).
 
 import asyncio
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,9 +107,10 @@ class SqliteStore:
         self._headers: dict[bytes, int] = {}  # their rows, as far as they are committed, or about to be
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
-        self._is_failing = False
+        self._is_failing = self._has_failed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._db = self._open(synchronous)
+        self._files = self._find_files()
 
     def _open(self, synchronous: str) -> sqlite3.Connection:
         where = f"session store {self._path}"
@@ -144,7 +146,7 @@ class SqliteStore:
     def _prepare(db: sqlite3.Connection, synchronous: str, where: str) -> None:
         (application,), (version,) = (db.execute(f"PRAGMA {name}").fetchone() for name in _MARKS)
         if (application, version) == (0, 0) and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA journal_mode = WAL")  # before there is anything in the file
             db.executescript(
                 f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {_APPLICATION};"
                 f"PRAGMA user_version = {_VERSION}; COMMIT;"
@@ -156,7 +158,8 @@ class SqliteStore:
                 f"{where} has format {version}, this version of Latch knows up to {_VERSION}: run the newer one, "
                 "or name another file; it was left as it is"
             )
-        elif version < _VERSION:
+        db.execute("PRAGMA journal_mode = WAL")  # a copy that SQLite made (VACUUM INTO) has another
+        if version < _VERSION and application == _APPLICATION:
             db.executescript(f"BEGIN IMMEDIATE; {_HEADERS} {_UPGRADE} PRAGMA user_version = {_VERSION}; COMMIT;")
         db.text_factory = bytes  # a text that was spoilt is told of where it is decoded, with whose it is
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -223,8 +226,8 @@ class SqliteStore:
         """Up to `keep_steps` saves before the last one, oldest first."""
 
         def earlier() -> list[Saved]:
-            statement = f"SELECT step, {_SNAPSHOT} FROM earlier WHERE session = ? ORDER BY number"  # noqa: S608
-            return [Saved(*row) for row in self._db.execute(statement, (session,))]
+            statement = f"SELECT step, {_SNAPSHOT} FROM earlier WHERE session = ? ORDER BY number DESC LIMIT ?"  # noqa: S608
+            return [Saved(*row) for row in self._db.execute(statement, (session, self._keep_steps))][::-1]
 
         return await self._transact(earlier)
 
@@ -373,8 +376,11 @@ class SqliteStore:
         await self._transact(sweep)
 
     async def ping(self) -> None:
-        """Commits a transaction."""
-        await self._transact(lambda: None)
+        """Commits a transaction; after one that failed, with a row in it, as a save has."""
+        await self._transact(self._rewrite if self._has_failed else lambda: None)
+
+    def _rewrite(self) -> None:
+        self._db.execute("UPDATE sessions SET body = body WHERE number = (SELECT max(number) FROM sessions)")
 
     async def close(self) -> None:
         """Closes the file, once what was asked is written."""
@@ -405,10 +411,13 @@ class SqliteStore:
             waiting, self._waiting = self._waiting, []
             results: Sequence[Any]
             try:
+                before = self._db.total_changes
                 results = self._together([work for work, _ in waiting])
-                await loop.run_in_executor(self._thread, self._db.commit)
+                await loop.run_in_executor(self._thread, self._commit_here)
+                self._has_failed &= self._db.total_changes == before
             except Exception as error:  # noqa: BLE001 - whatever it is, everybody is told
                 self._undo()
+                self._has_failed = True
                 self._is_failing |= isinstance(error, sqlite3.OperationalError)  # no room, mostly
                 results = [self._failed(error)] * len(waiting)
             for (_, future), result in zip(waiting, results, strict=True):
@@ -419,6 +428,22 @@ class SqliteStore:
                 else:
                     future.set_result(result)
         self._writing = None
+
+    def _commit_here(self) -> None:
+        if self._find_files() != self._files:
+            raise StoreUnavailable(
+                f"the session store {self._path} was moved, replaced or removed while the service ran: nothing is "
+                "saved to it; put it and its -wal back, or restart the service on what is there"
+            )
+        self._db.commit()
+
+    def _find_files(self) -> list[tuple[int, int]]:
+        """Which files the names lead to: what is written to others, nobody will find."""
+        try:
+            found = [os.stat(self._path), os.stat(f"{self._path}-wal")]  # noqa: PTH116 - a path object takes as long again
+        except OSError:
+            return []
+        return [(each.st_dev, each.st_ino) for each in found] if found[0].st_size else []
 
     def _together(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """What calls give, or how each of them fails, in a transaction that is left open.
@@ -474,7 +499,7 @@ class SqliteStore:
                 metadata=orjson.loads(metadata),
                 token=token,
                 saved=Saved(step, body, header),
-                time_left=expires_at - self._now,
+                time_left=min(expires_at - self._now, idle_ttl),  # whatever the clock was when it was saved
             )
         except (ValueError, TypeError, AttributeError) as error:
             name = session.decode(errors="replace") if isinstance(session, bytes) else session

@@ -309,17 +309,20 @@ def test_before_a_drain_is_seen_reads_handshakes_and_numbered_steps_go_on_elsewh
         assert stream.recv(timeout=30) != replica.host
 
 
-def test_an_unnumbered_step_is_sent_once(latch: Deployment) -> None:
-    """Its answer lost, the client is told so in the service's own shape; no replica has got it a second time."""
+@pytest.mark.parametrize("path", ["steps", "rollback?step=3", "fork?step=1"])
+def test_an_unnumbered_step_is_sent_once(latch: Deployment, path: str) -> None:
+    """Its answer lost, the client is told so in the service's own shape; no replica has got it a second time. Nor any
+    other call, whatever stands in its address.
+    """
     name, replica = somebody(latch)
     replica.silent = True
     for each in latch.replicas.values():
         each.seen.clear()
     with latch.client() as http:
-        answer = http.post(f"/v1/sessions/{name}/steps", json={"inputs": [[1.0]]})
+        answer = http.post(f"/v1/sessions/{name}/{path}", json={"inputs": [[1.0]]})
     assert answer.status_code == 502
     assert answer.json() | {"error": ""} == {"error": "", "code": "interrupted", "retryable": True}
-    assert [call for each in latch.replicas.values() for call in each.seen] == [f"POST /v1/sessions/{name}/steps"]
+    assert [call for each in latch.replicas.values() for call in each.seen] == [f"POST /v1/sessions/{name}/{path}"]
 
 
 def test_a_numbered_step_whose_answer_is_lost_is_sent_to_the_next_replica(latch: Deployment) -> None:

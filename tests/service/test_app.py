@@ -1,5 +1,6 @@
 """The app as a whole: one shape for every error, and an OpenAPI page that knows every call."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from service import app
 from service.app import create_app
 from service.errors import InferenceFailed, ManifestInvalid, SettingsInvalid
 from service.settings import load_settings
@@ -59,6 +61,14 @@ def test_stopping_answers_who_still_waits(
         go.set()
     assert (reply.status_code, reply.json()["code"], reply.json()["retryable"]) == (503, "draining", True)
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_store_that_does_not_answer_holds_up_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited for it was told; the process ends."""
+    monkeypatch.setattr(app, "_CLOSE_SECONDS", 0.01)
+    never = asyncio.Event()
+    await app._in_time(never.wait)  # type: ignore[arg-type]
 
 
 def test_a_fault_of_ours_is_500_without_its_inside(

@@ -14,6 +14,7 @@ from service.errors import (
     CapacityExceeded,
     Internal,
     InvalidInput,
+    ModelNotFound,
     SessionCorrupt,
     SessionExists,
     SessionExpired,
@@ -516,6 +517,60 @@ async def test_a_kept_request_that_ends_elsewhere_is_not_repeated(replicas: list
     made, _ = await manager.restore("b", header + body)
     with pytest.raises(StepConflict, match="the next is 11"):
         await manager.step(made, ones(first=1))
+
+
+async def test_what_cannot_be_read_can_be_deleted(replicas: list[Replica], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy here goes, too, and its id is free."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    load = SharedStore.load
+
+    async def spoilt(self: SharedStore, name: str) -> Stored:
+        await load(self, name)
+        raise SessionCorrupt("spoilt")
+
+    monkeypatch.setattr(SharedStore, "load", spoilt)
+    await manager.delete("a")
+    assert not session.is_live
+    assert (await manager.create("toy", session_id="a"))[1]
+
+
+async def test_a_session_that_was_found_before_its_creation_was_known_is_the_one(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's answer was late: a second call has found it, and it has moved; it is not taken for an older one."""
+    manager = replicas[0].manager
+    create, came, go = SharedStore.create, asyncio.Event(), asyncio.Event()
+
+    async def late(*args: Any) -> None:
+        await create(*args)
+        came.set()
+        await go.wait()
+
+    monkeypatch.setattr(SharedStore, "create", late)
+    first = asyncio.create_task(manager.create("toy", session_id="a"))
+    await came.wait()
+    session = await manager.find("a")
+    assert (await manager.step(session, ones(first=1))).step == 1
+    go.set()
+    assert await first == (session, True)
+    assert (session.is_live, len(session.engine.slab), session.engine.sessions) == (True, 1, 1)
+    assert (await manager.step(session, ones(first=2))).step == 2
+
+
+async def test_an_id_of_a_model_that_is_gone_is_taken_all_the_same(replicas: list[Replica]) -> None:
+    """Who asks for another model with it is told what it is, and not of a model that he did not name."""
+    manager = replicas[0].manager
+    await manager.create("toy", session_id="a")
+    manager._forget(manager._live["a"])
+    engine = replicas[0].engines.get("toy")
+    replicas[0].engines.drain(engine)
+    replicas[0].engines.remove(engine)
+    with pytest.raises(SessionExists, match="toy/1"):
+        await manager.create("counter", session_id="a")
+    with pytest.raises(ModelNotFound):
+        await manager.create("toy", session_id="a")
+    replicas[0].engines.add(engine)
 
 
 async def test_a_reset_of_who_is_deleted_meanwhile_is_no_success(

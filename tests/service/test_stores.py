@@ -256,6 +256,16 @@ async def test_a_store_that_is_well_says_nothing(store: SessionStore) -> None:
     assert (await store.load("a")).saved == saved(0)
 
 
+@pytest.mark.parametrize("url", ["redis://:s3cret[ab]c@host", "redis://:s3\u2100cret@h", "redis://:s3cret#x@h"])
+def test_an_address_that_cannot_be_read_is_not_repeated(url: str) -> None:
+    """It may hold a password."""
+    with pytest.raises(SettingsInvalid) as caught:
+        open_store(url, keep_steps=0, max_expired_ids=1)
+    assert "s3" not in str(caught.value)
+    assert "ab" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
 async def test_the_memory_of_expired_ids_is_bounded() -> None:
     """The oldest are forgotten first."""
     store = open_store("memory://", keep_steps=0, max_expired_ids=3)

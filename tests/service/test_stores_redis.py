@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import uvloop
+from redis.asyncio import Redis
 
-from service.errors import SessionExpired, SessionNotFound, SettingsInvalid, StoreInvalid, StoreUnavailable
+from service.errors import (
+    SessionCorrupt,
+    SessionExpired,
+    SessionNotFound,
+    SettingsInvalid,
+    StoreInvalid,
+    StoreUnavailable,
+)
 from service.stores import Save, SessionStore, open_store, redis_scripts
 from service.stores.redis import RedisStore
 from service.stores.redis_link import Call
+from service.stores.redis_scripts import session_key
 from tests.service.servers import RedisServer, cluster, cluster_url, free_port, is_whole, running, until
 from tests.service.test_stores import Record, made, saved, token
 
@@ -359,6 +368,24 @@ async def test_ids_of_forgotten_sessions_leave_the_index(server: RedisServer, st
     await store.sweep()
     indices = [server("ZRANGE", redis_scripts.ids_key(shard), "0", "-1") for shard in range(redis_scripts.SHARDS)]
     assert [each for each in indices if each] == [["live"]]
+
+
+@pytest.mark.parametrize(("field", "value"), [("head", b"short"), ("metadata", b"{bad"), ("created_at", b"then")])
+async def test_a_record_that_was_spoilt_is_one_session_s_trouble(
+    server: RedisServer, store: SessionStore, field: str, value: bytes
+) -> None:
+    """The session says so, a list goes on without it, and it can be forgotten."""
+    await made(store, "a", "b")
+    async with Redis(port=server.port) as redis:
+        await redis.hset(session_key("a"), field, value)  # type: ignore[misc]
+        await redis.hdel(session_key("b"), "snapshot")  # type: ignore[misc]
+    with pytest.raises(SessionCorrupt, match="'a'"):
+        await store.load("a")
+    assert [each.id for each in await store.page(None, "", 9)] == ["b"]
+    assert (await store.load("b")).saved.snapshot == b""
+    await store.delete("a")
+    with pytest.raises(SessionNotFound):
+        await store.load("a")
 
 
 async def test_of_two_that_save_at_once_one_wins(server: RedisServer, servers: list[RedisServer]) -> None:

@@ -1,10 +1,12 @@
 """SQLite's own ways to fail: files that are something else, newer, locked, read-only or full, and clocks that jump."""
 
 import asyncio
+import os
 import resource
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -311,6 +313,103 @@ async def test_a_full_disk_loses_nothing(path: Path) -> None:
     store._db.execute("PRAGMA max_page_count = 1000000")
     assert await store.save([Save("a", token(2), token(3), large)]) == [True]
     assert (await store.load("a")).saved == large
+    await store.close()
+
+
+async def test_a_store_that_cannot_save_is_not_well_until_it_can(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked with a row in hand, for an empty commit needs no room; once it is well, no longer."""
+    store, asked, is_full = opened(path), 0, True
+    assert isinstance(store, SqliteStore)
+    rewrite = store._rewrite
+
+    def watched() -> None:
+        nonlocal asked
+        asked += 1
+        if is_full:
+            raise sqlite3.OperationalError("database or disk is full")
+        rewrite()
+
+    monkeypatch.setattr(store, "_rewrite", watched)
+    await made(store, "a")
+    await store.ping()
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreUnavailable, match="full"):
+        await store.save([Save("a", token(1), token(2), saved(1, bytes(50_000)))])
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="full"):
+            await store.ping()
+    is_full = False
+    for _ in range(2):
+        await store.ping()
+    assert asked == 3
+    await store.close()
+
+
+def move(files: list[Path], suffix: str, ending: str) -> None:
+    """Gives files other names."""
+    for each in files:
+        each.with_name(each.name + suffix).rename(each.with_name(each.name + ending))
+
+
+@pytest.mark.parametrize("what", ["file", "log", "both", "another", "cut"])
+async def test_a_file_that_is_taken_away_is_noticed(path: Path, what: str) -> None:
+    """What would be saved to it, nobody would find: it is refused until it is back, and readiness is told."""
+    store, log = opened(path), path.with_name(f"{path.name}-wal")
+    await made(store, "a")
+    gone = {"file": [path], "log": [log], "both": [path, log]}.get(what, [path])
+    if what == "cut":
+        os.truncate(path, 0)
+    else:
+        move(gone, "", ".away")
+    if what == "another":
+        os.mknod(path)
+    for call in (store.save([Save("a", token(1), token(2), saved(1))]), store.ping(), store.load("a")):
+        with pytest.raises(StoreUnavailable, match="moved, replaced or removed"):
+            await call
+    if what != "cut":
+        move(gone, ".away", "")
+        assert await store.save([Save("a", token(1), token(2), saved(1))]) == [True]
+        await store.ping()
+    await store.close()
+
+
+async def test_a_copy_that_has_no_log_gets_one(path: Path, tmp_path: Path) -> None:
+    """One that SQLite made itself: without, a commit takes several times as long, and the promises are about it."""
+    store = opened(path)
+    await made(store, "a")
+    await store.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"VACUUM INTO '{tmp_path / 'copy.db'}'")
+    store = opened(tmp_path / "copy.db")
+    assert isinstance(store, SqliteStore)
+    assert store._db.execute("PRAGMA journal_mode").fetchone() == (b"wal",)
+    assert (await store.load("a")).saved == saved(0)
+    await store.close()
+
+
+async def test_of_what_was_kept_as_much_is_given_as_is_asked_now(path: Path) -> None:
+    """The setting may be lower after a restart."""
+    store = opened(path, keep_steps=5)
+    await made(store, "a")
+    for i in range(1, 6):
+        await store.save([Save("a", token(i), token(i + 1), saved(i))])
+    await store.close()
+    for keep, kept in ((2, [saved(3), saved(4)]), (0, [])):
+        store = opened(path, keep_steps=keep)
+        assert await store.earlier("a") == kept
+        await store.close()
+
+
+async def test_nobody_lives_longer_because_the_clock_was_ahead(path: Path) -> None:
+    """A session has its idle time left at most."""
+    now = 1e9
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=2, wall=lambda: now)
+    await made(store, "a")
+    await store.close()
+    now -= 1e6
+    store = SqliteStore(f"sqlite:///{path}", keep_steps=0, max_expired_ids=2, wall=lambda: now)
+    assert (await store.load("a")).time_left == 900
     await store.close()
 
 
