@@ -6,8 +6,10 @@ there is a compiler, `loops` elsewhere) leaves the gradient of every step's sums
 weight is one product with that buffer. Gradients of gradients are not offered. It must not know models or training.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from training.cells import Cell, GatedCell, LstmCell, MinGruCell, State
 from training.loops import Form
 
 Gradients = tuple[Tensor | None, ...]
+B = TypeVar("B", bound=Callable[..., Any])
 # On the CPU a sequence is cut where the sums of its steps fill this many bytes. Then a part's gradient is still in the
 # cache when the weights' is made of it, and its memory serves the next part: fresh memory costs more than the sums.
 PART = 2**22
@@ -57,6 +60,17 @@ def _own(gradient: Tensor) -> Tensor:
     return gradient.clone(memory_format=torch.contiguous_format)
 
 
+def _without_autocast(backward: B) -> B:
+    """What was computed in the type of the weights has gradients in it, wherever `backward` is called."""
+
+    @wraps(backward)
+    def inner(ctx: Any, *grads: Tensor) -> Gradients:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return cast("Gradients", backward(ctx, *grads))
+
+    return cast("B", inner)
+
+
 class _Gated(Function):
     """`gru` to `gru2` and `mgu` to `mgu2`: one block of w, b and u for each gate, then the candidate's."""
 
@@ -73,6 +87,7 @@ class _Gated(Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, w, u, a, h, e = ctx.saved_tensors
         units = h.shape[-1]
@@ -104,6 +119,7 @@ class _Folded(Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, w, u, z, a, h = ctx.saved_tensors
         old, d, grad = h[:-1], torch.empty_like(a), _own(grad)
@@ -129,6 +145,7 @@ class _Lstm(Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor, grad_c: Tensor) -> Gradients:
         x, w, u, a, h, c, p = ctx.saved_tensors
         d = torch.empty_like(a)
@@ -152,6 +169,7 @@ class _Scan(Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, w, a, h = ctx.saved_tensors
         d = torch.empty_like(a)
@@ -183,8 +201,19 @@ def _weights(cell: Cell) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
 def run(cell: Cell, x: Tensor, state: State, by: ModuleType | None = None) -> tuple[Tensor, State]:
     """`cell.step` over all of x: [T, B, I], T at least 1, and the state [B, H] -> every h [T, B, H], the last state.
 
-    `by` is whose loop runs: `native` where it can, unless given.
+    `by` is whose loop runs: `native` where it can, unless given. ValueError for a state or an input that is not of the
+    shape, the type or on the device that the cell takes. Under autocast it computes in the type of the weights.
     """
+    weight = next(cell.parameters())
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return run(cell, x.to(weight.dtype), tuple(value.to(weight.dtype) for value in state), by)
+    for what, value in (("the input", x), *(("a state", value) for value in state)):
+        if (value.dtype, value.device) != (weight.dtype, weight.device):
+            raise ValueError(f"{what} is {value.dtype} on {value.device}, the cell {weight.dtype} on {weight.device}")
+    for value in state:
+        if value.shape != (x.shape[1], cell.hidden_size):
+            raise ValueError(f"a state is {[*value.shape]}: {x.shape[1]} rows need [{x.shape[1]}, {cell.hidden_size}]")
     by, units = by or (native if native.serves(x) else loops), cell.hidden_size
     extra = -units % (native.LINE // x.element_size()) if by is native else 0
 

@@ -84,6 +84,9 @@ def serves(x: Tensor) -> bool:
 def _call(name: str, form: Form, h: Tensor, steps: int, *buffers: Tensor | None) -> None:
     """One loop; buffers are dense, and `h` [..., B, H] gives the sizes."""
     batch, hidden = h.shape[-2:]
+    for buffer in buffers:  # the library would read and write beyond any other
+        if buffer is not None and not (buffer.dtype == h.dtype and buffer.is_contiguous()):
+            raise ValueError(f"{name} of {h.dtype}: a buffer is {buffer.dtype} with strides {buffer.stride()}")
     kinds = _KINDS[form.s], _KINDS[form.phi]
     shape = _Form(steps, batch, hidden, form.gates, form.keep, form.after, *kinds, torch.get_num_threads())
     pointers = (None if buffer is None else ctypes.c_void_p(buffer.data_ptr()) for buffer in buffers)

@@ -75,7 +75,7 @@ class Choice:
         runs = []
         for name, arm in experiment.arms.items():
             seeds = dict.fromkeys(self.seeds or range(1, arm.seeds + 1))  # one that is named twice is run once
-            epochs = min(arm.train.max_epochs, self.epochs or arm.train.max_epochs)
+            epochs = arm.train.max_epochs if self.epochs is None else min(arm.train.max_epochs, self.epochs)
             runs += [
                 (name, cell, replace(arm.train, seed=seed, max_epochs=epochs))
                 for seed in seeds
@@ -91,7 +91,11 @@ def load(path: Path) -> dict[Key, Record]:
         return {}
     try:
         found = [Record(**record) for record in json.loads(path.read_text(encoding="utf-8"))["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for record in found:
+            TrainConfig(**record.train)
+            if not (record.epochs >= 1 and record.seconds >= 0):
+                raise ValueError(f"{record.epochs} epochs in {record.seconds} s")
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} is not a file of records ({error}): move it away to start over") from error
     return {record.key: record for record in found}
 

@@ -4,6 +4,7 @@ Its one rule: a mean is over all predicted steps of the split, never a mean of b
 """
 
 import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,26 +38,33 @@ def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) 
     given in its own unit.
     """
     model.eval()
-    raws, targets = [], []
+    head, sums, count = model.config.head, defaultdict[str, float](float), 0
+    apart = torch.zeros(len(info.outputs), dtype=torch.float64)
     for inputs, target, predicted in DataLoader(split, batch_size=64, collate_fn=collate):
         raw, _ = model(inputs, predicted=predicted)
-        raws.append(raw)
-        targets.append(target[predicted])
-    raw, target = torch.cat(raws), torch.cat(targets)
+        asked = target[predicted]
+        count += len(asked)
+        if head != "regression":
+            sums["nats"] += model.loss(raw, asked).sum(dtype=torch.float64).item()
+        if head == "categorical":
+            sums["right"] += (raw.argmax(-1) == asked).sum().item()
+        if head in ("gaussian", "regression"):
+            errors = (model.predict(raw)[0] - asked).double()
+            standard = errors / model.y_std
+            sums["mae"] += standard.abs().mean(1).sum().item()
+            sums["mse"] += standard.square().mean(1).sum().item()
+            apart += errors.abs().sum(0)
+    nats = sums["nats"] / count
     found: list[tuple[str, float, str]] = []
-    if model.config.head != "regression":
-        nats = model.loss(raw, target).mean().item()
-        found.append(("nll", nats, "nats/frame" if model.config.head == "bernoulli" else "nats/step"))
+    if head != "regression":
+        found.append(("nll", nats, "nats/frame" if head == "bernoulli" else "nats/step"))
     if info.task == "next_token":
         found += [("bits", nats / math.log(2), "bits/step"), ("perplexity", math.exp(nats), "1")]
-    if model.config.head == "categorical":
-        found.append(("accuracy", (raw.argmax(-1) == target).float().mean().item(), "fraction"))
-    if model.config.head in ("gaussian", "regression"):
-        errors = model.predict(raw)[0] - target
-        standard = errors / model.y_std
-        found.append(("mae", standard.abs().mean().item(), "std"))
-        found.append(("rmse", standard.square().mean().sqrt().item(), "std"))
-        for (feature, unit), value in zip(info.outputs, errors.abs().mean(0).tolist(), strict=True):
+    if head == "categorical":
+        found.append(("accuracy", sums["right"] / count, "fraction"))
+    if head in ("gaussian", "regression"):
+        found += [("mae", sums["mae"] / count, "std"), ("rmse", math.sqrt(sums["mse"] / count), "std")]
+        for (feature, unit), value in zip(info.outputs, (apart / count).tolist(), strict=True):
             found.append((f"mae {feature}", value, unit or "1"))
     return [Metric(name, split_name, value, unit) for name, value, unit in found]
 

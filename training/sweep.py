@@ -39,6 +39,8 @@ class Space:
     rate: tuple[float, float] = (5e-4, 2e-2)
 
     def __post_init__(self) -> None:
+        if not self.cells:
+            raise ConfigError(f"a sweep needs units to try: choose among {', '.join(UNITS)}")
         for cell in self.cells:
             if cell not in UNITS:
                 raise ConfigError(f"unknown unit {cell!r}: choose among {', '.join(UNITS)}")

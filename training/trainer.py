@@ -365,7 +365,8 @@ def fit(
         raise ConfigError(f"threads must be at least 1, not {threads}")
     run = Run(data.info, model_config, config, libraries())
     found = Run.load(folder) if (folder / "run.json").is_file() else run
-    found.same_as(run)
+    if found.result is not None or (folder / "last.safetensors").is_file():  # else nothing of it was trained
+        found.same_as(run)
     if found.result is not None and found.train == config:
         return found
     epoch, unfinished, seconds = resume_point(folder, config)

@@ -106,6 +106,10 @@ BROKEN[4, 1] = np.nan
         ({"y": np.arange(39)}, r"y is int64 \[39\]: it must have an entry for each of 40 sequences"),
         ({"y": np.zeros((40, 2, 2))}, r"y is \[40, 2, 2\]: an answer is one class, or a row of values"),
         ({"y": np.arange(40) - 1}, "y holds class -1; classes count from 0"),
+        ({"y": np.zeros(40, np.int64)}, "y holds class 0 alone"),
+        ({"y": np.arange(40) * 1j}, "y is complex128, not numbers"),
+        ({"x": X.astype("timedelta64[s]")}, r"x is timedelta64\[s\] .*, not numbers"),
+        ({"y": np.arange(40) % 3, "classes": ["a", "b", "a"]}, "classes names 'a' twice"),
         ({"y": np.arange(40) * 10**12}, "y holds class 39000000000000 among 40 answers"),
         ({"y": np.array(3)}, "y is the single value 3, not an array"),
         ({"lengths": np.append(LENGTHS[:-2], [12, -3])}, "sequence 39 has -3 steps"),
@@ -126,6 +130,24 @@ def test_what_is_wrong_is_told_by_array_and_sequence(tmp_path: Path, change: dic
     np.savez(tmp_path / "made.npz", **content)
     with pytest.raises(DataError, match=rf"made\.npz.*{words}"):
         arrays.load(tmp_path / "made.npz", Options())
+
+
+@pytest.mark.parametrize("filler", [-100, np.nan])
+def test_what_lies_beyond_the_lengths_is_no_answer(tmp_path: Path, filler: float) -> None:
+    """As y is often filled up with what stands for nothing."""
+    lengths = np.arange(40) % 5 + 2
+    x, y = np.random.default_rng(0).normal(size=(40, 6, 2)), np.full((40, 6), filler)
+    for row, length in enumerate(lengths):
+        y[row, :length] = np.arange(length) % 2
+    data = load(tmp_path, x=x, lengths=lengths, y=y if np.isnan(filler) else y.astype(np.int64))
+    assert {int(value) for _, values, _ in data.splits["train"].items for value in np.unique(values)} == {0, 1}
+
+
+def test_baselines_of_large_values_are_no_zeros(tmp_path: Path) -> None:
+    """Their squares have no room in 32 bits."""
+    values = np.random.default_rng(0).normal(size=40) * 1e20
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=values)
+    assert all(0.3 < one.value < 2 for one in data.references)
 
 
 def test_padding_tells_nothing_about_values(tmp_path: Path) -> None:

@@ -106,6 +106,39 @@ def test_gradients_are_right(name: str, by: ModuleType) -> None:
 
 
 @both
+@pytest.mark.parametrize("name", ["gru", "gru3", "lstm", "mingru"])
+def test_what_a_cell_does_not_take_is_refused(name: str, by: ModuleType) -> None:
+    """A state of another size or type would have the library read and write beyond it."""
+    cell = random_cell(name, 3, 46).float()
+    x, state = torch.randn(5, 8, cell.input_size), tuple(value.float() for value in random_state(cell, 8))
+    for bad in (
+        tuple(value.double() for value in state),
+        tuple(value[:1] for value in state),
+        tuple(torch.cat([value] * 9) for value in state),
+        tuple(value[:, 1:] for value in state),
+    ):
+        with pytest.raises(ValueError, match="a state is"):
+            kernels.run(cell, x, bad, by)
+    with pytest.raises(ValueError, match=r"the input is torch\.float64"):
+        kernels.run(cell, x.double(), state, by)
+
+
+@both
+@pytest.mark.parametrize("name", ["gru", "gru3", "lstm", "mingru"])
+def test_under_autocast_a_sequence_is_computed_in_the_type_of_the_weights(name: str, by: ModuleType) -> None:
+    """The same values and gradients as without, where what comes before has made the input a smaller type."""
+    cell = random_cell(name, 3, 46).float()
+    x, state = torch.randn(5, 8, cell.input_size).bfloat16(), tuple(v.float() for v in random_state(cell, 8))
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            h, _ = kernels.run(cell, x if enabled else x.float(), state, by)
+            found.append([h, *torch.autograd.grad(h.square().sum(), [*cell.parameters()], allow_unused=True)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@both
 @units
 def test_gradients_pass_a_cut(name: str, by: ModuleType) -> None:
     """Two parts of a sequence, the state handed from one to the other, give the gradients of the whole."""

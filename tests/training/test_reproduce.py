@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,18 @@ def test_every_unit_and_seed_is_a_record(whole: list[Record], tiny: DataSet, tmp
         assert min(record.curve) == record.curve[record.best_epoch - 1] == pytest.approx(record.valid, abs=1e-4)
     assert whole[0].parameters == 3 * (6 * 4 + 16 + 4)
     assert list(reproduce.load(tmp_path / "whole.json").values()) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train": {"momentum": 1}}, {"train": []}, {"seconds": None}, {"epochs": 0}, {"train": {"optimiser": "x"}}],
+)
+def test_records_that_were_spoilt_are_told(whole: list[Record], tmp_path: Path, change: dict[str, Any]) -> None:
+    """By the file that they are in, and with what to do."""
+    path = tmp_path / "spoilt.json"
+    path.write_text(json.dumps({"experiment": "scales", "records": [asdict(whole[0]) | change]}))
+    with pytest.raises(CheckpointError, match=r"spoilt\.json is not a file of records .*: move it away"):
+        reproduce.load(path)
 
 
 @pytest.mark.parametrize("runs", [0, 1, 3])

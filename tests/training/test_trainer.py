@@ -329,6 +329,16 @@ def test_a_run_whose_every_gradient_overflows_stops(tiny: DataSet, tmp_path: Pat
     assert not (tmp_path / "last.safetensors").exists()
 
 
+def test_a_folder_in_which_nothing_was_trained_is_nobodys(tiny: DataSet, tmp_path: Path) -> None:
+    """After a refusal or a loss that was no number, what the message advises works in the same folder."""
+    roll = np.full((5, 6), np.nan, dtype=np.float32)
+    broken = Split([*tiny.splits["train"].items, (roll, roll, np.ones(5, dtype=np.bool_))])
+    data = replace(tiny, splits=tiny.splits | {"train": broken})
+    with pytest.raises(DivergedError):
+        fit(data, model_for(data), replace(CONFIG, rate=0.05), tmp_path)
+    assert fit(tiny, model_for(tiny), CONFIG, tmp_path).train == CONFIG
+
+
 def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     """The message names the setting that differs."""
     fit(tiny, model_for(tiny), CONFIG, tmp_path)
@@ -442,6 +452,7 @@ def test_impossible_threads_are_refused(threads: int, tiny: DataSet, tmp_path: P
         ({"rate": 0}, "rate must be more than 0"),
         ({"optimiser": "sgd"}, "unknown optimiser 'sgd'"),
         ({"transpose": 5, "settle": 9, "max_epochs": 9}, "settle must be less than 9 epochs"),
+        ({"settle": 9}, "settle is of epochs in which nothing is transposed"),
     ],
 )
 def test_impossible_training_is_refused(settings: dict[str, Any], words: str) -> None:

@@ -85,6 +85,9 @@ def test_what_is_wrong_is_told_by_file(tones: Path) -> None:
     path.write_bytes((tones / "low" / "0.wav").read_bytes()[:30])
     with pytest.raises(DataError, match=r"x\.wav is not a readable \.wav file"):
         wav.load(tones, Options())
+    path.write_bytes((tones / "low" / "0.wav").read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"x\.wav is not a readable \.wav file \(Reached EOF prematurely"):
+        wav.load(tones, Options())
     path.unlink()
     for take in range(2, 10):
         (tones / "low" / f"{take}.wav").unlink()
@@ -92,3 +95,7 @@ def test_what_is_wrong_is_told_by_file(tones: Path) -> None:
         wav.load(tones, Options())
     with pytest.raises(DataError, match=r"a folder of \.wav files for each of two labels or more; found none"):
         wav.load(tones / "low", Options())
+    for each in tones.glob("*/*.wav"):
+        wavfile.write(each, 40, tone(300))
+    with pytest.raises(DataError, match=r"0\.wav has 40 samples a second; a frame begins every 10 ms"):
+        wav.load(tones, Options())

@@ -27,6 +27,8 @@ from training.errors import DataError
 
 Array = NDArray[Any]
 
+NUMBERS = "fiu"  # kinds of dtypes
+
 
 @dataclass(frozen=True)
 class Options:
@@ -49,8 +51,8 @@ def load(path: Path, options: Options) -> DataSet:
     xs, laid_out = sequences(path, arrays)
     ys, whole = answers(path, arrays, xs, laid_out)
     classes = np.issubdtype(arrays["y"].dtype, np.integer)
-    features = np.concatenate([arrays["x"][place] for place in laid_out]).astype(np.float64)
-    given = arrays["y"] if whole else np.concatenate([arrays["y"][place] for place in laid_out])
+    features = _laid_end_to_end(arrays["x"], laid_out).astype(np.float64)
+    given = arrays["y"] if whole else _laid_end_to_end(arrays["y"], laid_out)
     values = np.zeros((1, 0)) if classes else given.reshape(-1, ys[0].shape[1]).astype(np.float64)
     for name, columns in (("x", features), ("y", values)):
         for index, column in enumerate(columns.T):
@@ -63,6 +65,8 @@ def load(path: Path, options: Options) -> DataSet:
     splits = {name: [items[index] for index in parts[name]] for name in SPLITS}
     if classes:
         highest = max(int(y.max()) for y in ys)
+        if not highest:
+            raise DataError(f"{path}: y holds class 0 alone: there is nothing to tell apart")
         outputs = _names(path, arrays, "classes", highest + 1, "class")
         references = class_baselines(splits, len(outputs)) if whole else (most_frequent(splits, len(outputs)),)
     else:
@@ -114,7 +118,7 @@ def _open(path: Path) -> tuple[bytes, dict[str, Array]]:
 def sequences(path: Path, arrays: dict[str, Array]) -> tuple[list[Array], list[slice] | list[tuple[int, slice]]]:
     """Each sequence [T, I] as float32, and where in `x` it lies."""
     x, lengths = arrays["x"], arrays.get("lengths")
-    if not np.issubdtype(x.dtype, np.number) or x.ndim not in (2, 3):
+    if x.dtype.kind not in NUMBERS or x.ndim not in (2, 3):
         raise DataError(f"{path}: x is {x.dtype} {list(x.shape)}, not numbers [N, T, I], or [steps, I] with lengths")
     if lengths is not None and (lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer)):
         raise DataError(f"{path}: lengths is {lengths.dtype} {list(lengths.shape)}, not whole numbers [N]")
@@ -153,7 +157,7 @@ def answers(path: Path, arrays: dict[str, Array], xs: list[Array], places: Any) 
     classes = np.issubdtype(y.dtype, np.integer)
     steps = x.shape[:-1]
     whole = len(y) == len(xs) and (y.shape[: len(steps)] != steps or y.ndim < len(steps))
-    if not np.issubdtype(y.dtype, np.number):
+    if y.dtype.kind not in NUMBERS:
         raise DataError(f"{path}: y is {y.dtype}, not numbers: number the classes from 0, and name them in `classes`")
     if not (whole or y.shape[: len(steps)] == steps):
         raise DataError(
@@ -162,14 +166,16 @@ def answers(path: Path, arrays: dict[str, Array], xs: list[Array], places: Any) 
         )
     if y.ndim - (1 if whole else len(steps)) > (0 if classes else 1):
         raise DataError(f"{path}: y is {list(y.shape)}: an answer is one class, or a row of values")
-    if classes and y.min() < 0:
-        raise DataError(f"{path}: y holds class {y.min()}; classes count from 0")
-    if classes and y.max() >= y.size:
+    given = y if whole else _laid_end_to_end(y, places)  # what lies beyond `lengths` is no answer
+    if classes and given.min() < 0:
+        raise DataError(f"{path}: y holds class {given.min()}; classes count from 0")
+    if classes and given.max() >= given.size:
         raise DataError(
-            f"{path}: y holds class {y.max()} among {y.size} answers; number the classes from 0, without gaps"
+            f"{path}: y holds class {given.max()} among {given.size} answers; number the classes from 0, without gaps"
         )
-    if not np.isfinite(y).all():
-        raise DataError(f"{path}: y is not finite at {np.argwhere(~np.isfinite(y))[0].tolist()}")
+    if not np.isfinite(given).all():
+        place = "" if given.shape != y.shape else f" at {np.argwhere(~np.isfinite(y))[0].tolist()}"
+        raise DataError(f"{path}: y is not finite{place}")
     found = []
     for row, (values, place) in enumerate(zip(xs, places, strict=True)):
         answer = np.repeat(y[row : row + 1], len(values), axis=0) if whole else y[place]
@@ -204,7 +210,14 @@ def _names(path: Path, arrays: dict[str, Array], key: str, count: int, word: str
     names = tuple((str(name), "") for name in arrays[key].ravel())
     if len(names) != count if key != "classes" else len(names) < count:
         raise DataError(f"{path}: {key} names {len(names)}, but there are {count}")
+    if twice := sorted({name for name, _ in names if names.count((name, "")) > 1}):
+        raise DataError(f"{path}: {key} names {twice[0]!r} twice")
     return names
+
+
+def _laid_end_to_end(values: Array, places: Any) -> Array:
+    """The steps of all sequences, without what only fills an array up."""
+    return np.concatenate([values[place] for place in places])
 
 
 def most_frequent(splits: dict[str, list[Item]], classes: int) -> Reference:
@@ -216,7 +229,7 @@ def most_frequent(splits: dict[str, list[Item]], classes: int) -> Reference:
 
 def class_baselines(splits: dict[str, list[Item]], classes: int) -> tuple[Reference, ...]:
     """The most frequent class, and the one whose sequences have the nearest mean input, which knows no order."""
-    means = {name: np.stack([x.mean(axis=0) for x, _, _ in items]) for name, items in splits.items()}
+    means = {name: np.stack([x.mean(axis=0, dtype=np.float64) for x, _, _ in items]) for name, items in splits.items()}
     labels = {name: np.array([y[-1] for _, y, _ in items]) for name, items in splits.items()}
     scale = means["train"].std(axis=0) + 1e-9
     present = np.unique(labels["train"])
@@ -228,7 +241,9 @@ def class_baselines(splits: dict[str, list[Item]], classes: int) -> tuple[Refere
 
 def mean_baseline(splits: dict[str, list[Item]], metric: str) -> Reference:
     """The error of always saying the training part's mean, in its deviations."""
-    train, test = (np.concatenate([y[asked] for _, y, asked in splits[name]]) for name in ("train", "test"))
+    train, test = (
+        np.concatenate([y[asked] for _, y, asked in splits[name]]).astype(np.float64) for name in ("train", "test")
+    )
     deviation = train.std(axis=0, ddof=1)
     error = (test - train.mean(axis=0)) / np.where(deviation > 1e-6 * np.abs(train).max(axis=0), deviation, 1)
     value = np.abs(error).mean() if metric == "mae" else np.sqrt(np.square(error).mean())

@@ -85,6 +85,8 @@ def load(path: Path, options: Options) -> DataSet:
         if len(rates) > 1:
             (first, one), (other, another) = rates.items()
             raise DataError(f"{another} has {other} samples a second, but {one} has {first}: convert them to one rate")
+        if round(HOP_SECONDS * rate) < 1:
+            raise DataError(f"{file} has {rate} samples a second; a frame begins every {1000 * HOP_SECONDS:.0f} ms")
         if len(samples) < round(FRAME_SECONDS * rate):
             raise DataError(
                 f"{file} lasts {1000 * len(samples) / rate:.0f} ms; a frame needs {1000 * FRAME_SECONDS:.0f}"
@@ -129,7 +131,8 @@ def decode(file: Path, content: bytes) -> tuple[int, NDArray[np.float64]]:
     """Samples a second, and the samples [N] within [-1, 1], channels averaged."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no sound
+            warnings.simplefilter("error", wavfile.WavFileWarning)  # one that is cut short, say
+            warnings.filterwarnings("ignore", message="Chunk .* not understood")  # which holds no sound
             found: tuple[int, NDArray[Any]] = wavfile.read(io.BytesIO(content))
     except Exception as error:  # scipy raises what its parsing meets: ValueError, struct.error, IndexError, ...
         raise DataError(f"{file} is not a readable .wav file ({error})") from error
