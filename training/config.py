@@ -113,10 +113,6 @@ class TrainConfig:
         _require(self.schedule in self.SCHEDULES, f"unknown schedule {self.schedule!r}: choose one of {known}")
         _require(0 <= self.average < 1, f"average must be in [0, 1), not {self.average}")
         _require(
-            bool(self.transpose) or not self.settle,
-            f"settle is of epochs in which nothing is transposed: it must be 0 without transpose, not {self.settle}",
-        )
-        _require(
             not self.transpose or self.settle < self.max_epochs,
             f"settle must be less than {self.max_epochs} epochs, or nothing is transposed, not {self.settle}",
         )
@@ -124,7 +120,8 @@ class TrainConfig:
     @property
     def limits(self) -> tuple[str, ...]:
         """What only says when to stop; a schedule, or to settle, depends on how many epochs there will be."""
-        return ("max_epochs", "patience") if self.schedule == "constant" and not self.settle else ("patience",)
+        depends = self.schedule != "constant" or (self.transpose and self.settle)
+        return ("patience",) if depends else ("max_epochs", "patience")
 
 
 @dataclass(frozen=True)

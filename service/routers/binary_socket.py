@@ -43,9 +43,9 @@ class BinarySocket(Socket):
         self._channels[channel] = _Channel(channel, session, outputs)
         await super().greet(session, channel)
 
-    def feeds(self, session: Session) -> bool:
+    def feeds(self, session_id: str) -> bool:
         """See `Socket`."""
-        return any(channel.session.id == session.id for channel in self._channels.values())
+        return any(channel.session.id == session_id for channel in self._channels.values())
 
     def take_now(self, message: bytes | str) -> bool:
         """See `Socket`."""

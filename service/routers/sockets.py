@@ -56,9 +56,9 @@ class Shared:
     _open: set["Socket"] = field(default_factory=set)
     _is_leaving: bool = False
 
-    async def passed(self, session: Session, socket: "Socket") -> None:
+    async def passed(self, session_id: str, socket: "Socket") -> None:
         """Waits, for seconds at most, until what other sockets have received for a session by now is in its queue."""
-        marks = [mark for other in self._open if other is not socket and (mark := other.mark(session))]
+        marks = [mark for other in self._open if other is not socket and (mark := other.mark(session_id))]
         if marks:
             await asyncio.wait(marks, timeout=_PATIENCE)
 
@@ -269,15 +269,15 @@ class Socket:
         if self._going is None:
             self._wire.resume()
 
-    def feeds(self, session: Session) -> bool:
+    def feeds(self, session_id: str) -> bool:
         """Whether it is known to be for a session."""
-        return self.single is not None and self.single.id == session.id
+        return self.single is not None and self.single.id == session_id
 
-    def mark(self, session: Session) -> asyncio.Future[None] | None:
+    def mark(self, session_id: str) -> asyncio.Future[None] | None:
         """Done when all is handed on that was received by now for a session; None where that is so already, or may take
         long: its client does not read, or it waits for marks itself.
         """
-        if self._behind is None or self._is_greeting or not self._wire.writable.is_set() or not self.feeds(session):
+        if self._behind is None or self._is_greeting or not self._wire.writable.is_set() or not self.feeds(session_id):
             return None
         mark: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._backlog.append(mark)
@@ -307,12 +307,7 @@ class Socket:
         return self._owed >= self._max_owed or self._taken_bytes >= self.shared.max_unsent_bytes
 
     async def greet(self, session: Session, channel: int = 0) -> None:
-        """Says where a session stands, after what an earlier socket has received for it: go on from there."""
-        self._is_greeting = True
-        try:
-            await self.shared.passed(session, self)
-        finally:
-            self._is_greeting = False
+        """Says where a session stands, after what it has waiting: go on from there."""
         step = await self.manager.turn(session)
         facts = {
             "session": session.id,
@@ -325,7 +320,14 @@ class Socket:
         self.say(self.hello(facts, channel))
 
     async def welcome(self, session_id: str, *channel: Any) -> Session:
-        """Greets with the session of an id, whichever that is by now. Raises as `SessionManager.find`."""
+        """Greets with the session of an id, whichever that is by now, after what an earlier socket has received for it.
+        Raises as `SessionManager.find`.
+        """
+        self._is_greeting = True
+        try:
+            await self.shared.passed(session_id, self)
+        finally:
+            self._is_greeting = False
         while True:
             session = await self.manager.find(session_id)
             try:

@@ -339,6 +339,12 @@ def test_a_folder_in_which_nothing_was_trained_is_nobodys(tiny: DataSet, tmp_pat
     assert fit(tiny, model_for(tiny), CONFIG, tmp_path).train == CONFIG
 
 
+def test_to_settle_limits_only_what_is_transposed() -> None:
+    """Where nothing is, the number of epochs decides on nothing."""
+    assert replace(CONFIG, settle=2).limits == ("max_epochs", "patience")
+    assert replace(CONFIG, settle=2, transpose=3).limits == ("patience",)
+
+
 def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     """The message names the setting that differs."""
     fit(tiny, model_for(tiny), CONFIG, tmp_path)
@@ -452,7 +458,6 @@ def test_impossible_threads_are_refused(threads: int, tiny: DataSet, tmp_path: P
         ({"rate": 0}, "rate must be more than 0"),
         ({"optimiser": "sgd"}, "unknown optimiser 'sgd'"),
         ({"transpose": 5, "settle": 9, "max_epochs": 9}, "settle must be less than 9 epochs"),
-        ({"settle": 9}, "settle is of epochs in which nothing is transposed"),
     ],
 )
 def test_impossible_training_is_refused(settings: dict[str, Any], words: str) -> None:
