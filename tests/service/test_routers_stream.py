@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from websockets.sync.client import connect as connect_to
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
+from service.routers.sockets import Shared
 from tests.service import peer
 from tests.service.conftest import Server
 from tests.service.peer import Peer
@@ -155,6 +157,22 @@ def test_a_hello_waits_for_what_the_last_socket_had_read(start: Callable[..., Se
         step = json.loads(socket.recv(timeout=30))["step"]
         assert ask(socket, inputs=[ROW], step=step + 1)["step"] == step + 1
     assert step > 4
+
+
+def test_a_copy_that_is_given_up_while_a_hello_waits_is_loaded_again(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store was away for a moment, say: the session is there all the same."""
+    server = start(store_url=f"sqlite:///{tmp_path}/s.db")
+    session = server.create()
+
+    async def meanwhile(shared: Shared, session_id: str, _: Any) -> None:
+        shared.manager._forget(shared.manager._live[session_id])
+
+    monkeypatch.setattr(Shared, "passed", meanwhile)
+    with server.socket(session) as socket:
+        assert json.loads(socket.recv(timeout=30))["type"] == "hello"
+        assert ask(socket, inputs=[ROW], step=1)["step"] == 1
 
 
 def test_sockets_that_are_greeted_at_once_do_not_wait_for_each_other(
