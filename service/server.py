@@ -51,8 +51,10 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """In parts, and many small frames over many turns of the loop: nobody waits for a flood of pings."""
-        if self._unread:  # it was read before the pause took hold
+        if self._unread:  # it was read before the pause took hold, or behind uvicorn's back, which reads on by itself
             self._unread += data
+            if not self.transport.is_closing():
+                self.transport.pause_reading()
             return
         was_flood, self._frames_handled = self._frames_handled > FRAMES_AT_ONCE, 0
         if was_flood:

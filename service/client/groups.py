@@ -104,7 +104,7 @@ class GroupLogic:
     def __init__(self, client: ClientLogic, outputs: Iterable[str] | None) -> None:
         self._client = client
         self._outputs = None if outputs is None else [*outputs]
-        self._channels: dict[SessionLogic, _Channel] = {}
+        self._channels: dict[str, _Channel] = {}  # by the session's id
         self._is_open = False
 
     def step(self, rows: Sequence[tuple[SessionLogic, Any]]) -> Work[list[Reply | LatchError]]:
@@ -142,13 +142,13 @@ class GroupLogic:
             raise InvalidInput("a session is there twice: it has one request under way at a time", path="rows")
         if len(rows) > MAX_CHANNELS:
             raise InvalidInput(f"{len(rows)} sessions: a socket carries {MAX_CHANNELS}", path="rows")
-        if len(self._channels) + sum(session not in self._channels for session, _ in rows) > MAX_CHANNELS:
+        if len(self._channels) + sum(session.info.id not in self._channels for session, _ in rows) > MAX_CHANNELS:
             self._channels.clear()  # a number that is opened again is another session's from then on
         lanes: list[_Lane] = []
         for session, item in rows:
             if len(lanes) % _PACKED_AT_ONCE == _PACKED_AT_ONCE - 1:
                 yield Sleep(0.0)  # other tasks have their turn
-            channel = self._channels.setdefault(session, _Channel(len(self._channels) + 1))
+            channel = self._channels.setdefault(session.info.id, _Channel(len(self._channels) + 1))
             try:
                 lanes.append(_Lane(channel, Requests(session, self._outputs), item))
             except InvalidInput as error:

@@ -40,12 +40,16 @@ class BinarySocket(Socket):
 
     async def greet(self, session: Session, channel: int = 0, outputs: list[str] | None = None) -> None:
         """Binds the channel, then says hello on it."""
-        self._channels[channel] = _Channel(channel, session, outputs)
+        bound = _Channel(channel, session, outputs)
+        self._leave(channel, session.id)
+        self._channels[channel] = bound
         await super().greet(session, channel)
 
-    def feeds(self, session_id: str) -> bool:
-        """See `Socket`."""
-        return any(channel.session.id == session_id for channel in self._channels.values())
+    def _leave(self, channel: int, session_id: str = "") -> None:
+        """Unbinds a channel, for another session where one is named."""
+        before = self._channels.pop(channel, None)
+        if before is not None and before.session.id != session_id:
+            self._fed.discard(before.session.id)
 
     def take_now(self, message: bytes | str) -> bool:
         """See `Socket`."""
@@ -121,7 +125,7 @@ class BinarySocket(Socket):
             opened = frames.open_request(frame)
             await self.welcome(opened.session, frame.channel, opened.outputs)
         elif frame.kind == Kind.CLOSE:
-            self._channels.pop(frame.channel, None)
+            self._leave(frame.channel)
         elif channel is not None:
             request = frames.step_request(frame, channel.outputs, self.shared.max_steps)
             session = channel.session = await self.present(channel.session)

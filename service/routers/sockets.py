@@ -176,6 +176,7 @@ class Socket:
         self._backlog: deque[bytes | str | asyncio.Future[None]] = deque()
         self._behind: asyncio.Task[None] | None = None
         self._is_greeting = False
+        self._fed: set[str] = set()  # ids of the sessions that it has said hello for
         self._draining: asyncio.Task[None] | None = None
         self._going: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -271,7 +272,7 @@ class Socket:
 
     def feeds(self, session_id: str) -> bool:
         """Whether it is known to be for a session."""
-        return self.single is not None and self.single.id == session_id
+        return session_id in self._fed
 
     def mark(self, session_id: str) -> asyncio.Future[None] | None:
         """Done when all is handed on that was received by now for a session; None where that is so already, or may take
@@ -330,6 +331,7 @@ class Socket:
             self._is_greeting = False
         while True:
             session = await self.manager.find(session_id)
+            self._fed.add(session_id)
             try:
                 await self.greet(session, *channel)
                 return session

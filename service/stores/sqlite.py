@@ -33,6 +33,7 @@ _BUSY_SECONDS = 5.0
 _CHECKPOINT_PAGES = 4000
 _PAGE_ROWS, _SWEEP_ROWS, _ENDED_AT_ONCE = 250, 2000, 200  # of a transaction, whose work is on the loop
 _NUMBERS = 100_000
+_TRIED_BYTES = 8192
 _HEADERS_AT_HAND = 1000
 
 # The headers of snapshots, which are nearly half of each, are kept once: a commit writes half as many pages.
@@ -110,7 +111,10 @@ class SqliteStore:
         self._is_failing = self._has_failed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._db = self._open(synchronous)
+        self._log_path = os.path.realpath(self._path) + "-wal"  # where SQLite puts it, behind a link as well
         self._files = self._find_files()
+        if not self._files:
+            log.warning("session store %s: whether its files are moved cannot be noticed", self._path)
 
     def _open(self, synchronous: str) -> sqlite3.Connection:
         where = f"session store {self._path}"
@@ -376,11 +380,15 @@ class SqliteStore:
         await self._transact(sweep)
 
     async def ping(self) -> None:
-        """Commits a transaction; after one that failed, with a row in it, as a save has."""
-        await self._transact(self._rewrite if self._has_failed else lambda: None)
+        """Commits a transaction; after one that failed, with something in it that needs room, as a save does."""
+        await self._transact(self._try if self._has_failed else lambda: None)
 
-    def _rewrite(self) -> None:
-        self._db.execute("UPDATE sessions SET body = body WHERE number = (SELECT max(number) FROM sessions)")
+    def _try(self) -> None:
+        for statement in (
+            "INSERT INTO expired (id) VALUES (hex(zeroblob(?)))",
+            "DELETE FROM expired WHERE id = hex(zeroblob(?))",
+        ):
+            self._db.execute(statement, (_TRIED_BYTES,))
 
     async def close(self) -> None:
         """Closes the file, once what was asked is written."""
@@ -440,7 +448,7 @@ class SqliteStore:
     def _find_files(self) -> list[tuple[int, int]]:
         """Which files the names lead to: what is written to others, nobody will find."""
         try:
-            found = [os.stat(self._path), os.stat(f"{self._path}-wal")]  # noqa: PTH116 - a path object takes as long again
+            found = [os.stat(self._path), os.stat(self._log_path)]  # noqa: PTH116 - a path object takes as long again
         except OSError:
             return []
         return [(each.st_dev, each.st_ino) for each in found] if found[0].st_size else []

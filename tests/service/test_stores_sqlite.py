@@ -316,33 +316,36 @@ async def test_a_full_disk_loses_nothing(path: Path) -> None:
     await store.close()
 
 
-async def test_a_store_that_cannot_save_is_not_well_until_it_can(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked with a row in hand, for an empty commit needs no room; once it is well, no longer."""
-    store, asked, is_full = opened(path), 0, True
+async def test_a_store_that_cannot_save_is_not_well_until_it_can(path: Path) -> None:
+    """With sessions in it or without: it is asked with something in hand, for an empty commit needs no room."""
+    store = opened(path)
     assert isinstance(store, SqliteStore)
-    rewrite = store._rewrite
-
-    def watched() -> None:
-        nonlocal asked
-        asked += 1
-        if is_full:
-            raise sqlite3.OperationalError("database or disk is full")
-        rewrite()
-
-    monkeypatch.setattr(store, "_rewrite", watched)
-    await made(store, "a")
-    await store.ping()
-    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
-    store._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreUnavailable, match="full"):
-        await store.save([Save("a", token(1), token(2), saved(1, bytes(50_000)))])
-    for _ in range(2):
-        with pytest.raises(StoreUnavailable, match="full"):
-            await store.ping()
-    is_full = False
-    for _ in range(2):
+    for name in ("a", "b"):
         await store.ping()
-    assert asked == 3
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="full"):
+                await store.create(Record(name), token(1), saved(0, bytes(50_000)))
+            with pytest.raises(StoreUnavailable, match="full"):
+                await store.ping()
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        await store.ping()
+        await store.create(Record(name), token(1), saved(0, bytes(50_000)))
+    assert [row[0] for row in store._db.execute("SELECT count(*) FROM expired")] == [0]
+    await store.close()
+
+
+async def test_a_file_behind_a_link_is_missed_too(path: Path, tmp_path: Path) -> None:
+    """Its log lies beside what the link leads to."""
+    (tmp_path / "link.db").symlink_to(path)
+    store = opened(tmp_path / "link.db")
+    await made(store, "a")
+    move([path], "", ".away")
+    with pytest.raises(StoreUnavailable, match="moved, replaced or removed"):
+        await store.ping()
+    move([path], ".away", "")
+    await store.ping()
     await store.close()
 
 

@@ -131,12 +131,15 @@ def decode(file: Path, content: bytes) -> tuple[int, NDArray[np.float64]]:
     """Samples a second, and the samples [N] within [-1, 1], channels averaged."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", wavfile.WavFileWarning)  # one that is cut short, say
-            warnings.filterwarnings("ignore", message="Chunk .* not understood")  # which holds no sound
+            warnings.simplefilter(
+                "ignore", wavfile.WavFileWarning
+            )  # chunks that hold no sound, sizes that are not kept
             found: tuple[int, NDArray[Any]] = wavfile.read(io.BytesIO(content))
     except Exception as error:  # scipy raises what its parsing meets: ValueError, struct.error, IndexError, ...
         raise DataError(f"{file} is not a readable .wav file ({error})") from error
     rate, samples = found
+    if (missing := _missing(content)) > 0:
+        raise DataError(f"{file} is not whole: {missing} bytes of its sound are not there")
     if samples.dtype == np.uint8:
         values = (samples.astype(np.float64) - 128) / 128
     elif np.issubdtype(samples.dtype, np.integer):
@@ -146,6 +149,17 @@ def decode(file: Path, content: bytes) -> tuple[int, NDArray[np.float64]]:
     if not np.isfinite(values).all():
         raise DataError(f"{file} holds samples that are not finite")
     return rate, values if values.ndim == 1 else values.mean(axis=1)
+
+
+def _missing(content: bytes) -> int:
+    """How many bytes of sound a .wav file says that it has, and has not; none where it does not say."""
+    start = 12
+    while content[:4] == b"RIFF" and start + 8 <= len(content):
+        size = int.from_bytes(content[start + 4 : start + 8], "little")
+        if content[start : start + 4] == b"data":
+            return start + 8 + size - len(content) if size < 2**32 - 1 else 0
+        start += 8 + size + size % 2
+    return 0
 
 
 def split(path: Path, labelled: list[int], labels: list[str], options: Options) -> dict[str, list[int]]:
