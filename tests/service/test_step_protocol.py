@@ -231,20 +231,30 @@ def test_what_is_sent_in_advance_is_left_in_the_network(
 def test_who_leaves_with_requests_waiting_is_no_fault(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is begun for him any more, and nothing is logged or counted as the service's own failure."""
     before = server.http.get("/metrics").text.count('code="internal"')
+    data = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000  # their answers are more than the network holds
+
+    def send() -> None:
+        with suppress(OSError):
+            connection.send(data)
+
     with connected(server) as connection:
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 500)
-        while not (waiting := [one for one in pipelines(server) if one]):
+        writer = threading.Thread(target=send)
+        writer.start()
+        while not (waiting := stuck(server)):
             pass
+        connection.socket.shutdown(socket.SHUT_RDWR)
+        writer.join()
     while any(waiting):
         pass
     assert server.http.get("/metrics").text.count('code="internal"') == before
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def pipelines(server: Server) -> list[Any]:
-    """What waits on each connection."""
-    return [one.pipeline for one in list(server.uvicorn.server_state.connections) if isinstance(one, StepProtocol)]
+def stuck(server: Server) -> list[Any]:
+    """What waits on each connection whose client does not read."""
+    found = [one for one in list(server.uvicorn.server_state.connections) if isinstance(one, StepProtocol)]
+    return [one.pipeline for one in found if one.flow.write_paused and one.pipeline]
 
 
 def steady(server: Server, session: str) -> int:
