@@ -270,15 +270,11 @@ class Socket:
         if self._going is None:
             self._wire.resume()
 
-    def feeds(self, session_id: str) -> bool:
-        """Whether it is known to be for a session."""
-        return session_id in self._fed
-
     def mark(self, session_id: str) -> asyncio.Future[None] | None:
         """Done when all is handed on that was received by now for a session; None where that is so already, or may take
         long: its client does not read, or it waits for marks itself.
         """
-        if self._behind is None or self._is_greeting or not self._wire.writable.is_set() or not self.feeds(session_id):
+        if self._behind is None or self._is_greeting or not self._wire.writable.is_set() or session_id not in self._fed:
             return None
         mark: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._backlog.append(mark)

@@ -108,7 +108,7 @@ class SqliteStore:
         self._headers: dict[bytes, int] = {}  # their rows, as far as they are committed, or about to be
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
-        self._is_failing = self._has_failed = False
+        self._must_fold = self._must_try = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._db = self._open(synchronous)
         self._log_path = os.path.realpath(self._path) + "-wal"  # where SQLite puts it, behind a link as well
@@ -381,7 +381,7 @@ class SqliteStore:
 
     async def ping(self) -> None:
         """Commits a transaction; after one that failed, with something in it that needs room, as a save does."""
-        await self._transact(self._try if self._has_failed else lambda: None)
+        await self._transact(self._try if self._must_try else lambda: None)
 
     def _try(self) -> None:
         for statement in (
@@ -414,7 +414,7 @@ class SqliteStore:
         """Transactions, until nothing waits."""
         loop = asyncio.get_running_loop()
         while self._waiting:
-            if self._is_failing:
+            if self._must_fold:
                 await loop.run_in_executor(self._thread, self._fold)
             waiting, self._waiting = self._waiting, []
             results: Sequence[Any]
@@ -422,11 +422,11 @@ class SqliteStore:
                 before = self._db.total_changes
                 results = self._together([work for work, _ in waiting])
                 await loop.run_in_executor(self._thread, self._commit_here)
-                self._has_failed &= self._db.total_changes == before
+                self._must_try &= self._db.total_changes == before
             except Exception as error:  # noqa: BLE001 - whatever it is, everybody is told
                 self._undo()
-                self._has_failed = True
-                self._is_failing |= isinstance(error, sqlite3.OperationalError)  # no room, mostly
+                self._must_try = True
+                self._must_fold |= isinstance(error, sqlite3.OperationalError)  # no room, mostly
                 results = [self._failed(error)] * len(waiting)
             for (_, future), result in zip(waiting, results, strict=True):
                 if future.done():
@@ -483,7 +483,7 @@ class SqliteStore:
         """Brings the log into the file, after which it is written over from its beginning: that takes no more room."""
         with suppress(sqlite3.Error):  # still no room for what is new in the file: again before the next transaction
             (is_busy, *_) = self._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-            self._is_failing = bool(is_busy)
+            self._must_fold = bool(is_busy)
 
     def _undo(self) -> None:
         self._headers.clear()  # some may have been new

@@ -29,6 +29,7 @@ from service.steps import Decision, decide
 from service.wire import StepReply, StepRequest, frames
 from service.wire.frames import HEADER, Kind
 from service.wire.rows import Field, RowFormat
+from tests.service.test_client_protocol import performed
 
 ROW = RowFormat(Field("float32", (1,)), {"y": Field("float32", (1,)), "h": Field("float32", (1,))})
 REFUSALS = {
@@ -91,17 +92,7 @@ class Hub:
 
     def run(self, work: Work[Any]) -> Any:
         """Performs as a shell does."""
-        try:
-            effect = next(work)
-            while True:
-                try:
-                    outcome = self._perform(effect)
-                except Later as later:
-                    effect = work.throw(later)
-                else:
-                    effect = work.send(outcome)
-        except StopIteration as end:
-            return end.value
+        return performed(work, self._perform)
 
     def _cut(self) -> Later:
         self._is_open = False

@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -43,6 +43,21 @@ MODEL = {
 FATES = ("fine", "unsent", "unanswered", "twice", "overloaded", "store_unavailable", "going_away")
 
 
+def performed(work: Work[Any], perform: Callable[[Any], Any]) -> Any:
+    """What comes of a client's work where its effects are done by `perform`."""
+    try:
+        effect = next(work)
+        while True:
+            try:
+                outcome = perform(effect)
+            except Later as later:
+                effect = work.throw(later)
+            else:
+                effect = work.send(outcome)
+    except StopIteration as end:
+        return end.value
+
+
 class Latch:
     """One session whose output is the sum of its inputs so far, on a network with a fate for each message.
 
@@ -68,17 +83,7 @@ class Latch:
 
     def run(self, work: Work[Any]) -> Any:
         """Performs as a shell does."""
-        try:
-            effect = next(work)
-            while True:
-                try:
-                    outcome = self._perform(effect)
-                except Later as later:
-                    effect = work.throw(later)
-                else:
-                    effect = work.send(outcome)
-        except StopIteration as end:
-            return end.value
+        return performed(work, self._perform)
 
     def session(self) -> SessionLogic:
         """The session, found."""
