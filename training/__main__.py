@@ -148,6 +148,7 @@ def fit(
     }
     chosen, how = options.settings_for(data_set.info, settings)
     model = configure(data_set, cell, **chosen)
+    options.check_dropouts(model)
     model_name = export_name or options.slug(data_set.info.name)
     if export is None:
         export = bool(data_set.info.own)

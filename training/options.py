@@ -15,7 +15,7 @@ import typer
 
 from training import data
 from training.cells import BLENDS, CANDIDATE_ACTIVATIONS, GATE_ACTIVATIONS, RESETS, UNITS
-from training.config import DataInfo, TrainConfig
+from training.config import DataInfo, ModelConfig, TrainConfig
 from training.data import own
 from training.data.sequences import DataSet
 from training.errors import ConfigError, DataError
@@ -72,7 +72,7 @@ Licence = Annotated[str | None, option("What the manifest says of the data's lic
 CellName = Annotated[str, option(f"The unit: {one_of(UNITS)}.", "--cell", panel=MODEL)]
 Hidden = Annotated[int | None, option("Hidden units of each layer; 46, for a text 128.", panel=MODEL)]
 Layers = Annotated[int, option("Stacked layers.", panel=MODEL)]
-Dropout = Annotated[float, option("Dropout between layers.", panel=MODEL)]
+Dropout = Annotated[float, option("Dropout between layers, so for two and more.", panel=MODEL)]
 InputDropout = Annotated[
     float, option("Dropout of features of the input, the same ones for a whole sequence.", panel=MODEL)
 ]
@@ -233,3 +233,14 @@ def settings_for(info: DataInfo, asked: dict[str, Any]) -> tuple[dict[str, Any],
     wanted = usual | {key: value for key, value in asked.items() if value is not None}
     train = {field.name: wanted.pop(field.name) for field in fields(TrainConfig)}
     return wanted, TrainConfig(**train)
+
+
+def check_dropouts(model: ModelConfig) -> None:
+    """Raises ConfigError for a dropout that would drop nothing."""
+    if model.dropout and model.layers == 1:
+        raise ConfigError(
+            f"--dropout {model.dropout} is between layers: say --layers 2, or --head-dropout for one layer"
+        )
+    unit = UNITS.get(model.cell)  # an unknown one is refused where it is made
+    if model.recurrent_dropout and unit is not None and "h" not in unit.candidate_terms:
+        raise ConfigError(f"--recurrent-dropout {model.recurrent_dropout}: {model.cell} has no weights from h to h")

@@ -56,6 +56,19 @@ def test_no_example_exports_over_a_shipped_model() -> None:
     assert not any(name in call("export", "--help") for name in ship.SHIPPED)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dropout", "0.3"], "--dropout 0.3 is between layers: say --layers 2"),
+        (["--cell", "mingru", "--recurrent-dropout", "0.2"], "mingru has no weights from h to h"),
+    ],
+)
+def test_a_dropout_that_drops_nothing_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    """Who asked for it would believe that it helped, or did not."""
+    with pytest.raises(ConfigError, match=message):
+        call("fit", "sensors", *words, "--run", str(tmp_path / "run"))
+
+
 def test_fit_evaluate_export(tmp_path: Path) -> None:
     """From a data set to a model folder in three commands; fitting again finds the finished run."""
     run = str(tmp_path / "small")
