@@ -12,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
-from tests.packaging.deployments import DOCKER, Deployment, deployment, run, services
+from tests.packaging.deployments import DOCKER, Deployment, deployment, run
 
 REPLICAS = 3
 SCALE = ("--scale", f"service={REPLICAS}")
@@ -25,10 +25,7 @@ pytestmark = pytest.mark.docker
 def latch(engine: None) -> Iterator[Deployment]:
     """Three replicas behind HAProxy, with Redis; taken down again whatever happens."""
     latch = deployment("scale", "--profile", "scale")
-    image, owner = services()["redis"]["image"], services()["redis"]["user"]
     try:
-        # Redis's own image gives its volume to the user that it runs as; one that stands in for it may not.
-        run(DOCKER, "run", "--rm", "--user=0", f"--volume={latch.project}_redis:/data", image, "chown", owner, "/data")
         latch.compose("up", "--detach", "--build", *SCALE)
         for container in latch.containers("service"):
             latch.wait_until_healthy(container)
