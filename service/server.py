@@ -236,22 +236,22 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         calm_collector()
-        out = Console()
+        out = Console(highlight=False, soft_wrap=True)
         for server in self.servers:
             host, port = server.sockets[0].getsockname()[:2]
             address = ip_address(host)
             name = "localhost" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
             url = f"http://{name}:{port}"
-            out.print(f"Latch listens on {url}  (stop it with Ctrl-C)", highlight=False)
+            out.print(f"Latch listens on {url}  (stop it with Ctrl-C)")
             for path, what in (
                 ("/docs", "every call, to read and to try"),
                 ("/v1/models", "what it serves"),
                 ("/health/ready", "whether all of it loaded"),
                 ("/metrics", "figures for Prometheus"),
             ):
-                out.print(f"  {url}{path:<16} {what}", highlight=False)
+                out.print(f"  {url}{path:<16} {what}")
             program = sys.argv[0] if sys.argv[0].endswith("latch") else "latch"
-            out.print(f"  {program} demo --url {url}   a chorale, note by note", highlight=False)
+            out.print(f"  {program} demo --url {url}   a chorale, note by note")
 
 
 def calm_collector() -> None:
