@@ -9,14 +9,14 @@ from typing import Any
 
 from training import data
 from training.config import TrainConfig
+from training.experiments import MUSIC
 from training.export import export
 from training.presets import PRESETS, Preset
 from training.trainer import configure, fit
 
-# Chung 2014's sizes, about 20,000 parameters for each of its three units; the variants keep the GRU's 46 units.
-HIDDEN = {"lstm": 36, "rnn": 100}
-UNITS = ("gru", "gru1", "gru2", "gru3", "mgu", "mgu1", "mgu2", "mgu3", "lstm", "rnn")
-SHIPPED = {f"chorales-{cell}": Preset("chorales", cell, {"hidden": HIDDEN.get(cell, 46)}) for cell in UNITS} | {
+# The article's units and what they are compared with, in the sizes of the papers' experiment.
+UNITS = {cell: hidden for cell, hidden in MUSIC.items() if cell != "mingru"}
+SHIPPED = {f"chorales-{cell}": Preset("chorales", cell, {"hidden": hidden}) for cell, hidden in UNITS.items()} | {
     "sensors": Preset("sensors", "gru", {"hidden": 32}, TrainConfig(rate=0.005, patience=8)),
     "chorales-best": PRESETS["jsb-best"],
     "nottingham-best": PRESETS["nottingham-best"],

@@ -187,8 +187,7 @@ def split(path: Path, arrays: dict[str, Array], items: list[Item], options: Opti
     """Which sequences are in which split: as the file says, the rest by chance."""
     order = np.random.default_rng(options.draw).permutation(len(items))
     if "split" not in arrays:
-        ends = percentages(len(items), options.split)
-        parts = {name: order[a:b] for name, a, b in zip(SPLITS, [0, *ends[:-1]], ends, strict=True)}
+        parts = {name: order[part] for name, part in percentages(len(items), options.split).items()}
     else:
         named = arrays["split"]
         if named.shape != (len(items),) or not set(np.unique(named).tolist()) <= set(SPLITS):

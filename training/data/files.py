@@ -11,6 +11,18 @@ import pooch
 from training.errors import DataError
 
 
+def read_text(path: Path) -> tuple[bytes, str]:
+    """The bytes of a user's file and the text in them; DataError where it cannot be read, or names a line not UTF-8."""
+    try:
+        content = path.read_bytes()
+        return content, content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+
+
 def fetch(folder: str, file: str, sha256: str | None, source: str | None) -> Path:
     """LATCH_DATA/folder/file where LATCH_DATA is set (empty is unset), else `source` + `file`, downloaded once.
 

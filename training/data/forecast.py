@@ -79,13 +79,13 @@ class Grid:
 
 @dataclass
 class Series:
-    """One series of the file: `rows` of its table (-1 for an absent one) in even steps, where its train, valid and test
-    rows end, the spacing in seconds if it is known; and, once it is filled, its grid.
+    """One series of the file: `rows` of its table (-1 for an absent one) in even steps, which of them its splits have,
+    the spacing in seconds if it is known; and, once it is filled, its grid.
     """
 
     table: Table
     rows: NDArray[np.int64]
-    ends: list[int]
+    splits: dict[str, slice]
     spacing: float | None
     notes: list[str]
     grid: Grid = field(init=False)
@@ -98,13 +98,13 @@ class Series:
     @property
     def trains(self) -> Values:
         """[rows, columns of the table]: those that train."""
-        rows = self.rows[: self.ends[0]]
+        rows = self.rows[self.splits["train"]]
         return self.table.values[rows[rows >= 0]]
 
     def measured(self, column: int) -> Values:
         """The values of a column of the grid that train and were measured."""
-        grid, end = self.grid, self.ends[0]
-        return grid.values[:end, column][grid.known[:end, column] & (grid.start[:end] >= 0)]
+        grid, train = self.grid, self.splits["train"]
+        return grid.values[train, column][grid.known[train, column] & (grid.start[train] >= 0)]
 
 
 def load(path: Path, options: Options) -> DataSet:
@@ -141,8 +141,8 @@ def load(path: Path, options: Options) -> DataSet:
     uncut: list[Item] = []
     errors: dict[str, list[Values]] = {name: [] for name in back}
     for one in series:
-        for name, begin, end in zip(SPLITS, [0, *one.ends[:-1]], one.ends, strict=True):
-            whole, missed = cut(one.grid, x, y, (begin, end), options, back, scored=name != "train")
+        for name, part in one.splits.items():
+            whole, missed = cut(one.grid, x, y, part, options, back, scored=name != "train")
             pieces = training_windows if name == "train" else scoring_pieces
             parts[name] += [piece for item in whole for piece in pieces(item, options.window)]
             if name == "train":
@@ -251,9 +251,9 @@ def _rows_of(split: str, series: Sequence[Series]) -> str:
     if len(series) > 1:
         return f"of {len(series)} series"
     (one,) = series
-    index = SPLITS.index(split)
-    begin, end = [0, *one.ends][index], one.ends[index]
-    return f"rows {begin + 1} to {end} of {len(one.rows)}" if end > begin else f"none of {len(one.rows)}"
+    part = one.splits[split]
+    rows = f"rows {part.start + 1} to {part.stop}" if part.stop > part.start else "none"
+    return f"{rows} of {len(one.rows)}"
 
 
 def _still(columns: tuple[str, ...], values: Values) -> set[str]:
@@ -271,13 +271,13 @@ def cut(
     grid: Grid,
     x: list[int],
     y: list[int],
-    part: tuple[int, int],
+    part: slice,
     options: Options,
     back: dict[str, int],
     *,
     scored: bool,
 ) -> tuple[list[Item], dict[str, list[Values]]]:
-    """The items of the rows [begin, end) of a split, and what each baseline errs on their predicted steps [steps, O].
+    """The items of the rows of a split, and what each baseline errs on their predicted steps [steps, O].
 
     A scored sequence is joined in the middle, as a session that goes on: the rows before the split are its past and
     are not scored, nor are rows that a baseline says nothing about.
@@ -285,7 +285,7 @@ def cut(
     items: list[Item] = []
     errors: dict[str, list[Values]] = {name: [] for name in back}
     reach = max(back.values())
-    for first, last in sequences(grid.start, *part):
+    for first, last in sequences(grid.start, part.start, part.stop):
         begin = int(grid.start[first])
         at = np.arange(max(begin, first - max(options.window, reach)) if scored else first, last - options.horizon)
         targets = grid.values[at + options.horizon][:, y]

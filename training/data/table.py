@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data import times
+from training.data import files, times
 from training.errors import DataError
 
 MISSING = frozenset({"", "-", "?", "na", "n/a", "nan", "null", "none", "#n/a"})
@@ -205,14 +205,7 @@ def _together(
 
 def _cells(path: Path) -> _Cells:
     """The file, taken apart."""
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+    content, text = files.read_text(path)
     start = text.lstrip()
     said = re.match(r"sep=(.)\s*\n", start)  # Excel's own way to say it
     head = re.sub(r'"[^"]*"', "", start).partition("\n")[0]  # what is quoted separates nothing

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.config import DataInfo
+from training.data import files
 from training.data.sequences import DataSet, Item, Reference, Split, next_step
-from training.data.splits import SPLITS, check_percentages, percentages
+from training.data.splits import check_percentages, percentages
 from training.data.windows import scoring_pieces, training_windows
 from training.errors import DataError
 
@@ -38,16 +39,9 @@ class Options:
 
 def load(path: Path, options: Options) -> DataSet:
     """The text in `path` as ids of its characters; the alphabet is the features of the output, in the order of ids."""
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-    ends = percentages(len(text), options.split)
-    parts = dict(zip(SPLITS, (text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)), strict=True))
+    content, written = files.read_text(path)
+    text = written.replace("\r\n", "\n")
+    parts = {name: text[part] for name, part in percentages(len(text), options.split).items()}
     for name, part in parts.items():
         if len(part) < 2:
             raise DataError(

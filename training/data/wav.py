@@ -167,9 +167,8 @@ def split(path: Path, labelled: list[int], labels: list[str], options: Options) 
     rng, parts = np.random.default_rng(options.draw), {name: list[int]() for name in SPLITS}
     for index, label in enumerate(labels):
         mine = rng.permutation(np.flatnonzero(np.array(labelled) == index))
-        ends = percentages(len(mine), options.split)
-        for name, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
-            if begin == end:
+        for name, part in percentages(len(mine), options.split).items():
+            if not len(mine[part]):
                 raise DataError(f"{path / label}: {len(mine)} recordings leave the {name} split without one")
-            parts[name] += mine[begin:end].tolist()
+            parts[name] += mine[part].tolist()
     return parts
