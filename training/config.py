@@ -109,6 +109,7 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
         for name in ("weight_decay", "transpose", "settle", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+        _require(self.seed < 2**32, f"seed must be below {2**32}, not {self.seed}")
         known = ", ".join(self.SCHEDULES)
         _require(self.schedule in self.SCHEDULES, f"unknown schedule {self.schedule!r}: choose one of {known}")
         _require(0 <= self.average < 1, f"average must be in [0, 1), not {self.average}")

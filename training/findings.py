@@ -17,7 +17,7 @@ from training.checkpoint import replace
 from training.experiments import RISING, Arm, Experiment
 from training.reproduce import Choice, Record, answers, remaining
 
-HEAD = ("unit", "hidden", "parameters", "of gru's", "test", "valid", "seeds", "epochs", "s a run")
+HEAD = ("unit", "hidden", "parameters", "of gru's", "test", "valid", "seeds", "epochs", "best", "s a run")
 
 
 def write(folder: Path, name: str, experiment: Experiment, records: Sequence[Record]) -> list[Path]:
@@ -34,8 +34,8 @@ def describe(name: str, experiment: Experiment, records: Sequence[Record], pictu
     """The report as Markdown."""
     lines = [f"# {experiment.title}", "", experiment.differs, ""]
     lines += [
-        "Scores are of the epoch with the best valid loss: mean and, behind ±, deviation over seeds. Parameters are "
-        "those of the recurrent layer.",
+        "Scores are of the epoch with the best valid loss (`best`, of the `epochs` that were run): mean and, behind ±, "
+        "deviation over seeds. Parameters are those of the recurrent layer.",
         "",
     ]
     if picture:
@@ -87,6 +87,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def span(values: Sequence[int]) -> str:
+    """`30 to 47`, or `60` where all are."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def table(arm: Arm, records: Sequence[Record]) -> list[str]:
     """Ours beside the papers', a row for each unit and for each of the papers' other models."""
     units = {cell: [record for record in records if record.cell == cell] for cell in arm.hidden}
@@ -95,18 +101,18 @@ def table(arm: Arm, records: Sequence[Record]) -> list[str]:
     for cell, mine in units.items():
         row = [f"`{cell}`", str(arm.hidden[cell])]
         if mine:
-            epochs = sorted(record.epochs for record in mine)
             row += [
                 f"{mine[0].parameters:,}",
                 f"{mine[0].parameters / whole:.2f}" if whole else "",
                 f"**{spread([record.test for record in mine])}**",
                 spread([record.valid for record in mine]),
                 str(len(mine)),
-                str(epochs[0]) if epochs[0] == epochs[-1] else f"{epochs[0]} to {epochs[-1]}",
+                span([record.epochs for record in mine]),
+                span([record.best_epoch for record in mine]),
                 f"{mean(record.seconds for record in mine):.0f}",
             ]
         else:
-            row += ["", "", "not run here", "", "0", "", ""]
+            row += ["", "", "not run here", "", "0", "", "", ""]
         rows.append([*row, *(figure(arm, paper, cell) for paper in arm.papers.values())])
     others = dict.fromkeys(one for paper in arm.papers.values() for one in paper if one not in arm.hidden)
     rows += [

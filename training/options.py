@@ -91,7 +91,9 @@ Reset = Annotated[str | None, option(f"{one_of(RESETS)}; the paper's is before."
 GateActivation = Annotated[str | None, option(f"{one_of(GATE_ACTIVATIONS)}.", panel=MODEL)]
 CandidateActivation = Annotated[str | None, option(f"{one_of(CANDIDATE_ACTIVATIONS)}.", panel=MODEL)]
 
-Seed = Annotated[int, option("Everything random follows from it.", panel=TRAINING)]
+Seed = Annotated[
+    int, option("Everything random follows from it, but which sequences are in which split.", panel=TRAINING)
+]
 Optimiser = Annotated[str, option(f"{one_of(OPTIMISERS)}.", panel=TRAINING)]
 Rate = Annotated[float, option("Learning rate.", panel=TRAINING)]
 Schedule = Annotated[

@@ -15,7 +15,7 @@ import lightning
 import optuna
 from lightning.pytorch.callbacks import Callback
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from training.cells import UNITS
@@ -97,9 +97,11 @@ def sweep(
         raise ConfigError(f"trials must be at least 1, not {trials}")
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # else Ctrl-C is a page of its own
+    journal = str(folder / JOURNAL)
+    # Optuna's default lock is a symbolic link, which Windows and some file systems do not let a user make.
     study = optuna.create_study(
         study_name="sweep",
-        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+        storage=JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal))),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=4),
         load_if_exists=True,
     )

@@ -268,9 +268,14 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def generator(device: torch.device) -> torch.Generator:
+    """Whose random numbers drop out units on `device`."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
 def random_states(devices: int, device: torch.device) -> Tensor:
     """The state of the random numbers, or of several devices' [devices, bytes]: each drops out other units."""
-    state = torch.get_rng_state()
+    state = generator(device).get_state()
     if devices == 1:
         return state
     states = [torch.empty_like(state, device=device) for _ in range(devices)]
@@ -297,7 +302,8 @@ class Keeper(Callback):
             restore_optimiser(trainer.optimizers[0], tensors)
             self.early.wait_count = meta["early_stopping"]["wait_count"]
             self.early.best_score = torch.tensor(meta["early_stopping"]["best_score"])
-            torch.set_rng_state(tensors["random"].view(trainer.world_size, -1)[trainer.global_rank].clone())
+            state = tensors["random"].view(trainer.world_size, -1)[trainer.global_rank]
+            generator(pl_module.device).set_state(state.clone())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """`best` first: if the kill comes between the two, the repeated epoch writes the same `best` again."""

@@ -456,6 +456,7 @@ def test_impossible_threads_are_refused(threads: int, tiny: DataSet, tmp_path: P
     ("settings", "words"),
     [
         ({"rate": 0}, "rate must be more than 0"),
+        ({"seed": 2**32}, "seed must be below 4294967296, not 4294967296"),
         ({"optimiser": "sgd"}, "unknown optimiser 'sgd'"),
         ({"transpose": 5, "settle": 9, "max_epochs": 9}, "settle must be less than 9 epochs"),
     ],

@@ -43,7 +43,7 @@ SETS = {
             "Chung 2014": {"rnn": 9.10, "gru": 8.54, "lstm": 8.67},
             "Bai 2018": {"rnn": 8.91, "gru": 8.43, "lstm": 8.45, "TCN": 8.10},
             "RRU 2021": {"gru": 8.20, "lstm": 8.33, "RRU": 7.72},
-            "floor": {"independent notes": 11.09, "first-order Markov": 10.49},
+            "baseline": {"independent notes": 11.09, "first-order Markov": 10.49},
         },
     ),
     "nottingham": PianoRolls(
@@ -55,7 +55,7 @@ SETS = {
             "Chung 2014": {"rnn": 3.13, "gru": 3.23, "lstm": 3.20},
             "Bai 2018": {"rnn": 4.05, "gru": 3.46, "lstm": 3.29, "TCN": 3.07},
             "RRU 2021": {"gru": 3.22, "lstm": 3.25, "RRU": 2.92},
-            "floor": {"independent notes": 10.26, "first-order Markov": 5.15},
+            "baseline": {"independent notes": 10.26, "first-order Markov": 5.15},
         },
     ),
     "musedata": PianoRolls(
@@ -66,7 +66,7 @@ SETS = {
         {
             "Chung 2014, other scale": {"rnn": 6.23, "gru": 5.99, "lstm": 6.23},
             "RRU 2021": {"gru": 7.31, "lstm": 7.24, "RRU": 7.03},
-            "floor": {"independent notes": 11.51, "first-order Markov": 8.56},
+            "baseline": {"independent notes": 11.51, "first-order Markov": 8.56},
         },
     ),
     "piano-midi": PianoRolls(
@@ -77,7 +77,7 @@ SETS = {
         {
             "Chung 2014, other scale": {"rnn": 9.03, "gru": 8.82, "lstm": 9.03},
             "RRU 2021": {"gru": 7.58, "lstm": 7.54, "RRU": 7.38},
-            "floor": {"independent notes": 11.05, "first-order Markov": 8.26},
+            "baseline": {"independent notes": 11.05, "first-order Markov": 8.26},
         },
     ),
 }
@@ -143,7 +143,7 @@ def load(name: str) -> DataSet:
         feedback="sample_bernoulli",
     )
     references = tuple(
-        Reference(model if paper == "floor" else f"{paper} {model}", "nll", value)
+        Reference(model if paper == "baseline" else f"{paper} {model}", "nll", value)
         for paper, models in rolls.papers.items()
         for model, value in models.items()
     )
