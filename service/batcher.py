@@ -22,19 +22,20 @@ from service.errors import (
     Draining,
     InferenceFailed,
     InvalidInput,
+    LatchError,
     SessionNotFound,
     StepConflict,
 )
 from service.ledger import Ledger, StoredSlot
 from service.manifest import Array
 from service.metrics import ModelMetrics
-from service.queues import Answer, Outcome, Queues, Ticket
+from service.queues import Answer, Queues, Ticket, deleted
 from service.slab import Slot, StateSlab
 from service.snapshot import SnapshotCodec
-from service.steps import Decision, decide
+from service.steps import decide
 from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import RowFormat
-from service.work import BlockReply, BlockRun, BlockWork, Chunk, ChunksRun, deleted, new_chunk
+from service.work import BlockReply, BlockRun, BlockWork, Chunk, ChunksRun, new_chunk
 
 log = logging.getLogger(__name__)
 
@@ -133,13 +134,13 @@ class Batcher:
             and self._queues.put_group(BlockWork(slots, block, answer, answers))
         )
 
-    def at_turn(self, slot: Slot, action: Callable[[], Outcome], answer: Answer) -> Ticket:
-        """Calls `action` once everything that the session has waiting is applied or has failed, and answers with that.
+    def refuse(self, slot: Slot, error: LatchError, answer: Answer) -> Ticket:
+        """Answers with an error once everything that the session has waiting is applied or has failed.
 
         Raises:
             Draining, SessionNotFound: as `submit`.
         """
-        return self._queues.put(Ticket(slot, answer, time.perf_counter(), action))
+        return self._queues.put(Ticket(slot, answer, time.perf_counter(), error))
 
     @asynccontextmanager
     async def hold(self, slot: Slot) -> AsyncIterator[Committer]:
@@ -181,6 +182,10 @@ class Batcher:
         used = {*self._committer.take_used(), *busy}
         return [slot for slot in used if slot.is_live and isinstance(slot, StoredSlot)]
 
+    def used(self, slot: Slot) -> None:
+        """Notes such a use again: the store did not hear of it."""
+        self._committer.used(slot)
+
     def release(self, slot: Slot) -> None:
         """Gives the slot back; everybody who still waits for it is told that the session is gone."""
         self._committer.release(slot, SessionNotFound("the session was deleted while this request was waiting"))
@@ -199,7 +204,7 @@ class Batcher:
                     await self._serve_chunks(work)
         finally:
             self._worker.shutdown(wait=False)
-            queues.close(Draining("the service is stopping"), saving=self._committer)
+            queues.close(Draining(), saving=self._committer)
 
     async def _serve_chunks(self, batch: list[Chunk]) -> None:
         self._running = dict.fromkeys([chunk.slot for chunk in batch])
@@ -224,7 +229,7 @@ class Batcher:
                     if slot.row < 0:
                         chunk.settle(deleted())
         except asyncio.CancelledError:
-            work.refuse(Draining("the service is stopping"))
+            work.refuse(Draining())
             raise
         except Exception:
             log.exception("a block of %d failed outside the runtime", len(work.slots))
@@ -273,17 +278,16 @@ class Batcher:
             if kept is not None and kept.first_step + request.steps - 1 != step:
                 kept = None  # of a snapshot of somebody's own making, or this is no duplicate
             try:
-                decision = decide(step, kept, request.first_step, request.digest)
+                decide(step, kept, request.first_step, request.digest)  # what is next in order is not asked about
             except StepConflict as error:
                 chunk.settle(error)
                 return False
-            if decision is Decision.REPLAY:
-                self._metrics.replays.inc()
-                reply = kept.reply if kept else None
-                if reply is not None and len(reply) != request.steps * self._rows.output_bytes(request.outputs):
-                    reply = None  # a snapshot of somebody's own making
-                chunk.settle(StepReply(request.outputs, reply, request.first_step, step, replayed=True))
-                return False
+            self._metrics.replays.inc()
+            reply = kept.reply if kept else None
+            if reply is not None and len(reply) != request.steps * self._rows.output_bytes(request.outputs):
+                reply = None  # a snapshot of somebody's own making
+            chunk.settle(StepReply(request.outputs, reply, request.first_step, step, replayed=True))
+            return False
         chunk.first_step = step + 1
         chunk.queue_seconds = time.perf_counter() - chunk.submitted
         return True

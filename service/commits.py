@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from service.errors import Internal, LatchError, SessionNotFound
 from service.ledger import Ledger, StoredSlot, Written, packed, unpacked
 from service.manifest import Array
-from service.queues import Queues
+from service.queues import Queues, deleted, resolve
 from service.slab import Commits, Slot, StateSlab
 from service.snapshot import Snapshot, SnapshotCodec
 
@@ -24,6 +24,9 @@ class MadeAnew(SessionNotFound):
     """There is a session of that id, but it is another one than the copy here was of."""
 
     retryable = True
+
+    def __init__(self, message: str = "the session was deleted, and made anew: open it again") -> None:
+        super().__init__(message)
 
 
 class Arrival(Protocol):
@@ -101,7 +104,7 @@ class Committer:
         if not all(outcome):
             overtaken = [b for b in rows if not outcome[b] and slots[b].is_live]
             rows = [b for b in rows if b not in overtaken]
-            commits, state = _some(commits, rows), [values[rows] for values in state]
+            commits, state = commits.pick(rows), [values[rows] for values in state]
         applied = _stored(commits.slots)
         for slot in applied:
             slot.token = token
@@ -121,12 +124,12 @@ class Committer:
             LatchError: it could not be saved, or the session is gone; the copy is dropped.
         """
         if not slot.is_live:  # what is known of where it stands is somebody else's
-            raise SessionNotFound("the session was deleted while this request was under way")
+            raise deleted()
         commits, state = snapshot.commits(slot)
         if self._ledger is not None and isinstance(slot, StoredSlot):
             token, future = self._ledger.token(), asyncio.get_running_loop().create_future()
             saved = packed(self._snapshots, commits, state)
-            self._ledger.write([slot], token, saved, partial(_end, future), earlier)
+            self._ledger.write([slot], token, saved, partial(resolve, future), earlier)
             try:
                 outcome = (await future).outcome
             except asyncio.CancelledError:
@@ -140,7 +143,7 @@ class Committer:
                 return False
             slot.token = token
         if self._slab.commit(commits, state) != [True]:
-            raise SessionNotFound("the session was deleted while this request was under way")
+            raise deleted()
         return True
 
     def used(self, slot: Slot) -> None:
@@ -168,7 +171,7 @@ class Committer:
                 await self._ledger.store.touch({slot.id: slot.token})
             stored = await self._ledger.store.load(slot.id)
             if stored.created_at != slot.created_at:
-                raise MadeAnew("the session was deleted, and made anew: open it again")
+                raise MadeAnew
             if stored.token != slot.token:
                 self._slab.commit(*unpacked(self._snapshots, slot.id, stored.saved).commits(slot))
                 slot.token = stored.token
@@ -217,12 +220,3 @@ class Committer:
 
 def _stored(slots: Sequence[Slot]) -> list[StoredSlot]:
     return slots  # type: ignore[return-value]  # `commit` looked at the first one, and they come sorted
-
-
-def _some(commits: Commits, rows: Sequence[int]) -> Commits:
-    return Commits._make([column[b] for b in rows] for column in commits)
-
-
-def _end(future: asyncio.Future[Written], written: Written) -> None:
-    if not future.done():
-        future.set_result(written)

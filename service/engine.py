@@ -110,15 +110,10 @@ class Engine:
         self._task = asyncio.create_task(self.batcher.serve(), name=f"batcher {self.key.name}/{self.key.version}")
         self._task.add_done_callback(_report)
 
-    def stop(self) -> None:
+    async def close(self) -> None:
         """Ends the task; whoever still waits is told that the service is stopping."""
         if self._task is not None:
             self._task.cancel()
-
-    async def close(self) -> None:
-        """`stop`, and waits until it has."""
-        self.stop()
-        if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
 

@@ -5,7 +5,7 @@ not which of the two graphs is the better one for a run.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class _Graph:
         axes = {t.name: t.batch_axis for t in manifest.outputs}
         axes |= {pair.output: pair.batch_axis for pair in manifest.state}
 
-        @cache
+        @lru_cache(maxsize=256)  # a client may ask for outputs in any order
         def plan(outputs: tuple[str, ...]) -> _Plan:
             names = {public: manifest.replies[public] for public in outputs}
             fetch = list(dict.fromkeys([*map(returns, names.values()), *map(gives, manifest.state)]))

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
-from service.errors import Draining, Internal, LatchError, Overloaded, SessionNotFound
+from service.errors import Draining, LatchError, Overloaded, SessionNotFound
 from service.slab import Slot
 from service.wire import StepReply
 
@@ -27,7 +27,7 @@ Answer = Callable[[Outcome], Any]
 
 class Ticket(msgspec.Struct):
     """A place in the queue of a session, until `answer` was called. Without a request it needs no run: at its turn,
-    when everything before it is applied or has failed, `action` gives the outcome.
+    when everything before it is applied or has failed, it is refused with `error`.
 
     `requests` and `size` (bytes of inputs) are what it counts for in the queue of the model, where what needs no run
     takes no room from what does; in that of its session it counts as every other.
@@ -36,7 +36,7 @@ class Ticket(msgspec.Struct):
     slot: Slot
     answer: Answer | None
     submitted: float
-    action: Callable[[], Outcome] | None = None
+    error: LatchError | None = None
     requests: int = 0
     size: int = 0
 
@@ -52,14 +52,7 @@ class Ticket(msgspec.Struct):
 
     def act(self) -> bool:
         """Its turn has come. False where the slot is not free for the next one yet."""
-        try:
-            outcome = self.action()  # type: ignore[misc]  # a ticket has a request or an action
-        except LatchError as error:
-            outcome = error
-        except Exception:
-            log.exception("what a session had waiting could not be done")
-            outcome = Internal("the service failed on this call; its log says why")
-        self.settle(outcome)
+        self.settle(self.error)  # type: ignore[arg-type]  # a ticket has a request or an error
         return True
 
 
@@ -125,7 +118,7 @@ class Queues(Generic[G]):
     def check(self, slot: Slot) -> None:
         """Raises what keeps one more request of a session from being taken: Draining, Overloaded."""
         if self._closed is not None:
-            raise Draining("the service is stopping")
+            raise Draining
         queue = self._queues.get(slot)
         if not (
             self._depth >= self._max_queue
@@ -144,7 +137,7 @@ class Queues(Generic[G]):
     def put(self, ticket: Ticket) -> Ticket:
         """Puts a ticket at the end of its session's queue. Raises Draining, SessionNotFound."""
         if self._closed is not None:
-            raise Draining("the service is stopping")
+            raise Draining
         slot = ticket.slot
         if slot.row < 0:
             raise SessionNotFound("the session was deleted")
@@ -256,7 +249,7 @@ class Queues(Generic[G]):
             Draining, SessionNotFound: at once, or while it waits.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        turn = _Hold(slot, partial(_fail, future), time.perf_counter(), future=future)
+        turn = _Hold(slot, partial(resolve, future), time.perf_counter(), future=future)
         self.put(turn)
         try:
             await future
@@ -274,7 +267,7 @@ class Queues(Generic[G]):
             Draining, SessionNotFound: as `put`.
         """
         if self._closed is not None:
-            raise Draining("the service is stopping")
+            raise Draining
         if len(self._queues.get(slot, ())) >= self._max_session_queue:
             async with self.hold(slot):
                 return
@@ -292,7 +285,7 @@ class Queues(Generic[G]):
         """
         self._closed = error
         for future in self._outside:
-            _open(future)
+            resolve(future)
         groups = {entry: None for entry in self._line if isinstance(entry, Group)}
         for slot, queue in self._queues.items():
             for entry in queue[1 if slot in saving else 0 :]:
@@ -308,7 +301,7 @@ class Queues(Generic[G]):
         while room and self._outside:
             future = self._outside.popleft()
             room -= not future.done()  # who has left needs none
-            _open(future)
+            resolve(future)
 
     @property
     def _is_full(self) -> bool:
@@ -324,7 +317,7 @@ class _Hold(Ticket, kw_only=True):
     def act(self) -> bool:
         """Its turn has come, even where the caller is just leaving: the end of `hold` sees to that."""
         self.answer, self.is_held = None, True
-        _open(self.future)
+        resolve(self.future)
         return False
 
 
@@ -336,11 +329,16 @@ def deliver(answer: Callable[[Any], Any], outcome: Any) -> None:
         log.exception("an answer could not be delivered")
 
 
-def _fail(future: asyncio.Future[None], outcome: Outcome) -> None:
-    if not future.done() and isinstance(outcome, LatchError):
+def resolve(future: asyncio.Future[Any], outcome: Any = None) -> None:
+    """Ends the wait of a caller who may have gone."""
+    if future.done():
+        return
+    if isinstance(outcome, LatchError):
         future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
-def _open(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def deleted() -> SessionNotFound:
+    """What a request is told whose session ended under it."""
+    return SessionNotFound("the session was deleted while this request was under way")

@@ -97,17 +97,13 @@ class OrtRunner:
             else:
                 self.chunks = f"{name}: {reason}" if reason else name
                 return
-        self.step_by_step(reason)
+        self._chunk = None
+        self.chunks = f"loop: {reason}"
 
     @property
     def in_one_run(self) -> bool:
         """Whether a chunk is more than a loop over runs of one step."""
         return self._chunk is not None
-
-    def step_by_step(self, reason: str) -> None:
-        """Gives up every one-run form of a chunk."""
-        self._chunk = None
-        self.chunks = f"loop: {reason}"
 
     def run(self, inputs: Array, state: Sequence[Array], outputs: Sequence[str]) -> Results:
         """Advances B sessions by T steps each.

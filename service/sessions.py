@@ -24,7 +24,6 @@ from service.errors import (
     CapacityExceeded,
     Draining,
     InvalidInput,
-    LatchError,
     ModelNotFound,
     PayloadTooLarge,
     SessionCorrupt,
@@ -36,12 +35,11 @@ from service.errors import (
 )
 from service.ledger import Ledger, StoredSlot, packed, unpacked
 from service.metrics import Metrics
-from service.queues import Answer, Outcome, Ticket
+from service.queues import Answer, Ticket, deleted, resolve
 from service.slab import Slot
 from service.snapshot import Snapshot, origin, snapshot
 from service.stores import Saved, SessionStore, Stored
 from service.wire import StepReply, StepRequest
-from service.work import deleted
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +315,7 @@ class SessionManager:
     async def step(self, session: Session, request: StepRequest) -> StepReply:
         """`submit`, and waits for the answer. Cancelling it drops the request if no run has finished it."""
         future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
-        ticket = session.engine.batcher.submit(session, request, partial(_end, future))
+        ticket = session.engine.batcher.submit(session, request, partial(resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -366,11 +364,7 @@ class SessionManager:
         try:
             for slot in slots:
                 self._acquire(engine, slot)
-            waiting = [
-                _answered(partial(engine.batcher.submit, slot, request))
-                for slot, request in zip(slots, requests, strict=True)
-            ]
-            return await asyncio.gather(*waiting)
+            return await asyncio.gather(*map(partial(_stepped, engine), slots, requests))
         finally:
             for slot in slots:
                 engine.batcher.release(slot)
@@ -386,7 +380,12 @@ class SessionManager:
             soon = 2 * self._sweep_interval
             used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
             if used:
-                await self._store.touch({slot.id: slot.token for slot in used})
+                try:
+                    await self._store.touch({slot.id: slot.token for slot in used})
+                except StoreUnavailable:  # the next sweep tells it
+                    for slot in filter(self._is_here, used):
+                        slot.engine.batcher.used(slot)
+                    raise
         for engine in self.engines:
             idle = [slot for slot in engine.slab.idle() if self._is_here(slot)]
             for start in range(0, len(idle), _EXPIRED_AT_ONCE):  # the doors go first, however many end at once
@@ -594,6 +593,8 @@ class SessionManager:
             return 0 < (await self._store.load(session_id)).time_left < inf
         except (SessionNotFound, SessionExpired):
             return False
+        except SessionCorrupt:  # it is left as it is, and is no trouble of the others
+            return True
 
     def _forget(self, session: Session) -> None:
         """Takes the session out of this process at once, before anything is awaited."""
@@ -605,20 +606,11 @@ class SessionManager:
         session.engine.sessions -= 1
 
 
-async def _answered(ask: Callable[[Answer], Ticket]) -> StepReply:
-    """Calls `ask` with an answer that ends the wait."""
+async def _stepped(engine: Engine, slot: Slot, request: StepRequest) -> StepReply:
+    """Submits a request, and waits for the answer."""
     future: asyncio.Future[StepReply] = asyncio.get_running_loop().create_future()
-    ticket = ask(partial(_end, future))
+    ticket = engine.batcher.submit(slot, request, partial(resolve, future))
     try:
         return await future
     finally:
         ticket.cancel()
-
-
-def _end(future: asyncio.Future[StepReply], outcome: Outcome) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, LatchError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)

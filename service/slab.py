@@ -55,6 +55,10 @@ class Commits(NamedTuple):
     digests: list[bytes]
     replies: list[bytes | None]
 
+    def pick(self, rows: Sequence[int]) -> "Commits":
+        """Some of the entries."""
+        return Commits._make([column[b] for b in rows] for column in self)
+
 
 class StateSlab:
     """Rows for up to `capacity` sessions; memory grows with the sessions there are.
@@ -193,8 +197,7 @@ class StateSlab:
         live = [slot.row >= 0 for slot in commits.slots]
         if not all(live):
             picked = [b for b, is_live in enumerate(live) if is_live]
-            commits = Commits._make([column[b] for b in picked] for column in commits)
-            state = [new[picked] for new in state]
+            commits, state = commits.pick(picked), [new[picked] for new in state]
         if len(commits.slots) > _FEW:
             self._commit_many(commits, state)
         else:

@@ -88,8 +88,7 @@ class SnapshotCodec:
         packed: dict[int, tuple[bytes, bytes]] = {}
         for size in set(sizes):
             rows = [b for b, other in enumerate(sizes) if other == size]
-            some = Commits._make([column[b] for b in rows] for column in commits)
-            parts = self._pack(size, some, [values[rows] for values in state])
+            parts = self._pack(size, commits.pick(rows), [values[rows] for values in state])
             packed |= zip(rows, zip(*parts, strict=True), strict=True)
         return [packed[b][0] for b in range(len(sizes))], [packed[b][1] for b in range(len(sizes))]
 

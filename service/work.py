@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from service.errors import LatchError, SessionNotFound
+from service.errors import LatchError
 from service.manifest import Array
 from service.metrics import ModelMetrics
-from service.queues import Answer, Group, Queues, Ticket, deliver
+from service.queues import Answer, Group, Queues, Ticket, deleted, deliver
 from service.slab import Commits, Slot
 from service.wire import Block, StepReply, StepRequest
 
@@ -182,8 +182,3 @@ class BlockRun:
         chunk = self._work.chunk(row)
         chunk.restart()
         self._queues.put_first(chunk)
-
-
-def deleted() -> SessionNotFound:
-    """What a request is told whose session ended under it."""
-    return SessionNotFound("the session was deleted while this request was under way")

@@ -3,6 +3,9 @@
 Rule: it performs what `protocol.py` asks for, and decides nothing.
 """
 
+import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Mapping
@@ -298,6 +301,9 @@ class _Line:
             case Dial(path, timeout):
                 self.hang_up()
                 self._socket = self._dialled.enter_context(connect(**self._target.socket(path, timeout)))
+                if sys.platform != "win32":  # websockets' `send` has no time limit: one to who hangs would never end
+                    limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+                    self._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             case Exchange(message, timeout) if self._socket is not None:
                 if message is not None:
                     self._socket.send(message)

@@ -20,7 +20,7 @@ from service.wire import native
 
 JSON, PACKED = "application/json", "application/octet-stream"
 KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell them
-
+BYTES = {"type": "string", "format": "binary"}  # in OpenAPI
 
 _CONTROL_BYTES = 262_144
 
@@ -29,14 +29,14 @@ class BoundedRoute(APIRoute):
     """Reads the whole body before the handler runs, never more of it than `max_body_bytes`, and only of its type."""
 
     content_type = JSON
-    most_bytes: int | None = None
+    most_bytes = inf
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         """Wraps FastAPI's own handler; it finds the body that was read."""
         handler, kinds = super().get_route_handler(), (self.content_type,)
 
         async def bounded(request: Request) -> Response:
-            limit = min(request.app.state.max_body_bytes, self.most_bytes or inf)
+            limit = min(request.app.state.max_body_bytes, self.most_bytes)
             _, request._body = await read_body(request.scope, request.receive, limit, kinds)
             return await handler(request)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import JSON, PACKED, ControlRoute, Manager
+from service.routers import BYTES, JSON, PACKED, ControlRoute, Manager
 from service.sessions import Session, SessionManager
 from service.stores import Stored
 from service.wire import native
@@ -71,9 +71,8 @@ _STEP_BODY = {
         },
     },
 }
-_ROWS = {"type": "string", "format": "binary"}
 STEP_CALL = {
-    "requestBody": {"required": True, "content": {JSON: {"schema": _STEP_BODY}, PACKED: {"schema": _ROWS}}},
+    "requestBody": {"required": True, "content": {JSON: {"schema": _STEP_BODY}, PACKED: {"schema": BYTES}}},
     "parameters": [
         {"name": name, "in": "query", "schema": {"type": kind}, "description": f"{what}; with packed rows only"}
         for name, kind, what in (
@@ -135,7 +134,7 @@ class Steps(BaseModel):
 
 
 _PACKED_REPLY: dict[str, Any] = {
-    "content": {PACKED: {"schema": {"type": "string", "format": "binary"}}},
+    "content": {PACKED: {"schema": BYTES}},
     "headers": {
         "Latch-Step": {"schema": {"type": "integer"}, "description": "Of packed rows: the session's step"},
         "Latch-Replayed": {"schema": {"type": "boolean"}, "description": "Of packed rows: a duplicate, nothing ran"},

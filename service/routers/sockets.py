@@ -19,13 +19,14 @@ from starlette.types import Receive, Scope, Send
 from service.commits import MadeAnew
 from service.errors import Draining, LatchError, Overloaded, SlowReader
 from service.metrics import Metrics
-from service.queues import Answer
+from service.queues import Answer, resolve
 from service.sessions import Session, SessionManager
 from service.wire import StepRequest, native
 
 JSON, BINARY = "latch.json", "latch.binary"
 # A connection that is closed and whose peer does not read is dropped after this long.
 ABORT_SECONDS = 5.0
+_FED = 1024  # ids, from which on those of sessions that have ended are looked for
 _PATIENCE = 5.0  # seconds for which a hello waits for another socket, whose client may be slow to read
 # Replies that are written together are one message up to this size: client libraries take a megabyte by default.
 MESSAGE_BYTES = 2**19
@@ -146,11 +147,6 @@ def _joined(messages: list[bytes]) -> Iterator[bytes]:
         yield b"".join(messages[start:])
 
 
-def _open(mark: asyncio.Future[None]) -> None:
-    if not mark.done():
-        mark.set_result(None)
-
-
 def _ignore(_message: bytes | str) -> None:
     """What comes after the end."""
 
@@ -176,6 +172,7 @@ class Socket:
         self._backlog: deque[bytes | str | asyncio.Future[None]] = deque()
         self._behind: asyncio.Task[None] | None = None
         self._is_greeting = False
+        self._max_fed = _FED
         self._fed: set[str] = set()  # ids of the sessions that it has said hello for
         self._draining: asyncio.Task[None] | None = None
         self._going: asyncio.Task[None] | None = None
@@ -206,7 +203,7 @@ class Socket:
             self.shared.left(self)
             for mark in self._backlog:
                 if isinstance(mark, asyncio.Future):
-                    _open(mark)
+                    resolve(mark)
             for task in (left, self._behind, self._draining, self._going):
                 if task is not None:
                     task.cancel()
@@ -261,7 +258,7 @@ class Socket:
                 await self.room()
                 message = self._backlog.popleft()
                 if isinstance(message, asyncio.Future):
-                    _open(message)
+                    resolve(message)
                 elif not self.take_now(message):
                     await self.take(message)
         except Exception as error:  # noqa: BLE001 - as above
@@ -327,6 +324,9 @@ class Socket:
             self._is_greeting = False
         while True:
             session = await self.manager.find(session_id)
+            if len(self._fed) > self._max_fed:  # sessions come and go while a socket stays
+                self._fed = {each for each in self._fed if self.manager.resident(each) is not None}
+                self._max_fed = 2 * len(self._fed) + _FED
             self._fed.add(session_id)
             try:
                 await self.greet(session, *channel)
@@ -361,7 +361,7 @@ class Socket:
         """The session, loaded again where this process has let it go. Raises as `SessionManager.find`."""
         found = await self.manager.find(session.id)
         if found is not session and found.created_at != session.created_at:
-            raise MadeAnew("the session was deleted, and made anew: open it again")
+            raise MadeAnew
         return found
 
     def refuse(self, session: Session | None, error: LatchError, answer: Answer) -> None:
@@ -370,7 +370,7 @@ class Socket:
         if session is None or not session.is_live:
             answer(error)
         else:
-            session.engine.batcher.at_turn(session, lambda: error, answer)
+            session.engine.batcher.refuse(session, error, answer)
 
     def say(self, message: bytes, answers: int = 1) -> None:
         """Sends a message soon, with all others of the same run; it answers so many requests."""

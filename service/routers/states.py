@@ -5,13 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import PACKED, Body, ControlRoute, Manager, PackedRoute, documented
+from service.routers import BYTES, PACKED, Body, ControlRoute, Manager, PackedRoute, documented
 from service.routers.sessions import Metadata, SessionInfo, session_info
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=ControlRoute)
 snapshots = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=PackedRoute)
-
-_BYTES = {"type": "string", "format": "binary"}
 
 NewIdleTtl = Annotated[
     int | None, Query(ge=1, le=10**12, description="Of a session that this makes; the service's default when absent")
@@ -58,7 +56,7 @@ async def reset(session_id: str, manager: Manager) -> SessionInfo:
     return session_info(manager, await manager.reset(session_id))
 
 
-@router.get("/state", response_class=Response, responses={200: {"content": {PACKED: {"schema": _BYTES}}}})
+@router.get("/state", response_class=Response, responses={200: {"content": {PACKED: {"schema": BYTES}}}})
 async def get_state(session_id: str, manager: Manager) -> Response:
     """Where a session stands, after the requests that it has waiting: a safetensors file with state, step and kept
     reply, for `PUT` here or at another service of the same model version.
@@ -68,7 +66,7 @@ async def get_state(session_id: str, manager: Manager) -> Response:
 
 @snapshots.put(
     "/state",
-    openapi_extra=documented(_BYTES, PACKED),
+    openapi_extra=documented(BYTES, PACKED),
     responses={201: {"model": SessionInfo, "description": "The session is new"}},
 )
 async def put_state(

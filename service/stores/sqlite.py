@@ -148,7 +148,8 @@ class SqliteStore:
 
     @staticmethod
     def _prepare(db: sqlite3.Connection, synchronous: str, where: str) -> None:
-        (application,), (version,) = (db.execute(f"PRAGMA {name}").fetchone() for name in _MARKS)
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
         if (application, version) == (0, 0) and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             db.execute("PRAGMA journal_mode = WAL")  # before there is anything in the file
             db.executescript(
@@ -526,6 +527,3 @@ class SqliteStore:
             "DELETE FROM expired WHERE number <= (SELECT number FROM expired ORDER BY number DESC LIMIT 1 OFFSET ?)",
             (self._max_expired_ids,),
         )
-
-
-_MARKS = ("application_id", "user_version")

@@ -6,7 +6,7 @@ them one after another, in the order asked for.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class RowFormat:
         self.default = tuple(outputs)[:1]
         self._base = _little_endian(inputs.dtype)
         self.input_bytes = self._base.itemsize * math.prod(inputs.shape)
-        self._layout = cache(self._make_layout)
+        self._layout = lru_cache(maxsize=256)(self._make_layout)  # names come in any order
 
     @classmethod
     def of(cls, manifest: Manifest) -> "RowFormat":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from service.batcher import Batcher
-from service.errors import InferenceFailed, LatchError
+from service.errors import InferenceFailed, InvalidInput, LatchError
 from service.ledger import Ledger
 from service.manifest import StatePair
 from service.metrics import Metrics
@@ -186,17 +186,23 @@ class Bench:
 
     def turn(self, slot: Slot) -> Waiting:
         """Asks for the step that the slot is at, in turn."""
-        action = lambda: StepReply((), b"", 0, self.slab.step(slot))  # noqa: E731
-        return self.ask(lambda answer: self.batcher.at_turn(slot, action, answer))
+        return self._in_turn(slot, lambda: None)
 
     def reset(self, slot: Slot) -> Waiting:
         """Resets the slot, in turn."""
+        return self._in_turn(slot, lambda: self.slab.commit(*SNAPSHOTS.start({}).commits(slot)))
 
-        def reset() -> StepReply:
-            self.slab.commit(*SNAPSHOTS.start({}).commits(slot))
-            return StepReply((), b"", 0, self.slab.step(slot))
+    def _in_turn(self, slot: Slot, action: Callable[[], Any]) -> Waiting:
+        """Does something in the slot's turn, and answers with the step that it is at then."""
+        turn = InvalidInput("its turn")
 
-        return self.ask(lambda answer: self.batcher.at_turn(slot, reset, answer))
+        def act(answer: Answer, outcome: Outcome) -> None:
+            if outcome is turn:
+                action()
+                outcome = StepReply((), b"", 0, self.slab.step(slot))
+            answer(outcome)
+
+        return self.ask(lambda answer: self.batcher.refuse(slot, turn, partial(act, answer)))
 
     def hold(self) -> tuple[threading.Event, threading.Event]:
         """Stops every run in a worker: the first event says that one has begun, the second lets it go."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from service.errors import Draining, InferenceFailed, Internal, InvalidInput, Overloaded, SessionNotFound, StepConflict
+from service.errors import Draining, InferenceFailed, InvalidInput, Overloaded, SessionNotFound, StepConflict
 from service.metrics import Metrics
 from service.slab import Slot
 from service.wire import StepReply, StepRequest
@@ -392,16 +392,14 @@ async def test_whatever_a_session_asks_is_answered_in_order(metrics: Metrics) ->
     bench = Bench(metrics, max_run_steps=2)
     slot = bench.acquire()
     order: list[int] = []
-
-    def refuse() -> StepReply:
-        raise InvalidInput("this one was bad from the start")
+    bad = InvalidInput("this one was bad from the start")
 
     async with serving(bench):
         asked = [
             bench.step(slot, 1),
             bench.turn(slot),
             bench.step(slot, 2, 3, 4, 5, 6),
-            bench.ask(lambda answer: bench.batcher.at_turn(slot, refuse, answer)),
+            bench.ask(lambda answer: bench.batcher.refuse(slot, bad, answer)),
             bench.step(slot, 9, first=3),
             bench.reset(slot),
             bench.step(slot, 7),
@@ -500,7 +498,7 @@ async def test_a_door_that_cannot_deliver_harms_nobody(metrics: Metrics, caplog:
     async with serving(bench):
         mates = [bench.step(slot, 4) for slot in slots[:2]]
         bench.batcher.submit(slots[2], StepRequest(np.array([5.0]).tobytes(), 1, ("y",)), broken)
-        bench.batcher.at_turn(slots[2], lambda: StepReply((), b"", 1, 0), broken)
+        bench.batcher.refuse(slots[2], InvalidInput("bad"), broken)
         assert [last(reply) for reply in await asyncio.gather(*mates)] == [4, 4]
         assert last(await bench.step(slots[2], 6, first=2)) == 56
     assert "a door with a bug" in caplog.text
@@ -598,18 +596,3 @@ async def test_after_the_stop_a_queue_that_was_full_says_so_no_more(metrics: Met
         bench.step(slots[1], 1)
     with pytest.raises(Draining):
         await bench.batcher.room(slots[1])
-
-
-async def test_an_action_that_breaks_harms_nobody_else(metrics: Metrics, caplog: pytest.LogCaptureFixture) -> None:
-    """Its caller gets an error, the log the traceback, and the loop lives."""
-    bench = Bench(metrics)
-    slot = bench.acquire()
-
-    def broken() -> StepReply:
-        raise ZeroDivisionError("a fault nobody foresaw")
-
-    async with serving(bench):
-        with pytest.raises(Internal):
-            await bench.ask(lambda answer: bench.batcher.at_turn(slot, broken, answer))
-        assert last(await bench.step(slot, 5)) == 5
-    assert "nobody foresaw" in caplog.text

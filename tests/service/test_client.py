@@ -16,10 +16,13 @@ import httpx
 import numpy as np
 import pytest
 from websockets.exceptions import InvalidURI
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
 
 from service.client import AsyncClient, Client, LostSteps, NotAllStepped, NotLatch, PatienceExhausted, Reply
 from service.client.blocking import _let_go
-from service.client.effects import Later, Retry
+from service.client.effects import Dial, Exchange, Later, Retry, Work
 from service.client.transport import Target, failure
 from service.errors import (
     InvalidInput,
@@ -572,6 +575,38 @@ def test_patience_ends(client: Callable[..., Any]) -> None:
     with pytest.raises(PatienceExhausted, match=r"0\.1 s") as caught:
         client(f"http://127.0.0.1:{port}", patience=0.1).session(model="toy")
     assert caught.value.__cause__ is not None
+
+
+def silent(listener: socket.socket, done: threading.Event) -> None:
+    """Opens one WebSocket, and reads nothing from it."""
+    peer, _ = listener.accept()
+    with peer:
+        protocol = ServerProtocol(subprotocols=[Subprotocol("latch.binary")])
+        protocol.receive_data(peer.recv(4096))
+        [asked] = protocol.events_received()
+        assert isinstance(asked, Request)
+        protocol.send_response(protocol.accept(asked))
+        peer.sendall(b"".join(protocol.data_to_send()))
+        done.wait(30)
+
+
+def test_a_large_message_to_who_reads_nothing_is_given_up() -> None:
+    """It fills the network on its way, so that the sending waits, which websockets lets it do for ever."""
+
+    def work() -> Work[bytes]:
+        yield Dial("/v1/stream", 0.5)
+        return (yield Exchange(bytes(2**24), 0.5))
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = threading.Thread(target=silent, args=(listener, done))
+        peer.start()
+        try:
+            with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as latch, pytest.raises(Later):
+                latch._line.run(work())
+        finally:
+            done.set()
+            peer.join()
 
 
 @pytest.mark.parametrize(

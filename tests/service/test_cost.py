@@ -6,7 +6,7 @@ answers from nothing, and the wires are lists.
 
 Over budget? Each message then pays for something new: a future, a task, a copy, a look at a clock. The failure names
 the calls that are made most. Take the new one off the path, or make it once a run; where it is worth its price, raise
-the budget and say so in the commit. Budgets are 15 % above what Python 3.11, 3.12 or 3.13 counts, whichever is most.
+the budget and say so in the commit. Budgets leave as little as a call or two above what Python 3.11 counts.
 """
 
 import asyncio

@@ -142,6 +142,21 @@ async def house(repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPa
         await engine.close()
 
 
+async def test_sessions_that_have_ended_are_forgotten(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JSON socket may stay for weeks while sessions come and go; of those that live, it knows all."""
+    monkeypatch.setattr(sockets, "_FED", 8)
+    client = Client(house.door, "/v1/stream", JSON)
+    await client.until(lambda: client.wire.on_message)
+    for i in range(100):
+        client.send(json.dumps({"type": "open", "session": await house.session(f"s{i}")}))
+        await client.until(lambda: len(client.wire.received) == i + 1)  # noqa: B023 - awaited before the next
+        if i % 10:
+            await house.manager.delete(f"s{i}")
+    [socket] = Watched.alive
+    assert {f"s{i}" for i in range(0, 100, 10)} <= socket._fed
+    assert len(socket._fed) < 40
+
+
 @pytest.mark.parametrize("sessions", [1, 50])
 @pytest.mark.parametrize("subprotocol", [JSON, BINARY])
 async def test_a_flood_that_reads_nothing_is_not_read(house: House, sessions: int, subprotocol: str) -> None:

@@ -164,7 +164,7 @@ def test_warm_up_learns_what_a_run_takes(repository: Path, monkeypatch: pytest.M
     assert not runner.is_short(491, 1)
     assert runner.is_short(1, 137)
     assert not runner.is_short(1, 138)
-    runner.step_by_step("the other form")
+    runner.simplify("the other form")
     assert runner.expected_seconds(1, 100) == pytest.approx(1100e-6)
 
 

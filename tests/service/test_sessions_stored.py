@@ -445,6 +445,49 @@ async def test_the_store_hears_of_use_that_saves_nothing(
     assert touched == [{"a": session.token}] * 3
 
 
+async def test_use_that_the_store_could_not_hear_of_is_told_again(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was away for one sweep; the answer has told a later end."""
+    touched: list[list[str]] = []
+
+    async def touch(_: SharedStore, tokens: dict[str, bytes]) -> None:
+        touched.append([*tokens])
+        if len(touched) == 1:
+            raise StoreUnavailable("the wire is cut")
+
+    monkeypatch.setattr(SharedStore, "touch", touch)
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    for _ in range(2):
+        await manager.step(session, ones(first=1))
+    with pytest.raises(StoreUnavailable):
+        await manager.sweep()
+    await manager.sweep()
+    await manager.sweep()
+    assert touched == [["a"], ["a"]]
+
+
+async def test_one_that_cannot_be_read_keeps_no_other_from_ending(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left as it is; the others that idled out end in the store, too, and are counted."""
+    manager, load = replicas[0].manager, SharedStore.load
+    for name in "abc":
+        session, _ = await manager.create("toy", session_id=name)
+        session.engine.slab.expire_in(session, 0)
+
+    async def spoilt(store: SharedStore, name: str) -> Stored:
+        if name == "b":
+            raise SessionCorrupt("session 'b' cannot be read")
+        return msgspec.structs.replace(await load(store, name), time_left=0.0)
+
+    monkeypatch.setattr(SharedStore, "load", spoilt)
+    assert await manager.sweep() == 2
+    assert store(replicas)._find("b") is not None
+    assert store(replicas)._find("a") is store(replicas)._find("c") is None
+
+
 async def test_in_a_file_who_is_in_use_does_not_expire(repository: Path, tmp_path: Path) -> None:
     """Retries and long requests count there as they do in memory."""
     store = open_store(f"sqlite:///{tmp_path}/s.db", keep_steps=0, max_expired_ids=10)
