@@ -1,6 +1,7 @@
 """`latch`: the command line. Rule: it reads arguments and prints; the work is done elsewhere."""
 
 import logging
+import re
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -91,9 +92,13 @@ def check(models: ModelsOption = None) -> None:
         for engine in loaded:
             allowed = f"{engine.manifest.golden.tolerance:g}"
             exact = "yes" if engine.bit_exact else "no"
-            table.add_row("/".join(engine.key), engine.device, f"{engine.golden_error:.2g}", allowed, exact)
+            table.add_row(str(engine.key), engine.device, f"{engine.golden_error:.2g}", allowed, exact)
     out.print(table)
     _report_broken(broken)
+    if not found.found:
+        out.print(
+            f"no model in {settings.models}: it has folders <name>/<version>/ (--models, LATCH_MODELS)", style="red"
+        )
     if broken or not found.found:
         raise typer.Exit(1)
 
@@ -125,7 +130,8 @@ def list_settings() -> None:
     settings = load_settings()
     table = Table(*(Column(title, overflow="fold") for title in ("setting", "value", "default", "meaning")))
     for name, field in Settings.model_fields.items():
-        table.add_row(PREFIX + name.upper(), str(getattr(settings, name)), str(field.default), field.description)
+        value = re.sub("//.*@", "//...@", str(getattr(settings, name)))  # the store's, which may have a password
+        table.add_row(PREFIX + name.upper(), value, str(field.default), field.description)
     out.print(table)
 
 
@@ -156,8 +162,8 @@ def main() -> None:
 
 
 def _report_broken(broken: dict[ModelKey, LatchError]) -> None:
-    for (name, version), error in broken.items():
-        out.print(f"broken: {name}/{version}: {error}", style="red", markup=False)
+    for key, error in broken.items():
+        out.print(f"broken: {key}: {error}", style="red", markup=False)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from service.drain import Drain
 from service.engine import EngineOptions, load_engine, load_engines
-from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound
+from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound, by_code
 from service.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import scan, stamps
@@ -62,9 +62,11 @@ def create_app(settings: Settings) -> FrontDoor:
     options = engine_options(settings)
     engines = load_engines(found.found, found.broken, options, metrics, ledger=ledger)
     for engine in engines:
-        log.info("model %s/%s on %s", *engine.key, engine.device)
+        log.info("model %s on %s", engine.key, engine.device)
+    for code in by_code():
+        metrics.errors.labels(code)  # from 0 on: a counter that begins at 1 shows no increase
     for key, error in engines.broken.items():
-        log.error("model %s/%s is not served: %s", *key, error)
+        log.error("model %s is not served: %s", key, error)
     repository = Repository(
         settings.models,
         engines,

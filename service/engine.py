@@ -26,6 +26,9 @@ from service.wire.rows import RowFormat
 
 log = logging.getLogger(__name__)
 
+# Of one `predict`: the loop begins so many in one turn, and the others find room in the queue.
+_SEQUENCES_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -82,7 +85,7 @@ class Engine:
         self.rows = RowFormat.of(files.manifest)
         self.codec = NativeCodec(self.rows, max_steps=options.max_steps)
         self.snapshots = SnapshotCodec(
-            "/".join(self.key),
+            str(self.key),
             files.manifest.files["model.onnx"],
             files.manifest.state,
             keep_reply_bytes=options.keep_reply_bytes,
@@ -101,7 +104,7 @@ class Engine:
             keep_reply_bytes=options.keep_reply_bytes,
             metrics=metrics.model(*self.key, self.slab.__len__, lambda: self.sessions),
         )
-        self.max_sequences = min(options.max_queue, options.max_sessions)
+        self.sequences_at_once = min(_SEQUENCES_AT_ONCE, options.max_queue, options.max_sessions)
         self.chunks = self._runner.chunks
         self._task: asyncio.Task[None] | None = None
 

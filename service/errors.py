@@ -32,6 +32,15 @@ class LatchError(Exception):
         return {"error": str(self), "code": self.code, "retryable": self.retryable, **self.extras}
 
 
+def by_code(root: type[LatchError] = LatchError) -> dict[str, type[LatchError]]:
+    """Every error of this module, by its code."""
+    found: dict[str, type[LatchError]] = {}
+    for kind in root.__subclasses__():
+        if kind.__module__ == __name__:
+            found |= {kind.code: kind} | by_code(kind)
+    return found
+
+
 class Internal(LatchError):
     """A fault of the service itself; the log has its traceback."""
 
@@ -59,7 +68,7 @@ class InvalidInput(LatchError):
 
 
 class PayloadTooLarge(LatchError):
-    """More bytes, steps or sequences than one request may carry; `limit` says how many it may."""
+    """More bytes or steps than one request may carry; `limit` says how many it may."""
 
     code = "payload_too_large"
     http_status = 413

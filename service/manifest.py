@@ -20,6 +20,8 @@ from service.errors import ManifestInvalid
 
 Array = NDArray[Any]
 
+_DEEPEST = 64  # lists and objects in one another: what writes the pages of models gives up at some hundreds
+
 
 class Feature(msgspec.Struct, frozen=True):
     """One value along a tensor's last axis: its name and its unit."""
@@ -136,8 +138,10 @@ def parse_manifest(text: bytes) -> Manifest:
         ManifestInvalid: not JSON, against the schema, or names and axes that contradict each other.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=_refuse)
         json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate could never be told to anybody
+        if (depth := _depth(document)) > _DEEPEST:
+            raise ValueError(f"it is nested {depth} deep, more than {_DEEPEST}")
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"manifest.json is not JSON: {error}") from error
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
@@ -146,6 +150,15 @@ def parse_manifest(text: bytes) -> Manifest:
     manifest = msgspec.convert(document, Manifest)
     _check_consistency(manifest)
     return manifest
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _check_consistency(manifest: Manifest) -> None:

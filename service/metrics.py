@@ -88,6 +88,7 @@ class ModelMetrics:
         key = (model, version)
         self.steps = metrics.steps.labels(*key)
         self.replays = metrics.replays.labels(*key)
+        metrics.expired.labels(*key)  # from 0 on; whoever expires them counts
         self.queue_depth = metrics.queue_depth.labels(*key)
         self._batch_size = metrics.batch_size.labels(*key)
         self._run_steps = metrics.run_steps.labels(*key)

@@ -25,6 +25,10 @@ class ModelKey(NamedTuple):
     name: str
     version: str
 
+    def __str__(self) -> str:
+        """As text that can be told, whatever the folders are called."""
+        return "/".join(self).encode("utf-8", "backslashreplace").decode()
+
 
 # What the system tells of the files of a folder; any write to one of them gives another.
 Stamp = tuple[tuple[str | int, ...], ...]
@@ -76,8 +80,12 @@ def stamps(root: Path) -> dict[ModelKey, Stamp]:
     """
     found = {}
     for key in _keys(root):
-        with suppress(FileNotFoundError, NotADirectoryError):  # gone since
+        try:
             found[key] = _stamp(root / key.name / key.version)
+        except (FileNotFoundError, NotADirectoryError):  # gone since
+            pass
+        except OSError as error:  # its owner's alone, say: `load` tells it
+            found[key] = ((str(error),),)
     return found
 
 
@@ -126,10 +134,10 @@ def _stamp(folder: Path) -> Stamp:
 def _load(folder: Path) -> ModelFiles:
     text = _read(folder, "manifest.json")
     manifest = parse_manifest(text)
-    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
+    key = ModelKey(folder.parent.name, folder.name)
+    if key != (manifest.name, manifest.version):
         raise ManifestInvalid(
-            f"manifest.json says {manifest.name}/{manifest.version}, but lies in {folder.parent.name}/{folder.name}: "
-            "the folder names the model"
+            f"manifest.json says {manifest.name}/{manifest.version}, but lies in {key}: the folder names the model"
         )
     content = {name: _checked(folder, name, digest) for name, digest in manifest.files.items()}
     try:
@@ -149,6 +157,8 @@ def _read(folder: Path, name: str) -> bytes:
     if path.resolve().parent != folder.resolve():
         raise ManifestInvalid(f"{name!r} leads outside the folder of its model: files lie beside manifest.json")
     try:
+        if not path.is_file() and path.exists():  # who reads a pipe waits for ever
+            raise ManifestInvalid(f"{name} is no file")
         return path.read_bytes()
     except OSError as error:
         raise ManifestInvalid(f"{name} cannot be read: {error.strerror}") from error

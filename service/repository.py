@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.engine import Engine, Engines
-from service.errors import LatchError, ModelBroken, ModelChanged, ModelInUse, ModelNotFound
+from service.errors import LatchError, ManifestInvalid, ModelBroken, ModelChanged, ModelInUse, ModelNotFound
 from service.metrics import Metrics
 from service.registry import ModelFiles, ModelKey, Stamp, load, stamps
 
@@ -101,21 +101,25 @@ class Repository:
 
         Raises:
             ModelNotFound: there is no folder of it.
-            ModelBroken: it does not load; its `reason` is the code of why.
+            ModelBroken: it does not load; its `reason` is the code of why. Or the repository cannot be looked into.
             ModelChanged: it serves, from other files than there are now.
         """
         key = ModelKey(name, version)
         async with self._lock:
-            found = await asyncio.to_thread(stamps, self._root)
+            try:
+                found = await asyncio.to_thread(stamps, self._root)
+            except (LatchError, OSError) as error:
+                reason = error.code if isinstance(error, LatchError) else ManifestInvalid.code
+                raise ModelBroken(f"model {key} cannot be looked for: {error}", reason=reason) from None
             if key not in found:
-                raise ModelNotFound(f"no folder {name}/{version} in the model repository")
+                raise ModelNotFound(f"no folder {key} in the model repository")
             try:
                 engine = await self._decide(key)
             except LatchError as error:
                 self._report(key, error)
                 if self._serving(key) is not None:
                     raise ModelChanged(str(self.engines.broken[key])) from None
-                raise ModelBroken(f"model {name}/{version} cannot be served: {error}", reason=error.code) from None
+                raise ModelBroken(f"model {key} cannot be served: {error}", reason=error.code) from None
             self._decided[key] = found[key]
             return engine
 
@@ -168,7 +172,7 @@ class Repository:
         if engine is None:
             engine = await asyncio.to_thread(self._make, files)
             engine.start()
-            log.info("model %s/%s on %s", *key, engine.device)
+            log.info("model %s on %s", key, engine.device)
         elif files.digest != engine.digest:
             raise ModelChanged("its files are others than when it was loaded")
         if (removal := self._removals.pop(key, None)) is not None:
@@ -180,11 +184,11 @@ class Repository:
         """Notes why a version is not served, or not as its files are."""
         if self._serving(key) is not None:
             error = ModelChanged(
-                f"{'/'.join(key)} goes on as it was loaded: {error}. Give new files a version of their own, or unload "
+                f"{key} goes on as it was loaded: {error}. Give new files a version of their own, or unload "
                 "this one before"
             )
         if str(error) != str(self.engines.broken.get(key)):
-            log.error("model %s/%s is not loaded: %s", *key, error)
+            log.error("model %s is not loaded: %s", key, error)
         self.engines.report(key, error)
 
     def _serving(self, key: ModelKey) -> Engine | None:
@@ -196,7 +200,7 @@ class Repository:
         self.engines.broken.pop(key, None)
         engine = self._serving(key)
         if engine is not None and self.engines.is_live(engine):
-            log.warning("model %s/%s is gone from the repository: %d sessions stay on it", *key, engine.sessions)
+            log.warning("model %s is gone from the repository: %d sessions stay on it", key, engine.sessions)
             self._drain(engine)
 
     def _drain(self, engine: Engine) -> asyncio.Task[None]:
@@ -217,4 +221,4 @@ class Repository:
             self._decided.pop(engine.key, None)  # what its files became meanwhile may be loaded now
         self._metrics.forget(*engine.key)
         await engine.close()
-        log.info("model %s/%s is no longer served", *engine.key)
+        log.info("model %s is no longer served", engine.key)

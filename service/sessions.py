@@ -25,7 +25,6 @@ from service.errors import (
     Draining,
     InvalidInput,
     ModelNotFound,
-    PayloadTooLarge,
     SessionCorrupt,
     SessionExists,
     SessionExpired,
@@ -352,14 +351,14 @@ class SessionManager:
         """Runs whole sequences from the initial state, without sessions, beside everybody else's steps.
 
         Raises:
-            PayloadTooLarge: more sequences than could ever run at once.
             CapacityExceeded, Overloaded, InferenceFailed: for any sequence; none of them leaves a trace.
         """
-        if len(requests) > engine.max_sequences:
-            raise PayloadTooLarge(
-                f"{len(requests)} sequences: this model takes {engine.max_sequences} at once; send them in parts",
-                limit=engine.max_sequences,
-            )
+        replies: list[StepReply] = []
+        for start in range(0, len(requests), engine.sequences_at_once):  # all at once would leave nobody room
+            replies += await self._predict(engine, requests[start : start + engine.sequences_at_once])
+        return replies
+
+    async def _predict(self, engine: Engine, requests: Sequence[StepRequest]) -> list[StepReply]:
         slots = [Slot() for _ in requests]
         try:
             for slot in slots:

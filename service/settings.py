@@ -22,8 +22,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    # Names that other parts of the product own: the training package finds its data sets by LATCH_DATA.
-    FOREIGN: ClassVar[frozenset[str]] = frozenset({"LATCH_DATA"})
+    # Names that other parts of the product own: the training package finds its data sets and its loops by them.
+    FOREIGN: ClassVar[frozenset[str]] = frozenset({"LATCH_DATA", "LATCH_KERNELS"})
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")

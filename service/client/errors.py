@@ -6,7 +6,7 @@ Rule: whoever catches `LatchError` has caught everything that these clients rais
 from collections.abc import Mapping
 from typing import Any
 
-from service.errors import LatchError
+from service.errors import LatchError, by_code
 
 
 class PatienceExhausted(LatchError):
@@ -107,13 +107,5 @@ def refusal(document: dict[str, Any]) -> LatchError:
     """
     extras = {name: value for name, value in document.items() if name not in ("error", "code", "retryable", "type")}
     message, code = str(document.get("error")), str(document.get("code"))
-    kind = _by_code(LatchError).get(code)
+    kind = by_code().get(code)
     return LatchError(message, code=code, **extras) if kind is None else kind(message, **extras)
-
-
-def _by_code(root: type[LatchError]) -> dict[str, type[LatchError]]:
-    found: dict[str, type[LatchError]] = {}
-    for kind in root.__subclasses__():
-        if kind.__module__ == LatchError.__module__:
-            found |= {kind.code: kind} | _by_code(kind)
-    return found

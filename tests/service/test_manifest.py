@@ -1,7 +1,9 @@
 """The contract as types, and what it refuses."""
 
 import json
+import math
 from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,17 @@ def test_a_missing_field_is_named(document: Any, field: str) -> None:
     """Leaving out a required field says which."""
     del document[field]
     with pytest.raises(ManifestInvalid, match=field):
+        parse(document)
+
+
+def test_what_no_page_could_show_is_refused(document: Any) -> None:
+    """Free-form fields are told as they are; a number that JSON does not have would let any golden vector pass."""
+    document["training"] = reduce(lambda inner, _: {"in": inner}, range(100), {})
+    with pytest.raises(ManifestInvalid, match=r"nested 10. deep, more than 64"):
+        parse(document)
+    document["training"] = {}
+    document["golden"]["tolerance"] = math.inf
+    with pytest.raises(ManifestInvalid, match="Infinity is no number"):
         parse(document)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,12 @@ def half_a_character(folder: Path) -> None:
     (folder / "manifest.json").write_text(text.replace("A toy.", r"A \ud800 toy."))
 
 
+def refuse_a_look(folder: Path) -> None:
+    """A file that keeps whoever reads it waiting."""
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+
+
 def loop_link(folder: Path) -> None:
     """A file that is a link to itself."""
     (folder / "model.onnx").unlink()
@@ -131,6 +138,7 @@ def link_out(folder: Path) -> None:
         (nest_manifest, "not JSON"),
         (half_a_character, "not JSON"),
         (loop_link, "cannot be read"),
+        (refuse_a_look, "is no file"),
     ],
 )
 def test_a_damaged_version_is_reported_beside_the_good_one(
@@ -143,6 +151,30 @@ def test_a_damaged_version_is_reported_beside_the_good_one(
     assert [f.manifest.name for f in found.found] == ["counter"]
     assert list(found.broken) == [ModelKey("toy", "1")]
     assert message in str(found.broken[ModelKey("toy", "1")])
+
+
+def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
+    """A folder may be called what UTF-8 has no letter for; whoever reports it must not fail over that."""
+    (toys.save_leaky(tmp_path).parent).rename(os.fsdecode(bytes(tmp_path) + b"/to\xff"))
+    [(key, error)] = scan(tmp_path).broken.items()
+    assert str(key) == "to\\udcff/1"
+    assert "lies in to\\udcff/1" in str(error)
+    assert list(stamps(tmp_path)) == [key]
+
+
+def test_a_version_that_may_not_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a stamp, so that it is tried, and the others are found."""
+    toys.save_leaky(tmp_path)
+    toys.save_counter(tmp_path)
+    plain = os.scandir
+
+    def guarded(path: Path) -> Any:
+        if path.parent.name == "toy":
+            raise PermissionError(13, "Permission denied")
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert list(stamps(tmp_path)) == [ModelKey("counter", "1"), ModelKey("toy", "1")]
 
 
 def test_hidden_folders_are_no_models(tmp_path: Path) -> None:

@@ -311,6 +311,8 @@ async def test_a_repository_that_cannot_be_looked_into_ends_nothing(watched: Wat
     watched.root.rename(watched.root.with_suffix(".away"))
     with pytest.raises(ManifestInvalid, match="not a folder"):
         await watched.repository.look()
+    with pytest.raises(ModelBroken, match="toy/1 cannot be looked for: the model repository"):
+        await watched.repository.load("toy", "1")
     assert watched.live() == ["1"]
     watched.root.with_suffix(".away").rename(watched.root)
     await watched.repository.look()

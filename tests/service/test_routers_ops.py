@@ -91,9 +91,13 @@ def test_metrics_count_what_happened(start: Callable[..., Server]) -> None:
         'latch_run_steps_sum{model="toy",version="1"} 2.0',
         'latch_sessions{model="toy",version="1"} 1.0',
         'latch_queue_depth{model="toy",version="1"} 0.0',
+        'latch_sessions_expired_total{model="toy",version="1"} 0.0',
+        'latch_errors_total{code="internal"} 0.0',
     ):
         assert line in text, line
     assert session not in text
+    families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families)) > 10
     server.http.delete(f"/v1/sessions/{session}")
     assert 'latch_sessions{model="toy",version="1"} 0.0' in server.http.get("/metrics").text
 

@@ -14,7 +14,6 @@ from service.errors import (
     InferenceFailed,
     InvalidInput,
     ModelNotFound,
-    PayloadTooLarge,
     SessionExists,
     SessionExpired,
     SessionNotFound,
@@ -262,17 +261,29 @@ async def test_predict_equals_a_session_and_leaves_no_trace(manager: SessionMana
 
 
 async def test_predict_without_room_takes_nothing(manager: SessionManager) -> None:
-    """More sequences than free slots are refused for now, more than there ever are for good; all slots come back."""
+    """Without a slot for one it is refused, and all slots come back; with slots for some, the others wait."""
     engine = manager.engines.get("toy")
-    with pytest.raises(PayloadTooLarge) as caught:
-        await manager.predict(engine, [ones()] * 4)
-    assert caught.value.extras["limit"] == 3
+    assert len(await manager.predict(engine, [ones()] * 10)) == 10
     session, _ = await manager.create("toy")
     with pytest.raises(CapacityExceeded):
         await manager.predict(engine, [ones()] * 3)
     assert len(engine.slab) == 1
     await manager.delete(session.id)
     assert len(await manager.predict(engine, [ones()] * 3)) == 3
+
+
+async def test_many_sequences_leave_room_for_steps(manager: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session steps beside a call of thousands, and is not refused."""
+    engine = manager.engines.get("toy")
+    monkeypatch.setattr(engine, "sequences_at_once", 2)
+    session, _ = await manager.create("toy")
+    predicting = asyncio.create_task(manager.predict(engine, [ones(i % 3 + 1) for i in range(500)]))
+    while not predicting.done():
+        await manager.step(session, ones())
+    assert session.step > 100
+    alone, _ = await manager.create("toy")
+    expected = (await manager.step(alone, ones(3))).data
+    assert predicting.result()[-3].data == expected  # the 498th: three rows
 
 
 async def test_predict_that_fails_leaves_no_trace(manager: SessionManager) -> None:

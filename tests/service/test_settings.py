@@ -1,6 +1,7 @@
 """Settings: bounds, names, and messages that say what to do."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,13 @@ def test_an_unknown_name_refuses_to_start(name: str, monkeypatch: pytest.MonkeyP
         load_settings()
 
 
-def test_the_data_folder_of_training_is_no_setting_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LATCH_DATA belongs to the training package and may be set beside ours."""
-    monkeypatch.setenv("LATCH_DATA", "/data")
+def test_what_training_reads_is_no_setting_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has set it up for training can serve from the same shell."""
+    root = Path(__file__).parents[2] / "training"
+    names = {name for path in root.rglob("*.py") for name in re.findall(r'environ.*"(LATCH_\w+)"', path.read_text())}
+    assert names == Settings.FOREIGN
+    for name in names:
+        monkeypatch.setenv(name, "/data")
     load_settings()
 
 
