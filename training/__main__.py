@@ -233,6 +233,8 @@ def sweep_command(
     asked |= {"time": time, "time_format": time_format, "by": by, "split": split, "window": window, "licence": licence}
     files = {"csv": csv, "text": text, "npz": npz, "wav": wav}
     data_set = options.data_set(name, files, asked)
+    for note in data_set.notes:
+        console.print(f"{data_set.info.source}: {note}")
     settings, config = options.settings_for(
         data_set.info, {"seed": seed, "max_epochs": epochs, "patience": patience, "hidden": None}
     )
@@ -362,7 +364,10 @@ def adopt_command(
     `latch-train adopt lstm.onnx --name words --state h=h_out --state c=c_out --ids 5000`
     """
     plan = adopt.Plan(state, constant or (), shape or (), sequence, ids, sample)
-    path = adopt.adopt(file, models, name or options.slug(file.stem), plan, version=version, force=force, about=about)
+    named = name or options.slug(file.stem)
+    path = adopt.adopt(
+        file, models, named, plan, version=version, force=force, about=about, succeeds=name is None and not force
+    )
     console.print(f"wrote {path}; `latch serve --models {models}` serves it")
 
 

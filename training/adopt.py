@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
-from training.artifact import Values, free_version, write_version
+from training.artifact import Values, free_version, newest, read_manifest, write_version
 from training.errors import ExportError
 from training.graph import error
 
@@ -136,12 +136,25 @@ class StepRunner:
             for tensor in self.outputs:
                 columns[tensor.name].append(np.moveaxis(found[tensor.name], tensor.axis, 0))
             state = [np.moveaxis(found[result], tensor.axis, 0) for tensor, result in self.states]
+        for name, column in columns.items():
+            if len({value.shape for value in column}) > 1:
+                raise ExportError(f"output {name!r} has another size at each step: a model's is always the same")
         values = {f"output.{name}": np.stack(column, axis=1) for name, column in columns.items()}
         return values | {f"state.{t.name}": value for (t, _), value in zip(self.states, state, strict=True)}
 
     def initial(self, sessions: int) -> list[Array]:
         """States of zeros."""
         return [np.zeros((sessions, *tensor.shape), tensor.dtype) for tensor, _ in self.states]
+
+    def words(self) -> dict[str, Any]:
+        """Its tensors as a manifest describes them."""
+        return {
+            "input": self.x.words(),
+            "outputs": [
+                tensor.words(role="other" if index else "prediction") for index, tensor in enumerate(self.outputs)
+            ],
+            "state": [tensor.words(input=tensor.name, output=result) for tensor, result in self.states],
+        }
 
     def _node(self, name: str, nodes: Mapping[str, Any]) -> Any:
         if name not in nodes:
@@ -167,7 +180,10 @@ class StepRunner:
         if node.type not in CONSTANTS:
             raise ExportError(f"constant {node.name!r} is {node.type}; it must be one of {_list(CONSTANTS)}")
         try:
-            value = np.array(json.loads(found["value"]), CONSTANTS[node.type])
+            said = np.array(json.loads(found["value"]))
+            value = said.astype(CONSTANTS[node.type])
+            if said.dtype.kind not in "biuf" or (value.dtype.kind != "f" and not np.array_equal(value, said)):
+                raise ValueError(found["value"])
         except (ValueError, TypeError, OverflowError) as error:
             raise ExportError(f"the value of {node.name!r} is no {CONSTANTS[node.type]} in JSON: {error}") from error
         sizes = [size if isinstance(size, int) else None for size in node.shape]
@@ -191,6 +207,8 @@ class StepRunner:
             )
         declared = node.shape[:axis] + node.shape[axis + 1 :]
         shape = self.shapes.get(name, tuple(declared))
+        if any(isinstance(size, int) and size < 1 for size in shape):
+            raise ExportError(f"{name!r} has shape {list(shape)} without the batch: sizes are at least 1")
         if not all(isinstance(size, int) for size in shape):
             sizes = "x".join(str(size) if isinstance(size, int) else "1" for size in shape)
             raise ExportError(
@@ -204,6 +222,9 @@ class StepRunner:
 
     def _seen(self) -> list[Tensor]:
         """The outputs that are no state, with the shapes and axes that runs of 2, 3 and 5 sessions show."""
+        for name, node in self.results.items():
+            if not node.type.startswith("tensor("):
+                raise ExportError(f"output {name!r} is {node.type}, no tensor: export the graph without it")
         shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in self.results}
         for sessions in BATCHES:
             x = np.zeros((sessions, *self.x.shape), self.x.dtype)
@@ -254,15 +275,30 @@ class StepRunner:
 
 
 def adopt(
-    path: Path, models: Path, name: str, plan: Plan, *, version: str | None = None, force: bool = False, about: str = ""
+    path: Path,
+    models: Path,
+    name: str,
+    plan: Plan,
+    *,
+    version: str | None = None,
+    force: bool = False,
+    about: str = "",
+    succeeds: bool = False,
 ) -> Path:
-    """The graph in `path` as models/<name>/<version>, by default the next free one; returns that path.
+    """The graph in `path` as models/<name>/<version>, by default the next free one; returns that path. With `succeeds`
+    it must have the tensors of the newest version that there is.
 
     Raises ExportError, and leaves `models` as it was, when the graph cannot be a model.
     """
     version = free_version(models, name, version, force=force)
     graph = read_graph(path)
     runner = StepRunner(graph.SerializeToString(), plan)
+    if succeeds and (before := newest(models / name)) is not None:
+        found = read_manifest(before)
+        if _tensors(found) != _tensors(runner.words()):
+            raise ExportError(
+                f"{before} has other tensors: {path.name} is no new version of it; give it a --name of its own"
+            )
     inputs = golden_inputs(runner.x, plan)
     golden = prove(runner, inputs)
     sizes = {"sequences": inputs.shape[0], "steps": inputs.shape[1], "tolerance": TOLERANCE}
@@ -276,11 +312,7 @@ def adopt(
             "description": about or f"adopted from {path.name}",
             "task": "other",
             "head": "none",
-            "input": runner.x.words(),
-            "outputs": [
-                tensor.words(role="other" if index else "prediction") for index, tensor in enumerate(runner.outputs)
-            ],
-            "state": [tensor.words(input=tensor.name, output=result) for tensor, result in runner.states],
+            **runner.words(),
             "constants": [
                 {"name": key, "dtype": str(value.dtype), "shape": list(value.shape), "value": value.ravel().tolist()}
                 for key, value in runner.constants.items()
@@ -298,6 +330,14 @@ def adopt(
         }
 
     return write_version(models / name / version, graph.SerializeToString(), golden, manifest)
+
+
+def _tensors(words: Mapping[str, Any]) -> list[list[Any]]:
+    """Name, type and shape of what a client sees of a manifest's tensors."""
+    return [
+        [tensor[key] for key in ("name", "dtype", "shape")]
+        for tensor in (words["input"], *words["outputs"], *words["state"])
+    ]
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
@@ -335,7 +375,9 @@ def golden_inputs(x: Tensor, plan: Plan) -> Array:
     if plan.sample is not None:
         try:
             sample = np.load(plan.sample, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            if not isinstance(sample, np.ndarray) or sample.dtype.kind not in "iuf":
+                raise ValueError("np.save writes one, of numbers")
+        except (OSError, ValueError, EOFError) as error:
             raise ExportError(f"{plan.sample} is no .npy array: {error}") from error
         if sample.ndim < 2 or sample.shape[2:] != x.shape or min(sample.shape[:2]) < 1:
             raise ExportError(

@@ -28,6 +28,20 @@ def next_version(folder: Path) -> str:
     return str(1 + max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0))
 
 
+def newest(folder: Path) -> Path | None:
+    """The highest version in a model's folder, if there is one."""
+    path = folder / str(int(next_version(folder)) - 1)
+    return path if path.is_dir() else None
+
+
+def read_manifest(version: Path) -> Manifest:
+    """What a version's folder says of itself; ExportError where that cannot be read."""
+    try:
+        return json.loads((version / "manifest.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{version / 'manifest.json'} cannot be read ({error}): move that folder away") from error
+
+
 def _schema() -> dict[str, Any]:
     return json.loads((importlib.resources.files("models") / "manifest.schema.json").read_text("utf-8"))  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from training.checkpoint import Run
@@ -35,6 +36,7 @@ class Row:
         """
         data = self.run.data
         rows = {key: data.own[key] for key in ("season", "max_gap", "by", "draw") if key in data.own}
+        rows |= (self.run.result or {}).get("scored", {})  # fewer where an input is missing
         return f"{data.name}: {data.description}", f"split {data.split}", f"{data.sha256} {rows}", self.metric
 
     def cells(self) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ def _row(folder: Path) -> Row:
     return Row(folder, run, parameters, name, metrics[name, "valid"], metrics[name, "test"])
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # what is forecast may be called price_$/kWh
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Test score over parameters, one panel for each data set and score, one mark for each run, as a .png."""
     if path.suffix != ".png":

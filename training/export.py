@@ -4,7 +4,6 @@ Its one rule: without parity no artifact, and an artifact appears whole or not a
 was trained.
 """
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from training import data
-from training.artifact import free_version, next_version, write_version
+from training.artifact import free_version, newest, read_manifest, write_version
 from training.checkpoint import Run, load_tensors
 from training.config import DataInfo
 from training.errors import ExportError
@@ -45,13 +44,6 @@ def _settings(run: Run) -> dict[str, Any]:
     )
 
 
-def _read_manifest(version: Path) -> dict[str, Any]:
-    try:
-        return json.loads((version / "manifest.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{version / 'manifest.json'} cannot be read ({error}): move that folder away") from error
-
-
 def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
 
@@ -61,23 +53,22 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
     another question, or takes or gives other features than the newest version. Whoever asks for the name gets the
     newest, and would not be told.
     """
-    versions = models / name
-    newest = versions / str(int(next_version(versions)) - 1)
-    if not newest.is_dir():
+    before = newest(models / name)
+    if before is None:
         return
-    found = _read_manifest(newest)
+    found = read_manifest(before)
 
     def features(tensor: dict[str, Any]) -> str:
         return ", ".join(feature["name"] for feature in tensor.get("features", ()))
 
-    for what, before, now in (
+    for what, then, now in (
         ("is for", found["description"].rpartition(": ")[0], info.description),
         ("takes", features(found["input"]), "" if info.vocabulary else ", ".join(name for name, _ in info.inputs)),
         ("gives", features(found["outputs"][0]), ", ".join(name for name, _ in info.outputs)),
     ):
-        if before != now:
+        if then != now:
             raise ExportError(
-                f"{newest} {what} {before}, and this {what} {now}: that is no new version of it, "
+                f"{before} {what} {then}, and this {what} {now}: that is no new version of it, "
                 f"so give it a --name of its own, and a --run"
             )
 
@@ -89,7 +80,7 @@ def exported(run: Run, models: Path, name: str) -> Path | None:
         if not version.name.isdecimal():
             continue
         try:
-            found = _read_manifest(version)
+            found = read_manifest(version)
         except ExportError:  # of a version that is none
             continue
         if ((found["unit"] or {}).get("cell"), found["training"], found["metrics"]) == mine:

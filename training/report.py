@@ -5,6 +5,7 @@ Its one rule: every number in it was measured on the run's own splits. It must n
 
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 
@@ -64,6 +65,7 @@ def describe(run: Run, data: DataSet, pictures: list[str]) -> str:
     )
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a column may be called price_$/kWh
 @torch.no_grad()
 def plot_forecast(path: Path, model: RecurrentModel, data: DataSet) -> None:
     """Measured and forecast values of the first scored rows of the test split, with two standard deviations."""

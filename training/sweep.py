@@ -98,6 +98,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # else Ctrl-C is a page of its own
     journal = str(folder / JOURNAL)
+    drop_torn_line(folder / JOURNAL)
     # Optuna's default lock is a symbolic link, which Windows and some file systems do not let a user make.
     study = optuna.create_study(
         study_name="sweep",
@@ -137,6 +138,13 @@ def sweep(
     if not finished:
         raise ConfigError("no trial came to its end: all diverged; lower the rates")
     return sorted(finished, key=lambda trial: trial.value if trial.value is not None else float("inf"))
+
+
+def drop_torn_line(journal: Path) -> None:
+    """Takes off what a crash or a full disk left of the last line: Optuna would read no journal with it."""
+    content = journal.read_bytes() if journal.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        journal.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def take_up(study: optuna.Study) -> None:

@@ -421,6 +421,7 @@ def fit(
         "best_epoch": best_epoch,
         "seconds": round(time.monotonic() - started, 1),
         "metrics": [metric.as_dict() for metric in score_all(model, data)],
+        "scored": {name: sum(int(item[2].sum()) for item in data.splits[name].items) for name in ("valid", "test")},
     }
     run = replace(run, result=result)
     run.save(folder)

@@ -112,6 +112,8 @@ def test_weights_count_wherever_they_are(tmp_path: Path) -> None:
         (Plan(["state=stateN@1"]), "x, rate would be what a client sends, and one input must be"),
         (Plan(["state=stateN@1"], sequence="x"), "rate is neither state, constant nor the input 'x'"),
         (Plan(["state=stateN@1"], ["rate=fast"], ["x=6"]), "the value of 'rate' is no int64 in JSON"),
+        (Plan(["state=stateN@1"], ["rate=1.7"], ["x=6"]), "the value of 'rate' is no int64 in JSON: 1.7"),
+        (Plan(["state=stateN@1"], ["rate=1"], ["x=0"]), r"'x' has shape \[0\] without the batch: sizes are at least 1"),
         (Plan(["state=stateN@1"], ["rate=[1]"], ["x=6"]), r"constant 'rate' has shape \[\], its value \[1\]"),
         (Plan(["state=stateN@1"], ["pace=1"], ["x=6"]), "does not take 'pace': it takes x, state, rate"),
         (Plan(["state=stateN@1"], ["rate=1"]), r"'x' has shape \['batch', 'samples'\]: say .* such as --shape x=1"),
@@ -164,6 +166,31 @@ def test_a_graph_that_is_no_step_is_refused(
     with pytest.raises(ExportError, match=words):
         adopt(strangers.memory(tmp_path / "m.onnx", *nodes, **shapes), tmp_path / "models", "memory", MEMORY)
     assert not (tmp_path / "models").exists()
+
+
+def test_a_graph_under_its_files_name_is_a_new_version_or_another_model(tmp_path: Path) -> None:
+    """`model.onnx` is what many are called: the second is no version of the first unless it has its tensors."""
+    models, path = tmp_path / "models", tmp_path / "model.onnx"
+    for version in ("1", "2"):
+        strangers.memory(path, node("Identity", ["x"], "y"), KEEP)
+        assert adopt(path, models, "model", MEMORY, succeeds=True).name == version
+    strangers.voice(path)
+    with pytest.raises(ExportError, match=r"model/2 has other tensors: model\.onnx is no new version of it; give it"):
+        adopt(path, models, "model", VOICE, succeeds=True)
+    assert adopt(path, models, "model", VOICE).name == "3"
+
+
+@pytest.mark.parametrize("sample", ["archive", "empty", "text"])
+def test_a_sample_that_is_no_array_is_refused(tmp_path: Path, sample: str) -> None:
+    """By its name."""
+    path = tmp_path / "sample.npy"
+    with path.open("wb") as file:
+        if sample == "archive":
+            np.savez(file, a=np.zeros(3))
+        elif sample == "text":
+            np.save(file, np.array([["a"]]))
+    with pytest.raises(ExportError, match=r"sample\.npy is no \.npy array"):
+        adopt(strangers.voice(tmp_path / "voice.onnx"), tmp_path / "models", "voice", replace(VOICE, sample=path))
 
 
 def test_ids_must_be_bounded(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ BROKEN[4, 1] = np.nan
     [
         ({"y": None}, "no array 'y': it holds x, lengths"),
         ({"x": BROKEN}, "x of sequence 2 is not finite at step 0"),
+        ({"x": np.where(np.arange(130)[:, None] == 3, 1e39, X)}, r"x of sequence 1 is beyond 3\.4e\+38 at step 0"),
+        ({"y": np.full(40, 1e39)}, r"y has values beyond 3\.4e\+38, which a 32-bit float cannot hold"),
         ({"x": X.astype(str)}, r"x is <U\d+ \[130, 2\], not numbers"),
         ({"lengths": None}, r"x is \[130, 2\]: give lengths \[N\]"),
         ({"lengths": LENGTHS[:-1]}, "lengths add up to 126, but x has 130 steps"),
@@ -130,6 +132,20 @@ def test_what_is_wrong_is_told_by_array_and_sequence(tmp_path: Path, change: dic
     np.savez(tmp_path / "made.npz", **content)
     with pytest.raises(DataError, match=rf"made\.npz.*{words}"):
         arrays.load(tmp_path / "made.npz", Options())
+
+
+def test_a_damaged_archive_is_refused_wherever_it_is_damaged(tmp_path: Path) -> None:
+    """Compressed, it fails in many ways; none of them is a traceback."""
+    path = tmp_path / "made.npz"
+    np.savez_compressed(path, **GOOD)
+    good, refused = path.read_bytes(), 0
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :])
+        try:
+            arrays.load(path, Options())
+        except DataError:
+            refused += 1
+    assert refused > len(good) / 20
 
 
 @pytest.mark.parametrize("filler", [-100, np.nan])

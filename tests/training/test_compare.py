@@ -13,13 +13,14 @@ from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError
 
 
-def finished(folder: Path, data: DataSet, valid: float, test: float, **info: Any) -> Path:
-    """A run folder that says it scored so."""
+def finished(folder: Path, data: DataSet, valid: float, test: float, steps: int = 9, **info: Any) -> Path:
+    """A run folder that says it scored so, over so many steps."""
     metrics = [
         {"name": "nll", "split": split, "value": value, "unit": "nats/frame"}
         for split, value in (("valid", valid), ("test", test))
     ]
-    result = {"epochs": 3, "best_epoch": 2, "seconds": 1.5, "metrics": metrics}
+    scored = {"valid": steps, "test": steps}
+    result = {"epochs": 3, "best_epoch": 2, "seconds": 1.5, "metrics": metrics, "scored": scored}
     model = ModelConfig("gru", 6, 6, "bernoulli", hidden=5, layers=2)
     Run(replace(data.info, **info), model, TrainConfig(), {}, result).save(folder)
     return folder
@@ -42,7 +43,7 @@ def test_the_best_valid_score_comes_first(tiny: DataSet, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "other", [{"description": "b"}, {"sha256": "0" * 64}, {"split": "50/25/25"}, {"own": {"season": 7}}]
+    "other", [{"description": "b"}, {"sha256": "0" * 64}, {"split": "50/25/25"}, {"own": {"season": 7}}, {"steps": 5}]
 )
 def test_other_rows_or_questions_are_another_contest(tiny: DataSet, tmp_path: Path, other: dict[str, Any]) -> None:
     """Each is ranked by itself, however well it scored; what only says where a file lies is none."""

@@ -209,6 +209,7 @@ def test_rows_without_a_season_before_them_are_not_scored(csv: Csv) -> None:
     [
         (3600, 1000, 24), (900, 1000, 96), (1, 100_000, 3600), (1, 5000, 60), (86400, 100, 7), (604800, 600, 52),
         (86400 * 31, 200, 12), (3600, 100, 0), (None, 1000, 0), (7, 10**7, 0),
+        (0.1, 7000, 600), (0.2, 7000, 300), (900.004, 2000, 96),
     ],
 )  # fmt: skip
 def test_seasons_are_found_by_the_spacing(seconds: float | None, rows: int, expected: int) -> None:
@@ -236,6 +237,10 @@ def test_uneven_times_are_told(csv: Csv, tmp_path: Path) -> None:
         ({"season": -1}, "season must be a number of rows, or 0 for none, not -1"),
         ({"split": (80, 10, 20)}, "three percentages of 100"),
         ({"horizon": 60}, r"made\.csv: the valid split \(rows 141 to 170 of 200\) holds no row"),
+        ({"season": 10_000}, r"made\.csv: the valid split .* has 9999 rows before it: take a smaller"),
+        ({"targets": ("b", "b")}, "column 'b' is there twice in --targets b, b"),
+        ({"inputs": ("b", "a", "b")}, "column 'b' is there twice in --inputs b, a"),
+        ({"targets": ("date",), "time": "date"}, "column 'date' is the time of a row; it can be no input or target"),
         ({"season": 180}, r"made\.csv: the valid split .* has 179 rows before it: take a smaller"),
     ],
 )
@@ -353,6 +358,35 @@ def test_each_series_of_a_file_is_by_itself(tmp_path: Path) -> None:
     last = next(one.value for one in data.references if (one.name, one.metric) == ("last value", "mae a"))
     assert last == 2
     assert not any("machine" in note and "text" in note for note in data.notes)
+
+
+def test_a_series_shorter_than_a_season_trains_with_the_others(tmp_path: Path) -> None:
+    """A machine that is new; its rows are too few to be scored beside the season."""
+    path = machines(tmp_path / "m.csv", {"old": 300, "new": 10})
+    data = load(path, targets=("a",), by="machine", inputs=("a", "b"), season=None)
+    assert any("24 rows" in reference.name for reference in data.references)
+    assert {int(inputs[0, 0]) // 1000 for inputs, _, _ in data.splits["train"].items} == {0, 1}
+    assert {int(inputs[0, 0]) // 1000 for inputs, _, _ in data.splits["test"].items} == {0}
+
+
+def test_a_target_that_only_changes_before_what_is_asked_is_refused(tmp_path: Path) -> None:
+    """There would be no deviation to score by."""
+    path = tmp_path / "made.csv"
+    path.write_text("a,b\n" + "".join(f"{int(row < 2)},{row % 7}\n" for row in range(100)))
+    with pytest.raises(DataError, match="'a' never changes in what is forecast of the first 70% of the rows"):
+        load(path, targets=("a",), horizon=2)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-27])
+def test_baselines_of_any_unit_are_right(tmp_path: Path, scale: float) -> None:
+    """Their squares have no room in 32 bits."""
+    scores = []
+    for unit in (1.0, scale):
+        path = tmp_path / "made.csv"
+        path.write_text("a\n" + "".join(f"{unit * (2 + np.sin(row / 3)):.9e}\n" for row in range(200)))
+        data = load(path, targets=("a",))
+        scores.append([one.value for one in data.references if one.metric in ("mae", "rmse")])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
 
 
 def test_what_goes_wrong_in_one_series_is_told_of_it(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_a_finished_sweep_goes_on_with_more_trials(tiny: DataSet, tmp_path: Path
     assert len({str(trial.params) for trial in more}) == 3
 
 
+def test_half_a_line_in_the_journal_is_dropped(tiny: DataSet, tmp_path: Path) -> None:
+    """A machine that lost its power, or a full disk, left it; the trials before it count."""
+    sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=2)
+    journal = tmp_path / module.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert len(sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=2)) == 2
+
+
 def test_a_stopped_trial_is_taken_up_first(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second trial: its point is run to the end before any other, once."""
     calls: list[Path] = []

@@ -56,6 +56,7 @@ def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
         ("a,b\n1,2\n3,inf\n", "line 3, column 'b': 'inf' is too large"),
         ("a,b\n1,2\n3,1e39\n", "line 3, column 'b': '1e39' is too large"),
         ("a,b\n1,2\n3\n", "line 3: 1 cells where the header has 2"),
+        ("a,b\n1,2\n3,4\n5,1_000\n", "line 4, column 'b': '1_000' is not a number"),
         ('a,b\n1,"2\n3,4\n', "line 3: unexpected end of data"),
         ("a,b\n", "has no rows"),
         ("", "has no rows"),
@@ -102,6 +103,21 @@ def test_commas_are_decimal_points_where_they_separate_nothing(tmp_path: Path) -
     assert table.notes == ("a comma in a number is its decimal point",)
     with pytest.raises(DataError, match=r"line 2, column 'a': '1\.234,5' is not a number"):
         read(written(tmp_path, "a;b\n1.234,5;2\n"), wanted=("a",))
+
+
+def test_dots_beside_decimal_commas_are_asked_about(tmp_path: Path) -> None:
+    """Where one column has decimal commas, the dots of another may be its thousands, however large all of them are."""
+    path = written(tmp_path, "a;b;c\n3.140;3,00;2.5\n2.871;2,50;1.207\n")
+    table = read(path)
+    with pytest.raises(DataError, match=r"line 2, column 'a': '3\.140' may be a decimal or have a separator"):
+        table.take(("a",))
+    np.testing.assert_array_equal(table.take(("b", "c")), [[3, 2.5], [2.5, 1.207]])
+
+
+def test_a_date_may_be_missing_in_the_first_row(tmp_path: Path) -> None:
+    """It is an error of that row, and no column of text."""
+    with pytest.raises(DataError, match="line 2, column 'd': '' is not a time such as"):
+        read(written(tmp_path, "d,a\n,1\n2026-01-02,2\n"))
 
 
 @pytest.mark.parametrize(

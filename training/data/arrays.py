@@ -15,7 +15,6 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from training.config import DataInfo
 from training.data.sequences import DataSet, Item, Reference, Split, require_told_apart
 from training.data.splits import SPLITS, check_percentages, percentages
+from training.data.table import LARGEST
 from training.errors import DataError
 
 Array = NDArray[Any]
@@ -106,7 +106,7 @@ def _open(path: Path) -> tuple[bytes, dict[str, Array]]:
             raise ValueError(f"{strange[0]!r} in it is no array; np.savez writes such files")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, BadZipFile, EOFError) as error:
+    except Exception as error:  # what is damaged fails in more ways than anybody lists
         hint = "; lists of arrays of different lengths go end to end, with `lengths`" if "pickle" in str(error) else ""
         raise DataError(f"{path} is not a readable .npz of plain arrays: {error}{hint}") from error
     # Yes and no are two classes.
@@ -139,11 +139,15 @@ def sequences(path: Path, arrays: dict[str, Array]) -> tuple[list[Array], list[s
         places = [slice(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
     if short := np.flatnonzero(sizes < 1).tolist():
         raise DataError(f"{path}: sequence {short[0]} has {sizes[short[0]]} steps; leave it out")
-    found = [np.asarray(x[place], dtype=np.float32) for place in places]
+    with np.errstate(over="ignore"):  # told below
+        found = [np.asarray(x[place], dtype=np.float32) for place in places]
     for row, values in enumerate(found):
         if not np.isfinite(values).all():
             step = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-            raise DataError(f"{path}: x of sequence {row} is not finite at step {step}; fill it, or leave it out")
+            what = (
+                "not finite" if not np.isfinite(x[places[row]][step]).all() else f"beyond {LARGEST:.2g}"
+            )  # of a 32-bit float
+            raise DataError(f"{path}: x of sequence {row} is {what} at step {step}; fill it, or leave it out")
     if not found:
         raise DataError(f"{path}: x is {list(x.shape)}: there are no sequences")
     return found, places
@@ -176,6 +180,8 @@ def answers(path: Path, arrays: dict[str, Array], xs: list[Array], places: Any) 
     if not np.isfinite(given).all():
         place = "" if given.shape != y.shape else f" at {np.argwhere(~np.isfinite(y))[0].tolist()}"
         raise DataError(f"{path}: y is not finite{place}")
+    if not classes and np.abs(given).max() > LARGEST:
+        raise DataError(f"{path}: y has values beyond {LARGEST:.2g}, which a 32-bit float cannot hold")
     found = []
     for row, (values, place) in enumerate(zip(xs, places, strict=True)):
         answer = np.repeat(y[row : row + 1], len(values), axis=0) if whole else y[place]

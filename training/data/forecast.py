@@ -118,6 +118,10 @@ def load(path: Path, options: Options) -> DataSet:
     )
     targets = tuple(find(path, table.columns, name) for name in options.targets)
     inputs = tuple(find(path, table.columns, name) for name in options.inputs)
+    for what, found in (("targets", targets), ("inputs", inputs)):
+        if len(set(found)) < len(found):
+            twice = next(name for name in found if found.count(name) > 1)
+            raise DataError(f"column {twice!r} is there twice in --{what} {', '.join(found)}")
     series = [lay_out(part, options) for part in table.parts()]
     notes = [f"{len(series)} series by {options.by}: {_some([one.name for one in series])}"] if options.by else []
     if table.seconds is None:
@@ -178,7 +182,12 @@ def load(path: Path, options: Options) -> DataSet:
         feedback="identity" if options.horizon == 1 and inputs == targets else None,
         standardise=True,
     )
-    asked = np.concatenate([targets[predicted] for _, targets, predicted in uncut])
+    asked = np.concatenate([targets[predicted] for _, targets, predicted in uncut]).astype(np.float64)
+    if still := _still(targets, asked):
+        raise DataError(
+            f"{path}, column {min(still)!r} never changes in what is forecast of the first {options.split[0]}% of the "
+            "rows, which train: take another target, a smaller --horizon, or another --split"
+        )
     references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
     splits = {name: Split(items) for name, items in parts.items()}
     ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
@@ -295,7 +304,8 @@ def cut(
         item = (grid.values[at][:, x].astype(np.float32), targets.astype(np.float32), predicted)
         items.append(item)
         for name, rows in back.items():
-            errors[name].append((grid.values[at - rows][:, y] - targets)[predicted])
+            before = grid.values[np.maximum(at - rows, 0)][:, y]  # where there is none, nothing is predicted either
+            errors[name].append((before - targets)[predicted])
     return items, errors
 
 
@@ -397,9 +407,15 @@ def find_season(spacing: float | None, rows: int) -> int:
     """Rows of the longest period (a day, a week, a year) that the spacing suggests and the rows hold ten times."""
     if spacing is None:
         return 0
-    found = [period / spacing for period in PERIODS if period % spacing == 0]
+    found = [period / spacing for period in PERIODS if _divides(spacing, period)]
     found += [length for apart, length in CALENDAR if abs(spacing / apart - 1) < 0.05]
-    return next((int(length) for length in found if 2 <= length <= rows / 10), 0)
+    return next((round(length) for length in found if 2 <= length <= rows / 10), 0)
+
+
+def _divides(spacing: float, period: float) -> bool:
+    """But for what clocks and floats are off by: times of 15 minutes and some milliseconds, ten times a second."""
+    ratio = period / spacing
+    return abs(ratio - round(ratio)) < 0.01 and round(ratio) > 0
 
 
 def duration(spacing: float | None, rows: int) -> str:
@@ -407,8 +423,8 @@ def duration(spacing: float | None, rows: int) -> str:
     if spacing is None or abs(spacing / MONTH - 1) < 0.05:  # months are not of one length
         return ""
     for unit in sorted(SPACINGS, reverse=True):
-        if rows * spacing % unit == 0:
-            count = int(rows * spacing // unit)
+        if _divides(unit, rows * spacing):
+            count = round(rows * spacing / unit)
             return f" ({count} {SPACINGS[unit]}{'s' if count > 1 else ''})"
     return ""
 

@@ -137,7 +137,9 @@ def read(
     """
     header, unnamed, rows, lines, sha256, comma = _cells(path)
     named = {find(path, header, name) for name in wanted}
-    clock = tuple(find(path, header, name) for name in time.split(",")) if time else ()
+    clock = tuple(find(path, header, name.strip()) for name in time.split(",")) if time else ()
+    if wrong := named & {*clock}:
+        raise DataError(f"{path}: column {min(wrong)!r} is the time of a row; it can be no input or target too")
     key = find(path, header, by) if by else None
     if key in named:
         raise DataError(f"{path}: column {key!r} says which series a row belongs to; it can be no input or target too")
@@ -146,7 +148,7 @@ def read(
     )
     texts: dict[str, list[str]] = {}
     ignored: dict[str, str] = {}
-    commas = False
+    commas, dotted = False, dict[str, tuple[int, str]]()
     columns, values, notes, doubts = [], [], list[str](), dict[str, str]()
     for index, name in enumerate(header):
         cells = [row[index].strip() for row in rows]
@@ -162,11 +164,11 @@ def read(
             columns.append(name)
             values.append(_checked(path, name, cells, numbers, lines))
             if (row := _thousands(cells, numbers)) is not None:
-                doubts[name] = (
-                    f"{path}, line {lines[row]}, column {name!r}: {cells[row]!r} may be a decimal or have a separator "
-                    f"of thousands: write such numbers without it (1207, not 1.207 or 1,207)"
-                )
+                doubts[name] = _doubt(path, name, lines[row], cells[row])
             commas = commas or any("," in cell for cell in cells)
+            dots = {row: cell for row, cell in enumerate(cells) if "." in cell}
+            if dots and all(map(THOUSANDS.fullmatch, dots.values())):
+                dotted[name] = (lines[next(iter(dots))], next(iter(dots.values())))
             if YES_OR_NO.keys() & {cell.lower() for cell in cells}:
                 notes.append(f"{name}: true is 1, false is 0")
         elif numbers.count(None) == 0:
@@ -175,6 +177,7 @@ def read(
             texts[name] = cells
     if commas:
         notes.insert(0, "a comma in a number is its decimal point")
+        doubts |= {name: _doubt(path, name, line, cell) for name, (line, cell) in dotted.items()}
     if not columns:
         raise DataError(f"{path} has no column of numbers under its header {', '.join(header)}")
     if time is None:
@@ -186,6 +189,13 @@ def read(
     seconds = _seconds(path, {name: [texts[name][row] for row in order] for name in clock}, written, lines, begins)
     table = np.stack(values, axis=1)[order]
     return Table(path, sha256, tuple(columns), table, seconds, np.array(lines), said, tuple(notes), doubts, series)
+
+
+def _doubt(path: Path, name: str, line: int, cell: str) -> str:
+    return (
+        f"{path}, line {line}, column {name!r}: {cell!r} may be a decimal or have a separator of thousands: write such "
+        f"numbers without it (1207, not 1.207 or 1,207)"
+    )
 
 
 def _together(
@@ -222,7 +232,7 @@ def _cells(path: Path) -> _Cells:
                 if said and cells[0].startswith("sep="):
                     continue
                 header = [cell.strip() for cell in cells]
-            elif len(cells) != len(header):
+            elif len(cells) != len(header) and any(cell.strip("\x1a \t") for cell in cells):
                 raise DataError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}"
                 )
@@ -231,7 +241,7 @@ def _cells(path: Path) -> _Cells:
                 lines.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-    while rows and not any(map(str.strip, rows[-1])):  # what a spreadsheet leaves behind the last row
+    while rows and not any(cell.strip("\x1a \t") for cell in rows[-1]):  # what a spreadsheet leaves behind the last row
         rows.pop(), lines.pop()
     if not rows:
         raise DataError(f"{path} has no rows: a header and then a row for each step is needed")
@@ -249,6 +259,8 @@ def _number(cell: str, *, comma: bool = False) -> float | None:
     """NaN for a missing cell, None for text; where cells are not separated by it, a comma is a decimal point."""
     if cell.lower() in MISSING:
         return math.nan
+    if "_" in cell:  # which Python lets stand between digits
+        return None
     if cell.lower() in YES_OR_NO:
         return YES_OR_NO[cell.lower()]
     if comma and "." not in cell:
@@ -293,13 +305,18 @@ def _checked(
 
 def _clock(texts: dict[str, list[str]]) -> tuple[str, ...]:
     """The column of dates among those of text, and the one of the times of the day where the dates have none."""
-    day = next((name for name, cells in texts.items() if times.is_time(cells[0])), None)
+    first = {name: next(filter(_is_there, cells), "") for name, cells in texts.items()}
+    day = next((name for name, cell in first.items() if times.is_time(cell)), None)
     if day is None:
         return ()
-    clock = next((name for name, cells in texts.items() if times.is_clock(cells[0])), None)
-    if clock is None or not times.is_time(f"{texts[day][0]} {texts[clock][0]}"):
+    clock = next((name for name, cell in first.items() if times.is_clock(cell)), None)
+    if clock is None or not times.is_time(f"{first[day]} {first[clock]}"):
         return (day,)
     return day, clock
+
+
+def _is_there(cell: str) -> bool:
+    return cell.lower() not in MISSING
 
 
 def _seconds(
