@@ -30,6 +30,7 @@ NAMES = (
     "durable",
     "profile",
 )
+BROKE_OFF = "broke off"
 PAGE = Path(__file__).with_name("results.md")
 COLOURS = {"met": "green", "missed": "red", "unsure": "yellow", "-": "dim"}
 console = Console(highlight=False, soft_wrap=True)
@@ -40,7 +41,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Short rounds: to see that it works, not to quote.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the page here; a full run of all writes results.md.")] = None,
 ) -> None:
-    """Measure the service beside what limits it: bare echoes on the same server, and ONNX Runtime alone.
+    """Measure the service beside bare echoes on the same server, and beside ONNX Runtime alone.
 
     Every figure is a ratio from one run on one machine, so it needs two quiet cores and about a quarter of an hour.
 
@@ -61,11 +62,15 @@ def main(
             console.print(f"[{colour}]{row.measured:>10} {row.goal:>8}[/]  {row.what} [dim]/ {row.against}[/]")
             if row.detail:
                 console.print(f"{'':21}[dim]{row.detail}[/]")
-    page = out or (None if names or quick else PAGE)
+    broke = [row for row in rows if row.measured == BROKE_OFF]
+    page = out or (None if names or quick or broke else PAGE)  # the page that is there is worth more than half a one
     if page is not None:
         command = " ".join(["python -m benchmarks", *sys.argv[1:]])
         page.write_text(markdown(rows, command, time.perf_counter() - start))
         console.print(f"wrote {page}")
+    if broke:
+        console.print(f"{', '.join(row.what for row in broke)} broke off; see above", style="red")
+        raise typer.Exit(1)
 
 
 def _guarded(rows: Iterator[Row], name: str) -> Iterator[Row]:
@@ -74,7 +79,7 @@ def _guarded(rows: Iterator[Row], name: str) -> Iterator[Row]:
         yield from rows
     except Exception as error:  # noqa: BLE001 - an hour's rows must not go with it
         console.print_exception(show_locals=False)
-        yield Row(name, "", "", "broke off", False, str(error).replace("|", "/"))
+        yield Row(name, "", "", BROKE_OFF, False, str(error).replace("|", "/"))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def stepping(program: Program, line: Line, steps: int, seconds: float) -> Conten
             return steps * closed_loop([line], seconds)
 
     measure()
-    return Contender(measure, program.pid)
+    return Contender(measure, (program.pid,))
 
 
 def _many(folder: Path, pool: ProcessPoolExecutor, rounds: int, seconds: float) -> Row:

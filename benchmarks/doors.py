@@ -14,9 +14,9 @@ from benchmarks.report import Row, at_least
 CONNECTIONS, VARIANTS, WARM = 64, 8, 0.3
 Door = Callable[[int, str | None, Sequence[Array]], Line]
 
-DOORS: tuple[tuple[str, Door, dict[str, float]], ...] = (
-    ("websocket-binary", latch.websocket_binary, {"websocket-binary": 0.70}),
-    ("websocket-json", latch.websocket_json, {"websocket-json": 0.60}),
+DOORS: tuple[tuple[str, Door, dict[str, float | None]], ...] = (
+    ("websocket-binary", latch.websocket_binary, {"websocket-binary": 0.70, "websocket-binary-calls": None}),
+    ("websocket-json", latch.websocket_json, {"websocket-json": 0.60, "websocket-json-calls": None}),
     ("http-json", latch.http_json, {"http-json": 0.55, "http-fastapi": 2.5}),
     ("http-binary", latch.http_binary, {"http-binary": 0.50}),
 )
@@ -51,7 +51,7 @@ def loading(program: Program, lines: Sequence[Line], seconds: float) -> Contende
 
     with pinned():
         closed_loop(lines, WARM)
-    return Contender(measure, program.pid)
+    return Contender(measure, (program.pid,))
 
 
 def _bodies(name: str) -> dict[str, list[Array]]:

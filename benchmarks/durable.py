@@ -33,14 +33,16 @@ def run(quick: bool) -> Iterator[Row]:
             "sqlite": f"sqlite:///{folder}/full.db",
             "sqlite, synchronous=normal": f"sqlite:///{folder}/normal.db?synchronous=normal",
         }
-        helpers = {}
+        helpers = dict[str, int]()
         if shutil.which("redis-server"):
             port, helpers["redis, appendfsync everysec"] = stack.enter_context(redis_server("everysec"))
             urls |= dict.fromkeys(helpers, f"redis://127.0.0.1:{port}")
         yield from _stored(urls, helpers, rounds, seconds)
         yield from _recovery(f"sqlite:///{folder}/recovery.db", 3 if quick else 7)
-        for name in helpers:
-            yield from _replicas(urls[name], rounds, seconds)
+        for name, pid in helpers.items():
+            yield from _replicas(urls[name], pid, rounds, seconds)
+        if not helpers:
+            yield Row("redis", "memory", "", "left out", None, "there is no redis-server here")
 
 
 def _stored(urls: dict[str, str], helpers: dict[str, int], rounds: int, seconds: float) -> Iterator[Row]:
@@ -49,7 +51,8 @@ def _stored(urls: dict[str, str], helpers: dict[str, int], rounds: int, seconds:
         for name, url in urls.items():
             service = stack.enter_context(Latch(store_url=url))
             lines = _lines(latch.websocket_binary, service.port, service.create(CONNECTIONS))
-            contenders[name] = replace(loading(service, lines, seconds), helper=helpers.get(name))
+            mine = [helpers[name]] if name in helpers else []
+            contenders[name] = replace(loading(service, lines, seconds), helpers=mine)
             if "sqlite" in name:
                 written[name] = _bytes_a_step(service.pid, lines, seconds)
         taken = take_turns(contenders, rounds)
@@ -113,7 +116,7 @@ def _step_all(service: Latch, sessions: Sequence[str]) -> None:
         line.once()
 
 
-def _replicas(url: str, rounds: int, seconds: float) -> Iterator[Row]:
+def _replicas(url: str, store: int, rounds: int, seconds: float) -> Iterator[Row]:
     """The same sessions on 1, 2 and 4 replicas that share a core; and every session fed through two of them at once."""
     with ExitStack() as stack:
         services = [stack.enter_context(Latch(store_url=url)) for _ in range(max(REPLICAS))]
@@ -123,18 +126,21 @@ def _replicas(url: str, rounds: int, seconds: float) -> Iterator[Row]:
             for number, service in enumerate(services[:count]):
                 names = service.create(CONNECTIONS // 4 // count, prefix=f"of-{count}-{number}")
                 lines += _lines(latch.http_binary, service.port, names)
-            contenders[f"{count} replicas"] = Contender(partial(_load, lines, seconds), services[0].pid)
+            pids = [service.pid for service in services[:count]]
+            contenders[f"{count} replicas"] = Contender(partial(_load, lines, seconds), pids, helpers=[store])
         names = services[0].create(CONNECTIONS // 8, prefix="both")
         lines = [line for service in services[:2] for line in _lines(latch.http_binary, service.port, names)]
-        contenders["every session at 2 replicas at once"] = Contender(partial(_load, lines, seconds), services[0].pid)
+        pids = [service.pid for service in services[:2]]
+        both = Contender(partial(_load, lines, seconds), pids, helpers=[store])
+        contenders["every session at 2 replicas at once"] = both
         taken = take_turns(contenders, rounds)
         one = taken.pop("1 replicas")
-        for name, rounds_of_it in taken.items():
-            rate, alone = (median(each.value for each in some) for some in (rounds_of_it, one))
+        for name, many in taken.items():
             detail = (
-                f"{rate:,.0f} steps/s; {alone:,.0f}; HTTP packed rows, {CONNECTIONS // 4} clients, one core for all"
+                f"{describe(many, 'steps/s')}; 1 replica {describe(one, 'steps/s')}; HTTP packed rows, "
+                f"{CONNECTIONS // 4} clients, one core for all"
             )
-            yield Row(f"redis, {name}, steps/s", "1 replica", "", f"{rate / alone:.2f}", None, detail)
+            yield Row(f"redis, {name}, steps/s", "1 replica", "", f"{ratio(many, one):.2f}", None, detail)
 
 
 def _load(lines: Sequence[Line], seconds: float) -> float:

@@ -1,9 +1,9 @@
 """The baselines: servers that only send back what they are sent, on the uvicorn settings of the service.
 
-Rule: each is the fastest that its door allows. The settings are those of `latch serve`, taken from the same function.
+Rule: each is the fastest ASGI app of its door; `-calls` has it by plain calls, beneath ASGI, as the service has it. The
+settings are those of `latch serve`, taken from the same function.
 """
 
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from benchmarks.wire import JSON, OCTETS
-from service.server import configure, listen
+from service.server import calm_collector, configure, listen
 from service.settings import load_settings
 
 
@@ -32,6 +32,19 @@ async def websocket_json(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "websocket.accept", "subprotocol": scope["subprotocols"][0]})
     while (message := await receive())["type"] == "websocket.receive":
         await send({"type": "websocket.send", "text": orjson.dumps(orjson.loads(message["text"])).decode()})
+
+
+def _by_calls(change: Callable[[Any], bytes], *, text: bool) -> Any:
+    """A WebSocket whose messages come and go by `server.py`'s plain calls."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept", "subprotocol": scope["subprotocols"][0]})
+        wire = scope["extensions"]["latch.wire"]
+        wire.on_message = lambda message: wire.write(change(message), text=text)
+        await receive()
+
+    return app
 
 
 def _http(change: Callable[[bytes], bytes] | None, content_type: str) -> Any:
@@ -73,6 +86,8 @@ async def echo(body: Steps) -> Steps:
 ECHOES: dict[str, Any] = {
     "websocket-binary": websocket_binary,
     "websocket-json": websocket_json,
+    "websocket-binary-calls": _by_calls(bytes, text=False),
+    "websocket-json-calls": _by_calls(lambda message: orjson.dumps(orjson.loads(message)), text=True),
     "http-binary": _http(None, OCTETS),
     "http-json": _http(lambda body: orjson.dumps(orjson.loads(body)), JSON),
     "http-fastapi": fastapi,
@@ -87,8 +102,7 @@ def main(name: str) -> None:
     config.lifespan = "off"
     config.timeout_graceful_shutdown = 5
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)  # noqa: T201 - the address is its output
-    gc.collect()
-    gc.freeze()  # what was imported and is not served must not cost it anything
+    calm_collector()
     uvicorn.Server(config).run(sockets=[listener])
 
 

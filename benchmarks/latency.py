@@ -33,7 +33,7 @@ def run(quick: bool) -> Iterator[Row]:
                 with pinned():
                     return open_loop(lines, rate, seconds)
 
-            return Contender(measure, program.pid)
+            return Contender(measure, (program.pid,))
 
         taken = take_turns({"latch": arriving(service, ours), "echo": arriving(echo, theirs)}, rounds)
     p99 = {name: _percentile(one, 99) for name, one in taken.items()}

@@ -106,7 +106,7 @@ def aside() -> Iterator[ProcessPoolExecutor]:
 
 
 class Ticks(NamedTuple):
-    """Seconds of processor time so far: of us and our helper, of the server, and of everybody on each of two cores."""
+    """Seconds of processor time so far: of us and our helpers, of the servers, and of all on each of two cores."""
 
     load: float
     server: float
@@ -114,7 +114,7 @@ class Ticks(NamedTuple):
     server_core: float
 
     @staticmethod
-    def now(pid: int, helper: int | None) -> "Ticks":
+    def now(servers: Sequence[int], helpers: Sequence[int]) -> "Ticks":
         """Reads `/proc`; the kernel counts in ticks of 10 ms."""
         cores = {}
         for line in Path("/proc/stat").read_text().splitlines():
@@ -122,8 +122,8 @@ class Ticks(NamedTuple):
             if name.startswith("cpu") and name != "cpu":
                 user, nice, system, _, _, interrupt, soft, steal = map(int, values[:8])
                 cores[int(name[3:])] = (user + nice + system + interrupt + soft + steal) / TICK
-        load = time.process_time() + (0.0 if helper is None else Ticks.of(helper))
-        return Ticks(load, Ticks.of(pid), cores[LOAD], cores[SERVER])
+        load = time.process_time() + sum(map(Ticks.of, helpers))
+        return Ticks(load, sum(map(Ticks.of, servers)), cores[LOAD], cores[SERVER])
 
     @staticmethod
     def of(pid: int) -> float:
@@ -147,30 +147,31 @@ class Round(Generic[Value]):
 
 @dataclass(frozen=True)
 class Contender(Generic[Value]):
-    """Something to measure, and the process on the serving core that does the work.
+    """Something to measure, and the processes on the serving core that do the work.
 
-    `helper` is a process on the loading core that it needs, such as a store: its time counts as the load's.
+    `helpers` are processes on the loading core that it needs, such as a store: their time counts as the load's.
     """
 
     measure: Callable[[], Value]
-    pid: int
+    servers: Sequence[int]
     title: str = ""
-    helper: int | None = None
+    helpers: Sequence[int] = ()
 
     @staticmethod
     def of(
         pool: ProcessPoolExecutor, call: Callable[..., Value], *arguments: Any, title: str = ""
     ) -> "Contender[Value]":
         """A call made in a process aside."""
-        return Contender(lambda: pool.submit(call, *arguments).result(), pool.submit(os.getpid).result(), title)
+        return Contender(lambda: pool.submit(call, *arguments).result(), (pool.submit(os.getpid).result(),), title)
 
     def round(self) -> Round[Value]:
         """Measures, and watches the two cores."""
-        before, start = Ticks.now(self.pid, self.helper), time.perf_counter()
+        before, start = Ticks.now(self.servers, self.helpers), time.perf_counter()
         value = self.measure()
         seconds = time.perf_counter() - start
         load, server, load_core, server_core = (
-            (after - first) / seconds for after, first in zip(Ticks.now(self.pid, self.helper), before, strict=True)
+            (after - first) / seconds
+            for after, first in zip(Ticks.now(self.servers, self.helpers), before, strict=True)
         )
         strangers = [0.0, server_core - server] + ([load_core - load] if load > IDLE else [])
         return Round(value, load, server, max(strangers))

@@ -230,6 +230,8 @@ def _starting(times: int) -> Iterator[Profile]:
 def _sampled(load: Callable[[], Any], *target: str) -> str:
     """What py-spy sees of a process under a load."""
     spy = Path(sys.executable).with_name("py-spy")
+    if not spy.is_file():
+        raise RuntimeError(f"no py-spy beside {sys.executable}, which samples the service: `make setup` installs it")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "samples"
         command = [spy, "record", "--format", "raw", "--full-filenames", "--rate", str(SAMPLES), "--output", file]

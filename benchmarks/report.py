@@ -35,8 +35,10 @@ class Row:
         return {True: "met", False: "missed", None: "-"}[self.met]
 
 
-def at_least(goal: float, what: str, against: str, value: float, detail: str = "") -> Row:
-    """A row whose value should be high."""
+def at_least(goal: float | None, what: str, against: str, value: float, detail: str = "") -> Row:
+    """A row whose value should be high; without a goal it is only told."""
+    if goal is None:
+        return Row(what, against, "", f"{value:.2f}", None, detail)
     return Row(what, against, f">= {goal:g}", f"{value:.2f}", value >= goal, detail)
 
 

@@ -55,7 +55,7 @@ def _row(what: str, url: str, raw: tuple[Any, ...], against: str, rounds: int, s
             )
             costs.append(f"{median(one.value for one in taken['store']) / size * 1e6:.1f}")
             ratios.append(f"{ratio(taken['store'], taken['raw']):.1f}")
-            doubt = doubt or doubts(taken["store"])
+            doubt = doubt or doubts([*taken["store"], *taken["raw"]])
     sizes = ", ".join(map(str, SIZES))
     detail = f"us a row: {', '.join(costs)} in batches of {sizes}; by the raw write: {', '.join(ratios)}{doubt}"
     return Row(f"{what}, {SIZES[-1]} rows", f"{against} of the same bytes", "", ratios[-1], None, detail)

@@ -1,4 +1,4 @@
-"""MLServer: a custom runtime in the server's own process, which holds the states, with its adaptive batching."""
+"""MLServer: a custom runtime in the server's own process, which holds the states, without its adaptive batching."""
 
 import numpy as np
 from cell import Cell

@@ -1,9 +1,13 @@
 """The mixed load's judgement: it must see what it says that it looks for."""
 
+import asyncio
+import json
 import random
 
 import numpy as np
 import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
 from benchmarks import bare, mixed
 from benchmarks.latch import MODEL
@@ -31,6 +35,26 @@ def test_one_bit_is_seen(stream: Stream) -> None:
     """The smallest difference in one number of one row."""
     stream.replies[1][1].view(np.uint32)[3, 40] ^= 1
     assert mixed.wrong_rows(stream) == 1
+
+
+async def _told(step: int) -> Stream:
+    """A session of twelve acknowledged steps, whose next hello says another number."""
+
+    async def greet(socket: ServerConnection) -> None:
+        await socket.send(json.dumps({"step": step}))
+        await socket.wait_closed()
+
+    made = Stream("s", 5, random.Random(1), step=12)  # noqa: S311 - no secret
+    async with serve(greet, "127.0.0.1", 0, subprotocols=[Subprotocol("latch.json")]) as server:
+        await mixed._visit(server.sockets[0].getsockname()[1], made, "latch.json", [])
+    return made
+
+
+@pytest.mark.parametrize(("told", "missing"), [(12, 0), (14, 0), (4, 8)])
+def test_a_hello_that_knows_fewer_steps_is_seen(told: int, missing: int) -> None:
+    """What was acknowledged and is not there is lost, though the client goes on from there."""
+    made = asyncio.run(_told(told))
+    assert (made.missing, made.step) == (missing, told)
 
 
 def test_a_lost_step_is_seen(stream: Stream) -> None:
