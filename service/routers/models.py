@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.engine import Engine
+from service.errors import InvalidInput
 from service.routers import JSON, Body, BoundedRoute, Manager, Models, documented
 from service.sessions import SessionManager
 
@@ -121,6 +122,7 @@ class Predictions(BaseModel):
     openapi_extra=documented(
         {
             "type": "object",
+            "additionalProperties": False,
             "required": ["sequences"],
             "properties": {
                 "sequences": {
@@ -133,8 +135,12 @@ class Predictions(BaseModel):
         }
     ),
 )
-async def predict(model: str, body: Body, manager: Manager) -> Response:
-    """Runs whole sequences from the initial state and keeps nothing: `{"sequences": [{"outputs": {...}}, ...]}`."""
+async def predict(model: str, body: Body, manager: Manager, request: Request) -> Response:
+    """Runs whole sequences from the initial state and keeps nothing: `{"sequences": [{"outputs": {...}}, ...]}`. By the
+    model's default version; sessions may name another.
+    """
+    if request.url.query:
+        raise InvalidInput("predict takes `sequences` and `outputs` in its body, nothing in the query", path="query")
     engine = manager.engines.get(model)
     replies = await manager.predict(engine, engine.codec.decode_predict(body))
     return Response(engine.codec.encode_outputs(replies), media_type=JSON)

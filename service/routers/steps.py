@@ -175,11 +175,11 @@ class StepDoor:
             for name, values in fields.items():
                 if name == "outputs":
                     names = [part for value in values for part in value.split(",") if part]
-                elif name == "step" and _NUMBER.fullmatch(values[-1]):
-                    first_step = int(values[-1])
+                elif name == "step" and len(values) == 1 and _NUMBER.fullmatch(values[0]):
+                    first_step = int(values[0])
                 else:
                     raise InvalidInput(
-                        f"{name}={values[-1][:40]} in the query: it takes step (from 1) and outputs (names, commas)",
+                        f"{name}={','.join(values)[:40]} in the query: it takes one step (from 1) and outputs (names)",
                         path=name,
                     )
         steps, rest = divmod(len(body), rows.input_bytes)

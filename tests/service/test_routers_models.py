@@ -57,6 +57,7 @@ def test_predict_equals_a_session(server: Server) -> None:
     [
         ("nope", {"sequences": [[ROW]]}, 404, "model_not_found"),
         ("toy", {}, 422, "invalid_input"),
+        ("toy", {"sequences": [[ROW]], "version": "1"}, 422, "invalid_input"),
         ("toy", {"sequences": []}, 422, "invalid_input"),
         ("toy", {"sequences": [[ROW], [[1, 2]]]}, 422, "invalid_input"),
         ("toy", {"sequences": [[ROW] * 10_000] * 2}, 413, "payload_too_large"),
@@ -69,6 +70,12 @@ def test_a_bad_predict_is_typed(server: Server, model: str, body: Any, status: i
     reply = server.http.post(f"/v1/models/{model}/predict", json=json.loads(json.dumps(body)))
     assert (reply.status_code, reply.json()["code"]) == (status, code)
     assert [len(engine.slab) for engine in server.app.state.manager.engines] == before
+
+
+def test_predict_has_no_version_to_choose(server: Server) -> None:
+    """Whoever names one in the query would be answered by another without a word."""
+    reply = server.http.post("/v1/models/toy/predict?version=1", json={"sequences": [[ROW]]})
+    assert (reply.status_code, reply.json()["path"]) == (422, "query")
 
 
 def test_a_version_that_arrives_while_serving_is_picked_up(start: Callable[..., Server], tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ BAD: dict[str, tuple[Any, str, int, str, str | None]] = {
     "infinity": (np.float32([[1, 2, -np.inf]]), "", 422, "invalid_input", "$.inputs[0][2]"),
     "NaN far behind": (np.float32([[1, 2, 3]] * 900 + [[np.nan] * 3]), "", 422, "invalid_input", "$.inputs[900][0]"),
     "step 0": (ROWS, "?step=0", 422, "invalid_input", "step"),
+    "two steps": (ROWS, "?step=2&step=3", 422, "invalid_input", "step"),
     "a negative step": (ROWS, "?step=-1", 422, "invalid_input", "step"),
     "a signed step": (ROWS, "?step=%2B1", 422, "invalid_input", "step"),
     "no number": (ROWS, "?step=one", 422, "invalid_input", "step"),
