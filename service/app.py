@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.drain import Drain
 from service.engine import EngineOptions, load_engine, load_engines
@@ -45,6 +46,7 @@ Beside these calls there are WebSockets, which OpenAPI cannot describe:
 {frames.__doc__}```
 """
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 _CLOSE_SECONDS = 2.0
 
 
@@ -142,8 +144,15 @@ async def _on_error(request: Request, error: Exception) -> Response:
     typed = _typed(request, error)
     request.app.state.metrics.errors.labels(typed.code).inc()
     response = error_response(typed)
-    response.headers.update(getattr(error, "headers", None) or {})  # a 405 names the methods there are
+    if isinstance(typed, MethodNotAllowed):
+        response.headers["Allow"] = ", ".join(filter(partial(_takes, request), METHODS))
     return response
+
+
+def _takes(request: Request, method: str) -> bool:
+    """Whether a route at the address takes that method; the framework's own 405 names those of the first one."""
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 def _typed(request: Request, error: Exception) -> LatchError:

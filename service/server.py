@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 SETTLE_SECONDS = 0.1
 # Bytes of a WebSocket that are handled at once; the frames of one read that are not many; and bytes at once of more.
 READ_AT_ONCE, FRAMES_AT_ONCE, READ_ON_AT_ONCE = 65_536, 256, 2_048
+# A client that sent what is no WebSocket's, or too much, has this long to read that it was refused.
+LINGER_SECONDS = 1.0
 # Whoever is told at the deadline that the service stops has this long to take it.
 GOODBYE_SECONDS = 1.0
 
@@ -51,6 +53,8 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """In parts, and many small frames over many turns of the loop: nobody waits for a flood of pings."""
+        if self.conn.parser_exc is not None:
+            return
         if self._unread:  # it was read before the pause took hold, or behind uvicorn's back, which reads on by itself
             self._unread += data
             if not self.transport.is_closing():
@@ -94,6 +98,19 @@ class _WebSocket(WebSocketsSansIOProtocol):
         if self.close_sent:  # a refusal by way of HTTP is an answer, too, and nothing for the log
             self.handshake_complete = True
 
+    def handle_parser_exception(self) -> None:
+        """As uvicorn's, but what is on its way is still read, and dropped: closed over that, the connection would be
+        reset, and the client never see the code.
+        """
+        assert self.conn.close_sent is not None  # noqa: S101 - the parser has failed, and said so
+        code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent, self._unread = True, b""
+        self.transport.write_eof()  # who has read that closes, too
+        self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
     def handle_cont(self, event: Frame) -> None:
         self._frames_handled += 1
         whole = self.frames[0] if isinstance(self.frames[0], bytearray) else bytearray(self.frames[0])
@@ -125,7 +142,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
             except InvalidState:  # the peer has closed in the same breath
                 self.transport.abort()
             else:
-                self.handle_parser_exception()
+                super().handle_parser_exception()
 
     def pause_writing(self) -> None:
         super().pause_writing()

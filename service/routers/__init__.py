@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from math import inf
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Path, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import HTTPConnection
@@ -132,11 +132,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorInfo, "description": "Refused; nothing has changed"},
     "5XX": {
         "model": ErrorInfo,
-        "description": "Failed; no state has moved, unless the code is one that leaves it open (store_unavailable)",
+        "description": "Failed; no state has moved, unless the code is one that leaves it open (`store_unavailable`, "
+        "`draining`): send a numbered step again",
     },
 }
 
 
+SessionId = Annotated[
+    str, Path(description="Letters, digits and . _ ~ : -, a letter or digit first, 128 at most", examples=["motor-7"])
+]
 Manager = Annotated[SessionManager, Depends(_manager)]
 Models = Annotated[Repository, Depends(_repository)]
 Body = Annotated[bytes, Depends(_body)]

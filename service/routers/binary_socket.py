@@ -81,12 +81,14 @@ class BinarySocket(Socket):
                 try:
                     await self._take_frame(frame, channel)
                 except LatchError as error:  # of this frame only: where the next one begins is known
+                    channel = self._channels.get(frame.channel)  # which a refused OPEN has left
                     answer = partial(self._answer, frame.channel, frame.first_step)
                     self.refuse(channel.session if channel else None, error, answer)
         except LatchError as error:
-            number = error.extras.get("channel", 0)
+            error.extras["message"] = self._handled
+            number, first_step = error.extras.get("channel", 0), error.extras.pop("first_step", 0)
             channel = self._channels.get(number)
-            self.refuse(channel.session if channel else None, error, partial(self._answer, number, 0))
+            self.refuse(channel.session if channel else None, error, partial(self._answer, number, first_step))
 
     def _take_block(self, message: bytes, first: _Channel) -> bool:
         """Handles at once a message that carries the same number of steps for each of many sessions of one model."""
@@ -122,8 +124,12 @@ class BinarySocket(Socket):
             with suppress(LatchError):  # of a session that is gone: nobody is owed a reply by it
                 await self.manager.turn(channel.session)
         if frame.kind == Kind.OPEN:
-            opened = frames.open_request(frame)
-            await self.welcome(opened.session, frame.channel, opened.outputs)
+            try:
+                opened = frames.open_request(frame)
+                await self.welcome(opened.session, frame.channel, opened.outputs)
+            except LatchError:  # what comes behind it on the channel is for that session, and for no other
+                self._leave(frame.channel)
+                raise
         elif frame.kind == Kind.CLOSE:
             self._leave(frame.channel)
         elif channel is not None:

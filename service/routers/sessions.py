@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import BYTES, JSON, PACKED, ControlRoute, Manager
+from service.routers import BYTES, JSON, PACKED, ControlRoute, Manager, SessionId
 from service.sessions import Session, SessionManager
 from service.stores import Stored
 from service.wire import native
@@ -92,7 +92,7 @@ async def create_session(body: CreateSession, response: Response, manager: Manag
 
 
 @router.put("/{session_id}", responses={201: {"model": SessionInfo, "description": "The session is new"}})
-async def put_session(session_id: str, body: CreateSession, response: Response, manager: Manager) -> SessionInfo:
+async def put_session(session_id: SessionId, body: CreateSession, response: Response, manager: Manager) -> SessionInfo:
     """A session with an id of the client's own; asking again for the same one changes nothing."""
     session, created = await _create(manager, body, session_id)
     response.status_code = 201 if created else 200
@@ -112,13 +112,13 @@ async def list_sessions(
 
 
 @router.get("/{session_id}")
-async def get_session(session_id: str, manager: Manager) -> SessionInfo:
+async def get_session(session_id: SessionId, manager: Manager) -> SessionInfo:
     """One session. Looking at it does not count as use."""
     return session_info(manager, await manager.inspect(session_id))
 
 
-@router.delete("/{session_id}", status_code=204)
-async def delete_session(session_id: str, manager: Manager) -> None:
+@router.delete("/{session_id}", status_code=204, response_class=Response)
+async def delete_session(session_id: SessionId, manager: Manager) -> None:
     """Ends a session."""
     await manager.delete(session_id)
 
@@ -150,7 +150,7 @@ _PACKED_REPLY: dict[str, Any] = {
     responses={200: _PACKED_REPLY},
     tags=["sessions"],
 )
-async def step(session_id: str, request: Request) -> Response:
+async def step(session_id: SessionId, request: Request) -> Response:
     """Advances a session by T >= 1 steps; all of them are applied, or none. In JSON, or in packed rows: bytes of
     T rows in little-endian, as the model's page describes one, answered by rows of the outputs with the step in
     `Latch-Step` (and `Latch-Replayed`, `Latch-Already-Applied`).

@@ -170,6 +170,7 @@ class Socket:
         self._taken_bytes = 0  # of replies to what was taken since nothing was owed
         self._room = asyncio.Event()
         self._backlog: deque[bytes | str | asyncio.Future[None]] = deque()
+        self._handled = 0  # messages
         self._behind: asyncio.Task[None] | None = None
         self._is_greeting = False
         self._max_fed = _FED
@@ -243,6 +244,7 @@ class Socket:
         if self._behind is None:
             try:
                 if not self._owes_too_much() and self.take_now(message):
+                    self._handled += 1
                     return
             except Exception as error:  # noqa: BLE001 - a fault of ours ends this socket, not uvicorn's reading
                 self.end(error)
@@ -259,8 +261,10 @@ class Socket:
                 message = self._backlog.popleft()
                 if isinstance(message, asyncio.Future):
                     resolve(message)
-                elif not self.take_now(message):
+                    continue
+                if not self.take_now(message):
                     await self.take(message)
+                self._handled += 1
         except Exception as error:  # noqa: BLE001 - as above
             self.end(error)
         self._behind = None
@@ -308,6 +312,8 @@ class Socket:
             "model": session.model,
             "version": session.version,
             "step": step,
+            "created_at": native.timestamp(session.created_at),
+            "idle_ttl_ms": round(session.idle_ttl * 1000),
             "expires_at": native.timestamp(self.manager.expires_at(session)),
         }
         self._owed += 1

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import BYTES, PACKED, Body, ControlRoute, Manager, PackedRoute, documented
+from service.routers import BYTES, PACKED, Body, ControlRoute, Manager, PackedRoute, SessionId, documented
 from service.routers.sessions import Metadata, SessionInfo, session_info
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=ControlRoute)
@@ -35,7 +35,7 @@ class Rollback(BaseModel):
 
 
 @router.post("/fork", status_code=201)
-async def fork(session_id: str, manager: Manager, response: Response, body: Fork | None = None) -> SessionInfo:
+async def fork(session_id: SessionId, manager: Manager, response: Response, body: Fork | None = None) -> SessionInfo:
     """A new session that stands where this one does, after the requests that it has waiting."""
     wish = body or Fork()
     ttl = None if wish.idle_ttl_ms is None else wish.idle_ttl_ms / 1000
@@ -45,19 +45,19 @@ async def fork(session_id: str, manager: Manager, response: Response, body: Fork
 
 
 @router.post("/rollback")
-async def rollback(session_id: str, body: Rollback, manager: Manager) -> SessionInfo:
+async def rollback(session_id: SessionId, body: Rollback, manager: Manager) -> SessionInfo:
     """Returns a session to a step that it stood at, after the requests that it has waiting."""
     return session_info(manager, await manager.rollback(session_id, body.step))
 
 
 @router.post("/reset")
-async def reset(session_id: str, manager: Manager) -> SessionInfo:
+async def reset(session_id: SessionId, manager: Manager) -> SessionInfo:
     """Returns a session to its model's initial state and to step 0, after the requests that it has waiting."""
     return session_info(manager, await manager.reset(session_id))
 
 
 @router.get("/state", response_class=Response, responses={200: {"content": {PACKED: {"schema": BYTES}}}})
-async def get_state(session_id: str, manager: Manager) -> Response:
+async def get_state(session_id: SessionId, manager: Manager) -> Response:
     """Where a session stands, after the requests that it has waiting: a safetensors file with state, step and kept
     reply, for `PUT` here or at another service of the same model version.
     """
@@ -70,7 +70,7 @@ async def get_state(session_id: str, manager: Manager) -> Response:
     responses={201: {"model": SessionInfo, "description": "The session is new"}},
 )
 async def put_state(
-    session_id: str, body: Body, manager: Manager, response: Response, idle_ttl_ms: NewIdleTtl = None
+    session_id: SessionId, body: Body, manager: Manager, response: Response, idle_ttl_ms: NewIdleTtl = None
 ) -> SessionInfo:
     """Has a session stand where a snapshot does; makes the session (201) if there is none of that id."""
     session, created = await manager.restore(session_id, body, None if idle_ttl_ms is None else idle_ttl_ms / 1000)

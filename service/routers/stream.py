@@ -4,7 +4,8 @@ Two subprotocols: `latch.json`, which is also what a client gets that names none
 described in `service/wire/frames.py`. In `latch.json` a message is one JSON object:
 
     one session
-    server, at once    {"type": "hello", "session", "model", "version", "step", "expires_at"}
+    server, at once    {"type": "hello", "session", "model", "version", "step", "created_at", "idle_ttl_ms",
+                        "expires_at"}
     client, any number {"inputs": [[...], ...], "step"?: n, "outputs"?: [...]}
     server, in order   {"type": "step", "outputs", "step", "expires_at"}
                        {"type": "error", "error", "code", "retryable", ...}
@@ -19,9 +20,10 @@ On a socket of one session that speaks `latch.binary`, `?outputs=y,h` says what 
 
 Messages may be sent without waiting for replies. A refused message changes nothing and the socket stays open, unless
 it is a socket of one session and that is gone. After a broken connection, connect again and go on from the hello's
-`step`. A service that stops answers what it has read before it says `going_away`: what has no answer by then was not
-read, unless the service ran out of time; send it again on another connection, with its number. A message over the size
-limit closes the socket with 1009, before it is read.
+`step`; of what was applied before, only the last request is answered again. Who closes gets no more replies, and what
+was received is applied all the same. A service that stops answers what it has read before it says `going_away`: what
+has no answer by then was not read, unless the service ran out of time; send it again on another connection, with its
+number. A message over the size limit closes the socket with 1009, before it is read.
 
 Rule: the addresses and the agreement on a subprotocol; how a socket is read and written is in `sockets.py`.
 """

@@ -15,19 +15,23 @@ A message holds one or more frames, one after another. All numbers are little-en
       2  OPEN        client  JSON {"session": id, "outputs"?: [names]}: binds the channel, or binds it anew
       3  CLOSE       client  none: unbinds the channel; the session lives on
     129  STEPPED     server  T packed output rows, of the outputs that the channel was opened with
-                             flags 1: replayed, a duplicate, nothing ran
-                             flags 2: already applied, a duplicate whose reply was too large to keep: no rows follow
-    130  HELLO       server  JSON {"session", "model", "version", "step", "expires_at", ...}: the channel is bound
+                             flags, bit 0: replayed, a duplicate, nothing ran; bit 1, beside it: already applied, a
+                             duplicate whose reply was too large to keep: no rows follow
+    130  HELLO       server  JSON {"session", "model", "version", "step", "created_at", "idle_ttl_ms", "expires_at"}:
+                             the channel is bound
     131  ERROR       server  JSON {"error", "code", "retryable", ...}; first step: that of the refused STEP
     132  GOING_AWAY  server  JSON {"reason", "retry_after_ms"}, on channel 0: the last frame, the service stops
 
 A packed row is one step's values of the model's page in C order, float32 or int64, without padding; of several outputs
 one after another. A client's flags are 0. Frames of one session run in order and are answered in order; OPEN and CLOSE
-wait until what was sent on their channel is answered. A frame that is not answered before GOING_AWAY was not read,
-unless the service ran out of time: send it again on another connection, with its step's number.
+wait until what was sent on their channel is answered. A refused OPEN leaves its channel unbound, whatever it was bound
+to. Replies are not grouped as the messages were: read on until every frame has its answer. A frame that is not
+answered before GOING_AWAY was not read, unless the service ran out of time: send it again on another connection, with
+its number.
 
 Rule: a message is read frame by frame. One that cannot be told apart from the next (unknown type or channel, cut
-short) ends the message: the frames before it count, it and the rest are refused in one ERROR.
+short) ends the message: the frames before it count, it and the rest are refused in one ERROR, whose JSON says which
+`message` it was (from 0) and which `frame` of it. So wait for the HELLO before other sessions' frames come behind.
 """
 
 import struct
@@ -123,6 +127,7 @@ def read(message: bytes, row_bytes: Callable[[int], int | None]) -> Iterator[Fra
                 f"frame {index} at byte {start}: channel {channel} is not open; send OPEN with its session first",
                 frame=index,
                 channel=channel,
+                first_step=first_step,
             )
         start += HEADER.size
         end = start + size * count
@@ -132,6 +137,7 @@ def read(message: bytes, row_bytes: Callable[[int], int | None]) -> Iterator[Fra
                 f"{len(message) - start} are left",
                 frame=index,
                 channel=channel,
+                first_step=first_step,
             )
         yield Frame(kind, channel, count, first_step, message[start:end])
         start, index = end, index + 1

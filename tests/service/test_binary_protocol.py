@@ -247,6 +247,7 @@ class Protocol(RuleBasedStateMachine):
             _, which, good = rest
             outputs = OUTPUTS[channel] if good else ["y", "q"]
             session = self.sessions[which] if which < SESSIONS else Counted("nobody", live=False)
+            self.bound.pop(channel, None)
             if not session.live:
                 self.expected[channel].append((ERROR, "session_not_found", 0))
             elif not good:
@@ -257,8 +258,8 @@ class Protocol(RuleBasedStateMachine):
             return peer.opens(channel, session.name, outputs)
         _, ids, number = rest
         if channel not in self.bound:
-            self.expected[channel].append((ERROR, "channel_not_open", 0))
-            return peer.step(channel, np.array(ids, np.int64))
+            self.expected[channel].append((ERROR, "channel_not_open", 9))
+            return peer.step(channel, np.array(ids, np.int64), 9)
         session = self.bound[channel]
         if number == "again" and channel in self.sent:
             ids, first = self.sent[channel]

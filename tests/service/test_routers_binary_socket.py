@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -209,22 +209,29 @@ def test_a_channel_bound_anew_first_answers_what_was_sent_on_it(
         ]  # fmt: skip
 
 
-def test_an_open_that_fails_leaves_the_channel_as_it_was(server: Server) -> None:
-    """No such session, no such output, no JSON: an ERROR on that channel, and the binding before it holds."""
-    session, other = server.create(), server.create()
+@pytest.mark.parametrize(
+    ("refused", "code"),
+    [
+        (peer.opens(1, "nobody"), "session_not_found"),
+        (peer.opens(1, "other", ["y", "q"]), "invalid_input"),
+        (peer.frame(peer.OPEN, 1, 1, payload=b"{"), "malformed"),
+    ],
+)
+def test_an_open_that_fails_leaves_the_channel_unbound(server: Server, refused: bytes, code: str) -> None:
+    """What comes behind it is meant for that session: it must not reach the one that the channel had before."""
+    session = server.create()
+    server.http.put("/v1/sessions/other", json={"model": "toy"})
     with many(server) as client:
         client.open(1, session)
-        client.send(
-            peer.opens(1, "nobody"), peer.opens(1, other, ["y", "q"]), peer.frame(peer.OPEN, 1, 1, payload=b"{")
-        )
-        client.send(peer.step(1, ROW))
-        *refused, stepped = client.take(4)
-    assert [(r.kind, r.channel, r.document["code"]) for r in refused] == [
-        (ERROR, 1, "session_not_found"), (ERROR, 1, "invalid_input"), (ERROR, 1, "malformed"),
-    ]  # fmt: skip
-    assert refused[1].document["path"] == "$.outputs[1]"
-    assert stepped.kind == STEPPED
-    assert (at(server, session), at(server, other)) == (1, 0)
+        client.send(peer.step(1, ROW), refused, peer.step(1, ROW, 2))
+        client.send(peer.opens(1, session), peer.step(1, ROW, 2))
+        stepped, told, behind, hello, again = client.take(5)
+    assert [(r.kind, r.channel) for r in (told, behind)] == [(ERROR, 1)] * 2
+    assert [r.document["code"] for r in (told, behind)] == [code, "channel_not_open"]
+    assert (behind.first, behind.document["message"], behind.document["frame"]) == (2, 1, 2)
+    assert [(r.kind, r.first) for r in (stepped, again)] == [(STEPPED, 1), (STEPPED, 2)]
+    assert (hello.kind, hello.document["step"]) == (HELLO, 1)
+    assert (at(server, session), at(server, "other")) == (2, 0)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 64])
@@ -463,6 +470,18 @@ def test_an_oversize_message_closes_with_1009(start: Callable[..., Server]) -> N
             client.next()
         assert client.socket.close_code == 1009
     assert at(server, session) == 1
+
+
+def test_the_code_of_an_oversize_message_reaches_who_still_sends_it(start: Callable[..., Server]) -> None:
+    """The service does not close over what is on its way: that would reset the connection, and lose the code."""
+    server = start(max_body_bytes=2000)
+    for _ in range(20):
+        with many(server) as client:
+            with suppress(ConnectionClosed):
+                client.socket.send(bytes(20_000_000))
+            with pytest.raises(ConnectionClosed):
+                client.next()
+            assert client.socket.close_code == 1009
 
 
 def test_messages_of_many_sessions_may_be_sent_without_waiting(server: Server) -> None:

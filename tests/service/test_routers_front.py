@@ -89,7 +89,8 @@ def test_what_is_no_step_has_the_one_shape_of_an_error(server: Any, method: str,
     reply = server.http.request(method, path, json={"inputs": [[1, 2, 3]]})
     assert reply.status_code == status
     assert reply.json()["code"] == {404: "not_found", 405: "method_not_allowed"}[status]
-    assert ("allow" in reply.headers) == (status == 405)
+    allowed = {"/v1/sessions/a/steps": "POST", "/v1/sessions/steps": "GET, PUT, DELETE"}.get(path)
+    assert reply.headers.get("allow") == (allowed if status == 405 else None)
 
 
 FOREIGN = "https://elsewhere.example"

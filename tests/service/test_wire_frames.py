@@ -143,12 +143,12 @@ def test_an_empty_message_is_malformed() -> None:
 
 def test_a_step_of_a_channel_that_is_not_open_ends_the_message() -> None:
     """Nobody knows its size, so nobody knows where the next frame begins; what came before it counts."""
-    message = peer.step(1, [row(1, 2, 3)]) + peer.step(2, [row(1, 2, 3)]) + peer.step(1, [row(1, 2, 3)])
+    message = peer.step(1, [row(1, 2, 3)]) + peer.step(2, [row(1, 2, 3)], 5) + peer.step(1, [row(1, 2, 3)])
     reader = frames.read(message, {1: 12}.get)
     assert next(reader).channel == 1
     with pytest.raises(ChannelNotOpen, match="frame 1 at byte 28: channel 2 is not open") as caught:
         next(reader)
-    assert caught.value.extras == {"frame": 1, "channel": 2}
+    assert caught.value.extras == {"frame": 1, "channel": 2, "first_step": 5}
 
 
 def test_what_binds_a_channel_in_a_message_counts_for_the_frames_after_it() -> None:
@@ -328,8 +328,8 @@ def test_the_page_is_the_codec() -> None:
     kinds = re.findall(r"^ +(\d+)  ([A-Z_]+) +(client|server)  ", page, re.MULTILINE)
     assert {name: int(number) for number, name, _ in kinds} == {kind.name: kind.value for kind in Kind}
     assert {name for number, name, side in kinds if side == "client"} == {"STEP", "OPEN", "CLOSE"}
-    flags = dict(re.findall(r"flags (\d): (replayed|already applied)", page))
-    assert {int(number): name for number, name in flags.items()} == {
+    bits = dict(re.findall(r"bit (\d)[a-z, ]*: (replayed|already applied)", page))
+    assert {2 ** int(number): name for number, name in bits.items()} == {
         frames.REPLAYED: "replayed", frames.ALREADY_APPLIED: "already applied",
     }  # fmt: skip
 
