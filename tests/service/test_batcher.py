@@ -596,3 +596,14 @@ async def test_after_the_stop_a_queue_that_was_full_says_so_no_more(metrics: Met
         bench.step(slots[1], 1)
     with pytest.raises(Draining):
         await bench.batcher.room(slots[1])
+
+
+@pytest.mark.parametrize(("steps", "is_kept"), [(125, True), (126, False)])
+async def test_a_reply_is_kept_up_to_the_limit(metrics: Metrics, steps: int, is_kept: bool) -> None:
+    """Of 1,000 bytes here; clients cut their requests by it, to the byte."""
+    bench = Bench(metrics)
+    slot = bench.acquire()
+    async with serving(bench):
+        replies = [await bench.step(slot, *[0] * steps, first=1) for _ in range(2)]
+    assert [reply.replayed for reply in replies] == [False, True]
+    assert replies[1].data == (replies[0].data if is_kept else None)

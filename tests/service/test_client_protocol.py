@@ -526,3 +526,15 @@ def test_requests_are_the_rows_of_the_items_cut_at_the_limit(counts: list[int], 
     assert all(0 < sum(piece.steps for piece in request) <= limit for request in requests)
     assert sum(piece.is_last for request in requests for piece in request) == len(counts)
     assert len(requests) == -(-len(rows) // limit)
+
+
+def test_a_hello_of_another_model_ends_the_stream_before_anything_is_sent() -> None:
+    """The rows are none of that model's, though they may have their size."""
+    latch = Latch()
+    session = latch.session()
+    logic = StreamLogic(session, None)
+    work = logic.exchange(next(logic.requests.cut([[3.0]])))
+    assert isinstance(next(work), Dial)
+    assert work.send(None).message is None
+    with pytest.raises(SessionNotFound, match="made anew on other/1"):
+        work.send(frames.notice(Kind.HELLO, 0, latch.info() | {"model": "other", "version": "1"}))

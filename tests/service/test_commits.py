@@ -3,14 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from service.errors import Draining, InferenceFailed
-from service.ledger import Ledger, StoredSlot
+from service.ledger import Ledger, StoredSlot, packed
 from service.metrics import Metrics
 from service.stores import Save, Saved
-from tests.service.bench import Bench, last, serving
+from tests.service.bench import SNAPSHOTS, Bench, last, serving
 from tests.service.replicas import Record, SharedStore
 
 pytestmark = pytest.mark.anyio
@@ -143,3 +144,48 @@ async def test_a_block_waits_behind_one_that_is_being_saved(metrics: Metrics) ->
         assert [await block for block in blocks] == [[1, 2], [13, 24], [245, 6]]
         assert bench.runner.runs == [(2, 1)] * 3
         assert [stored.step for stored in [await bench.store.load(name) for name in "abc"]] == [2, 3, 1]
+
+
+async def test_who_is_being_saved_is_not_told_that_the_batch_has_failed(metrics: Metrics) -> None:
+    """A batch that meets its fate row by row fails outside the runtime at the second: the first is saved, and told."""
+    bench = StoredBench(metrics)
+    slots = [await bench.create(name) for name in "ab"]
+    run = bench.runner.run
+
+    def breaks(inputs: Any, state: Sequence[Any], outputs: Sequence[str]) -> Any:
+        if len(inputs) == 2:
+            raise InferenceFailed("poison")
+        if (inputs == 2).any():
+            raise ValueError("nobody thought of this")
+        return run(inputs, state, outputs)
+
+    bench.runner.run = breaks  # type: ignore[method-assign]
+    async with stored(bench):
+        bench.store.open.clear()
+        one, two = bench.step(slots[0], 1), bench.step(slots[1], 2)
+        with pytest.raises(InferenceFailed):
+            await two
+        bench.store.open.set()
+        assert last(await one) == 1
+        assert last(await bench.step(slots[0], 3)) == 13
+
+
+async def test_who_was_overtaken_at_the_end_is_told(metrics: Metrics) -> None:
+    """Its step would be run again; but nothing runs any more."""
+    bench = StoredBench(metrics)
+    slot = await bench.create("a")
+    bench.ledger.start()
+    bench.store.open.clear()
+    task = asyncio.create_task(bench.batcher.serve())
+    step = bench.step(slot, 1)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    [standing] = packed(SNAPSHOTS, *SNAPSHOTS.start({}).commits(slot))
+    assert await SharedStore.save(bench.store, [Save("a", slot.token, b"another's".ljust(16), standing)]) == [True]
+    bench.store.open.set()
+    with pytest.raises(Draining):
+        await asyncio.wait_for(step, 5)
+    assert not bench.batcher.is_busy(slot)
+    await bench.ledger.close()

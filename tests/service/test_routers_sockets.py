@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from service.engine import load_engines
+from service.errors import SessionNotFound, SlowReader
 from service.metrics import Metrics
 from service.registry import scan
 from service.routers import sockets, stream
@@ -23,6 +24,8 @@ from service.routers.sockets import BINARY, JSON, Shared
 from service.routers.stream import StreamDoor
 from service.sessions import IdleLimits, SessionManager
 from service.stores.memory import MemoryStore
+from service.wire import Block
+from service.work import BlockReply
 from tests.service import peer
 from tests.service.conftest import OPTIONS
 from tests.service.peer import ERROR, GOING_AWAY, HELLO, STEPPED
@@ -539,3 +542,47 @@ async def test_sockets_that_come_and_go_leave_nothing_behind(house: House, monke
     del clients, client, idle, owed, block, deleted
     gc.collect()
     assert list(Watched.alive) == []
+
+
+async def test_a_hello_does_not_wait_for_a_socket_that_has_ended(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that had received for the session, and not handed on, never will be."""
+    monkeypatch.setattr(sockets, "_PATIENCE", 1000)
+    client = await house.single("a")
+    [socket] = Watched.alive
+    session = house.manager._live["a"]
+    async with session.engine.batcher.hold(session):
+        client.send(*[message(number) for number in range(1, 10)])
+        other = Client(house.door, "/v1/sessions/a/stream", JSON)
+        await other.until(lambda: any(isinstance(each, asyncio.Future) for each in socket._backlog))
+        socket.end(SlowReader("no reply was read"))
+        await client.task
+    await other.until(lambda: other.wire.received)
+    assert documents(other)[0]["type"] == "hello"
+
+
+async def test_sockets_that_open_a_session_again_at_once_do_not_wait_for_each_other(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has received something for it; but that is the wish itself."""
+    monkeypatch.setattr(sockets, "_PATIENCE", 1000)
+    await house.session("a")
+    clients = [Client(house.door, "/v1/stream", BINARY) for _ in range(2)]
+    for count in (1, 2):
+        for client in clients:
+            client.send(peer.opens(0, "a"))
+        for client in clients:
+            await client.until(lambda client=client, count=count: len(replies(client)) == count)
+    assert {reply.kind for client in clients for reply in replies(client)} == {HELLO}
+
+
+async def test_what_of_a_block_is_not_applied_is_not_told_as_if_it_were(house: House) -> None:
+    """A session of it was deleted during the run: that is an error, once, and the other one is answered."""
+    client = await house.many("a", "b")
+    [socket] = Watched.alive
+    block = Block(np.ones((2, 1, 3), np.float32), ("y",), np.array([1, 1], np.uint64))
+    socket._owed += 2
+    socket._answer(1, 1, SessionNotFound("the session was deleted"))
+    socket._answer_block([0, 1], block, BlockReply([1, 1], [bytes(16)] * 2, [True, False]))
+    await client.until(lambda: len(replies(client)) >= 2)
+    assert [(reply.kind, reply.channel) for reply in replies(client)] == [(ERROR, 1), (STEPPED, 0)]
+    assert socket._owed == 0

@@ -320,3 +320,61 @@ async def test_a_fork_may_have_no_metadata(manager: SessionManager) -> None:
     session, _ = await manager.create("toy", metadata={"who": "me"})
     assert (await manager.fork(session.id)).metadata == {"who": "me"}
     assert (await manager.fork(session.id, metadata={})).metadata == {}
+
+
+async def test_a_fork_idles_as_long_as_the_session(manager: SessionManager) -> None:
+    """None given is that of the session, and not that of sessions that ask for none."""
+    session, _ = await manager.create("toy", idle_ttl=20)
+    assert (await manager.fork(session.id)).idle_ttl == 20
+    assert (await manager.fork(session.id, idle_ttl=30)).idle_ttl == 30
+
+
+async def test_a_fork_may_have_an_id_whose_time_is_over(manager: SessionManager, clock: Clock) -> None:
+    """Before any sweep, as a create may."""
+    await manager.create("toy", session_id="short", idle_ttl=10)
+    session, _ = await manager.create("toy", session_id="long", idle_ttl=100)
+    await manager.step(session, ones(2))
+    clock.now += 11
+    assert (await manager.fork("long", fork_id="short")).step == 2
+    assert (await manager.find("short")).step == 2
+
+
+async def test_the_last_page_leads_nowhere(manager: SessionManager) -> None:
+    """Also where it is full."""
+    for name in ("a", "b"):
+        await manager.create("toy", session_id=name)
+    assert [(await manager.page(None, "", limit))[1] for limit in (1, 2, 3)] == ["a", None, None]
+
+
+async def test_a_step_whose_caller_has_gone_before_its_run_is_not_applied(manager: SessionManager) -> None:
+    """And keeps nobody from the step after it."""
+    session, _ = await manager.create("toy")
+    async with session.engine.batcher.hold(session):
+        leaving = asyncio.create_task(manager.step(session, ones(3)))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+    assert (await manager.step(session, ones())).step == 1
+    assert leaving.cancelled()
+
+
+async def test_who_leaves_before_its_turn_keeps_nobody_waiting(manager: SessionManager) -> None:
+    """The session goes on with whoever is behind."""
+    session, _ = await manager.create("toy")
+    async with session.engine.batcher.hold(session):
+        leaving = asyncio.create_task(manager.turn(session))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+    assert (await asyncio.wait_for(manager.step(session, ones()), 5)).step == 1
+
+
+async def test_a_prediction_is_none_too_many_for_a_short_queue(repository: Path, metrics: Metrics) -> None:
+    """It takes the sequences of a call in as many parts as there is room for."""
+    engines = load_engines(scan(repository).found, {}, replace(OPTIONS, max_queue=4), metrics)
+    engine = engines.get("toy")
+    engine.start()
+    limits = IdleLimits(60.0, 10.0, 100.0)
+    manager = SessionManager(engines, MemoryStore(max_expired_ids=10), idle=limits, metrics=metrics)
+    assert len(await manager.predict(engine, [ones()] * 10)) == 10
+    await engine.close()

@@ -1,6 +1,7 @@
 """Sessions that a store has: what a process lets go, loads again, and finds out from the others."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from service.errors import (
     StepNotKept,
     StoreUnavailable,
 )
+from service.routers.sockets import Shared
 from service.routers.steps import StepDoor
+from service.routers.stream import StreamDoor
 from service.sessions import SessionManager
 from service.snapshot import snapshot
 from service.stores import Save, Saved, Stored, open_store
 from service.wire import StepRequest
 from tests.service import toys
 from tests.service.replicas import Replica, SharedStore
+from tests.service.wires import Client
 
 pytestmark = pytest.mark.anyio
 
@@ -689,3 +693,236 @@ async def test_a_restore_of_what_ends_meanwhile_makes_it(
 
     monkeypatch.setattr(SessionManager, "_is_known", then_deleted)
     assert (await manager.restore("a", data))[1]
+
+
+async def test_a_session_that_is_made_while_another_of_its_id_is_deleted_stays(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was made when the store had deleted the old one, and before that was known here."""
+    manager = replicas[0].manager
+    await manager.create("toy", session_id="a")
+    deletion = SharedStore.delete
+
+    async def then_made(self: SharedStore, name: str) -> None:
+        await deletion(self, name)
+        manager._forget(manager._live[name])  # as its steps find out
+        await asyncio.sleep(0.001)  # the clock of creation has moved on
+        await manager.create("toy", session_id=name)
+
+    monkeypatch.setattr(SharedStore, "delete", then_made)
+    await manager.delete("a")
+    made = manager.resident("a")
+    assert made is not None
+    assert (await manager.step(made, ones(first=1))).step == 1
+
+
+async def test_a_sweep_is_one_of_the_store_too(repository: Path, tmp_path: Path) -> None:
+    """A file is rid of sessions that nobody has asked for since the start."""
+    store = open_store(f"sqlite:///{tmp_path}/s.db", keep_steps=0, max_expired_ids=10)
+    replica = Replica(repository, store, max_sessions=4)
+    await replica.start()
+    session, _ = await replica.manager.create("toy", session_id="a", idle_ttl=0.001)
+    replica.manager._forget(session)  # as a restart does
+    await asyncio.sleep(0.01)
+    await replica.manager.sweep()
+    rows = store._db.execute("SELECT count(*) FROM sessions").fetchone()  # type: ignore[attr-defined]
+    assert rows == (0,)
+    with pytest.raises(SessionExpired):
+        await replica.manager.find("a")
+    await replica.close()
+    await store.close()
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+async def test_a_create_that_fails_takes_no_room(replicas: list[Replica], fault: str) -> None:
+    """Of the four that there is; nor does one whose caller has gone."""
+    manager, slab = replicas[0].manager, replicas[0].engines.get("toy").slab
+    for _ in range(9):
+        store(replicas).faults.append(fault)
+        with pytest.raises(StoreUnavailable):
+            await manager.create("toy")
+    assert len(slab) == 0
+    store(replicas).faults.append("slow")
+    leaving = asyncio.create_task(manager.create("toy"))
+    await asyncio.sleep(0)
+    assert len(slab) == 1
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert len(slab) == 0
+
+
+async def test_a_copy_of_what_ended_elsewhere_gives_its_row_back(replicas: list[Replica]) -> None:
+    """When its id is made anew here, of a snapshot or a fork, which do not look at the copy before."""
+    here, there = (replica.manager for replica in replicas)
+    engine = replicas[0].engines.get("toy")
+    other, _ = await here.create("toy", session_id="other")
+    data = await here.state(other.id)
+    for make in (lambda: here.restore("a", data), lambda: here.fork(other.id, fork_id="a")):
+        copy, _ = await here.create("toy", session_id="a")
+        await there.delete("a")
+        await asyncio.sleep(0.001)  # the clock of creation has moved on
+        await make()
+        assert (copy.is_live, len(engine.slab), engine.sessions) == (False, 2, 2)
+        await here.delete("a")
+
+
+async def test_who_leaves_while_a_session_is_loaded_leaves_it_to_the_others(replicas: list[Replica]) -> None:
+    """It is loaded once for all, and not for the first one."""
+    here, there = (replica.manager for replica in replicas)
+    await there.create("toy", session_id="a")
+    store(replicas).faults.append("slow")
+    first, second = asyncio.create_task(here.find("a")), asyncio.create_task(here.find("a"))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).id == "a"
+    assert first.cancelled()
+
+
+async def test_a_session_whose_creation_was_known_before_it_was_loaded_is_the_one(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked for it after the store had it, and before its maker heard of that, makes no second copy."""
+    manager, engine = replicas[0].manager, replicas[0].engines.get("toy")
+    create, load = SharedStore.create, SharedStore.load
+    stored, loaded = asyncio.Event(), asyncio.Event()
+
+    async def created(self: SharedStore, *what: Any) -> None:
+        await create(self, *what)
+        stored.set()
+        await loaded.wait()
+
+    async def found(self: SharedStore, name: str) -> Stored:
+        record = await load(self, name)
+        loaded.set()
+        while manager.resident(name) is None:  # noqa: ASYNC110 - it is the turn that counts
+            await asyncio.sleep(0)
+        return record
+
+    monkeypatch.setattr(SharedStore, "create", created)
+    monkeypatch.setattr(SharedStore, "load", found)
+    making = asyncio.create_task(manager.create("toy", session_id="a"))
+    await stored.wait()
+    session = await manager.find("a")
+    assert (await making) == (session, True)
+    assert (len(engine.slab), engine.sessions) == (1, 1)
+
+
+async def test_a_session_that_is_loaded_has_the_time_that_it_had(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading is no use: what is told of its end is what the store will have it be."""
+    here, there = (replica.manager for replica in replicas)
+    await there.create("toy", session_id="a")
+    load = SharedStore.load
+
+    async def timed(self: SharedStore, name: str) -> Stored:
+        return msgspec.structs.replace(await load(self, name), time_left=5.0)
+
+    monkeypatch.setattr(SharedStore, "load", timed)
+    session = await here.find("a")
+    assert 0 < session.time_left <= 5
+    assert session.idle_ttl == 60
+    await here.step(session, ones())
+    assert session.time_left > 50
+
+
+async def test_a_fork_that_takes_the_row_of_its_session_stands_where_that_stood(replicas: list[Replica]) -> None:
+    """A full process lets go of whom nobody has used for longest, which may be the one that is forked."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    await manager.step(session, ones(3))
+    row, stood = session.row, await manager.state("a")
+    for _ in range(3):
+        await manager.create("toy")
+    fork = await manager.fork("a", fork_id="b")
+    assert (session.is_live, fork.row) == (False, row)
+    codec = fork.engine.snapshots
+    there, here = codec.unpack(stood), codec.unpack(await manager.state("b"))
+    assert (here.step, here.kept) == (there.step, there.kept)
+    assert [values.tobytes() for values in here.state] == [values.tobytes() for values in there.state]
+
+
+async def test_a_hello_is_of_the_session_that_has_the_id_now(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of the copy that is here of one that was deleted elsewhere."""
+    load = SharedStore.load
+
+    async def timed(self: SharedStore, name: str) -> Stored:
+        return msgspec.structs.replace(await load(self, name), time_left=5.0)
+
+    monkeypatch.setattr(SharedStore, "load", timed)
+    here, there = (replica.manager for replica in replicas)
+    old, _ = await here.create("toy", session_id="a")
+    await here.step(old, ones(3))
+    await there.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    new, _ = await there.create("toy", session_id="a")
+    await there.step(new, ones())
+    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
+    door = StreamDoor(Shared(here, replicas[0].metrics, **limits, slow_reader=60))
+    client = Client(door, "/v1/sessions/a/stream", "latch.json")
+    await client.until(lambda: client.wire.received)
+    hello = json.loads(client.wire.received[0])
+    assert (hello["type"], hello.get("step")) == ("hello", 1)
+    client.leave()
+    await client.task
+
+
+async def test_a_reset_that_was_overtaken_by_a_new_session_is_one_of_that(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was deleted elsewhere, and made anew, between the look at the store and the save."""
+    here, there = (replica.manager for replica in replicas)
+    old, _ = await here.create("toy", session_id="a")
+    await here.step(old, ones(3))
+    save = SharedStore.save
+
+    async def overtaken(self: SharedStore, saves: list[Save]) -> Any:
+        monkeypatch.undo()
+        await there.delete("a")
+        await asyncio.sleep(0.001)  # the clock of creation has moved on
+        new, _ = await there.create("toy", session_id="a", metadata={"who": "new"})
+        await there.step(new, ones(2))
+        return await save(self, saves)
+
+    monkeypatch.setattr(SharedStore, "save", overtaken)
+    moved = await here.reset("a")
+    assert (moved.step, moved.metadata, (await store(replicas).load("a")).step) == (0, {"who": "new"}, 0)
+
+
+async def test_a_fork_of_a_session_that_was_loaded_has_its_metadata(replicas: list[Replica]) -> None:
+    """As one of a session that was made here has."""
+    here, there = (replica.manager for replica in replicas)
+    await here.create("toy", session_id="a", metadata={"who": "me"}, idle_ttl=20)
+    fork = await there.fork("a")
+    assert (fork.metadata, fork.idle_ttl) == ({"who": "me"}, 20)
+
+
+async def test_what_is_found_out_of_an_old_copy_is_nothing_of_the_new_session(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was deleted and made anew here, while the store was asked about a step of the old one."""
+    here = replicas[0].manager
+    old, _ = await here.create("toy", session_id="a")
+    load, asked, answered = SharedStore.load, asyncio.Event(), asyncio.Event()
+
+    async def slow(self: SharedStore, name: str) -> Stored:
+        monkeypatch.undo()
+        asked.set()
+        await answered.wait()
+        return await load(self, name)
+
+    monkeypatch.setattr(SharedStore, "load", slow)
+    step = asyncio.create_task(here.step(old, ones(first=7)))
+    await asked.wait()
+    await here.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    new, _ = await here.create("toy", session_id="a")
+    answered.set()
+    with pytest.raises(SessionNotFound):
+        await step
+    for _ in range(9):
+        await asyncio.sleep(0)
+    assert (here.resident("a"), new.engine.sessions, len(new.engine.slab)) == (new, 1, 1)

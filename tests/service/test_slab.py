@@ -156,6 +156,22 @@ def test_who_was_acquired_last_is_the_last_to_go() -> None:
     assert next(slab.oldest()) is slots[2]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_a_commit_is_use_of_all_its_slots(count: int) -> None:
+    """However many there are: none of them is idle, and none the next to go."""
+    now = 100.0
+    slab = StateSlab(PAIRS, 20, lambda: now)
+    used, other = [Slot() for _ in range(count)], Slot()
+    for slot in (*used, other):
+        slab.acquire(slot, 5.0)
+    now += 4
+    slab.commit(at(1, *used), rows(*range(count)))
+    assert {slab.time_left(slot) for slot in used} == {5.0}
+    assert next(slab.oldest()) is other
+    now += 2
+    assert slab.idle() == [other]
+
+
 class SlabMachine(RuleBasedStateMachine):
     """Any order of acquire, commit and release, compared with a dictionary."""
 

@@ -437,3 +437,18 @@ async def test_a_save_that_may_have_been_done_is_no_lost_one(server: RedisServer
     assert [(await store.load(name)).token for name in ("a", "b")] == [token(3), token(2)]
     assert await store.save([Save("a", token(2), token(4), saved(2))]) == [False]
     await other.close()
+
+
+async def test_what_is_kept_of_a_session_lives_as_long_as_the_session(server: RedisServer) -> None:
+    """Not for ever, and no shorter: a save and any other use move the end of both."""
+    store = opened(server.url + PATIENT, keep_steps=2)
+    await store.create(Record("a", idle_ttl=60.0), token(1), saved(0))
+    keys = redis_scripts.session_key("a"), redis_scripts.earlier_key("a")
+    whole = redis_scripts.REMEMBERED + 60_000
+    await store.save([Save("a", token(1), token(2), saved(1))])
+    assert all(whole - 30_000 < server("PTTL", key) <= whole for key in keys)
+    for key in keys:
+        server("PEXPIRE", key, str(redis_scripts.REMEMBERED + 20_000))
+    await store.touch({"a": token(2)})
+    assert all(whole - 30_000 < server("PTTL", key) <= whole for key in keys)
+    await store.close()

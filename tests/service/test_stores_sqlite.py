@@ -574,3 +574,30 @@ async def test_a_call_that_fails_unforeseen_fails_alone(path: Path) -> None:
         await store.load("new")
     assert await store.save(too_large[:1]) == [True]
     await store.close()
+
+
+async def test_a_caller_who_leaves_keeps_nobody_else_waiting(path: Path) -> None:
+    """Whoever it is of those in one transaction, and of those after it."""
+    store = opened(path)
+    await made(store, "a", "b")
+    calls = [asyncio.create_task(store.load(name)) for name in "abab"]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    assert [(await asyncio.wait_for(call, 10)).id for call in calls[1:]] == ["b", "a", "b"]
+    assert (await asyncio.wait_for(store.load("a"), 10)).id == "a"
+    await store.close()
+
+
+async def test_what_is_being_saved_is_saved_before_the_file_is_closed(path: Path) -> None:
+    """And what waits behind it."""
+    store = opened(path)
+    await made(store, "a")
+    first = asyncio.create_task(store.save([Save("a", token(1), token(2), saved(1))]))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(store.save([Save("a", token(2), token(3), saved(2))]))
+    await asyncio.sleep(0)
+    await store.close()
+    assert [await first, await second] == [[True], [True]]
+    again = opened(path)
+    assert (await again.load("a")).token == token(3)
+    await again.close()
