@@ -58,9 +58,9 @@ class Connection:
 
 @contextmanager
 def connected(server: Server) -> Iterator[Connection]:
-    """Opens a connection, and closes it."""
+    """Opens a connection, and closes it: a socket is not closed before what reads from it."""
     connection = Connection(server)
-    with connection.socket:
+    with connection.socket, connection._reader:
         yield connection
 
 

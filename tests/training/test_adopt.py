@@ -268,3 +268,56 @@ def test_a_version_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="memory/1 exists"):
         adopt(path, tmp_path / "models", "memory", MEMORY, version="1")
     adopt(path, tmp_path / "models", "memory", MEMORY, version="1", force=True)
+
+
+def test_an_output_may_have_its_batch_elsewhere(tmp_path: Path) -> None:
+    """The golden vectors have it first, as the manifest says where it is."""
+    nodes = [node("Add", ["x", "h"], "h_next"), node("Transpose", ["h_next"], "y", perm=[1, 0])]
+    path = strangers.memory(tmp_path / "m.onnx", *nodes, y=[2, "batch"])
+    folder = adopt(path, tmp_path / "models", "memory", MEMORY)
+    arrays = golden(folder)
+    np.testing.assert_allclose(arrays["output.y"], arrays["input.x"].cumsum(axis=1), rtol=1e-5, atol=1e-5)
+    (output,) = json.loads((folder / "manifest.json").read_text())["outputs"]
+    assert (output["shape"], output["batch_axis"]) == ([2], 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shapes", "words"),
+    [
+        (
+            [node("Add", ["x", "h"], "y"), KEEP],
+            {"y": [5, 2]},
+            r"'y' is declared with shape \[5, 2\], but it has 2 axes",
+        ),
+        ([node("Add", ["x", "h"], "y"), KEEP], {"h_next": [5, 2]}, r"'h_next' is declared with shape \[5, 2\]"),
+    ],
+)
+def test_a_result_that_is_declared_as_something_else_is_refused(
+    tmp_path: Path, nodes: list[onnx.NodeProto], shapes: dict[str, list[Any]], words: str
+) -> None:
+    """The service reads the declaration: one of another number of sessions would be believed."""
+    with pytest.raises(ExportError, match=words):
+        adopt(strangers.memory(tmp_path / "m.onnx", *nodes, **shapes), tmp_path / "models", "memory", MEMORY)
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x", r"'x' is tensor\(double\); a step takes .* with a Cast inside"),
+        ("y", r"output 'y' is tensor\(double\); a step"),
+    ],
+)
+def test_other_types_are_refused(tmp_path: Path, name: str, words: str) -> None:
+    """By the tensor's name."""
+    nodes = {
+        "x": [node("Cast", ["x"], "x32", to=onnx.TensorProto.FLOAT), node("Add", ["x32", "h"], "y"), KEEP],
+        "y": [node("Add", ["x", "h"], "y32"), node("Cast", ["y32"], "y", to=onnx.TensorProto.DOUBLE), KEEP],
+    }[name]
+    model = onnx.load(strangers.memory(tmp_path / "m.onnx", *nodes))
+    for one in (*model.graph.input, *model.graph.output):
+        if one.name == name:
+            one.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=words):
+        adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", MEMORY)

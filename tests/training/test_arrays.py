@@ -214,3 +214,31 @@ def test_japanese_vowels_are_told_apart(latch_data: Path, tmp_path: Path) -> Non
     assert run.result is not None
     accuracy = next(m["value"] for m in run.result["metrics"] if (m["name"], m["split"]) == ("accuracy", "test"))
     assert accuracy > max(one.value for one in data.references) > 0.89
+
+
+@pytest.mark.parametrize("named", [{}, {"split": np.array(["train"] * 30 + ["test"] * 10)}])
+def test_no_sequence_is_in_two_splits(named: dict[str, Any], tmp_path: Path) -> None:
+    """Nor is one in none; what chooses did not train. They are drawn, not cut off at the end of the file."""
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 2, **named)
+    places = np.cumsum([0, *LENGTHS[:-1]])
+    drawn = {
+        name: [int(np.flatnonzero((np.float32(X)[places] == x[0]).all(axis=1))[0]) for x, _, _ in split.items]
+        for name, split in data.splits.items()
+    }
+    assert sorted(row for rows in drawn.values() for row in rows) == list(range(40))
+    assert drawn["valid"] != sorted(range(min(drawn["valid"]), min(drawn["valid"]) + len(drawn["valid"])))
+
+
+def test_baselines_are_learned_from_the_training_part(tmp_path: Path) -> None:
+    """The mean of values, its deviation, and the classes' mean inputs; the test part only scores them."""
+    split = np.array(["train"] * 20 + ["valid"] * 10 + ["test"] * 10)
+    y = np.arange(40.0) ** 2
+    train, test = y[:20], y[30:]
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=y, split=split)
+    error = (test - train.mean()) / train.std(ddof=1)
+    found = {one.metric: one.value for one in data.references}
+    assert found == pytest.approx({"mae": np.abs(error).mean(), "rmse": np.sqrt(np.square(error).mean())}, rel=1e-5)
+    y, turned = np.arange(40) % 2, np.where(np.arange(40) < 30, 1, -1)
+    x = np.repeat((2 * y - 1) * turned, LENGTHS)[:, None] + 0.01 * X
+    data = load(tmp_path, x=x, lengths=LENGTHS, y=y, split=split)
+    assert {one.name: one.value for one in data.references}["class with the nearest mean input"] == 0

@@ -228,3 +228,21 @@ def test_sizes_below_one_are_refused() -> None:
     """A unit needs an input and a state."""
     with pytest.raises(ConfigError, match="hidden 0"):
         make_cell("gru", 3, 0)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_first_weights_are_as_described(name: str) -> None:
+    """W is uniform by Glorot, every block of U orthogonal, and a bias is at most 1/sqrt(H)."""
+    torch.manual_seed(1)
+    cell = make_cell(name, 30, 40, **({"reset": "after"} if UNITS[name].resets else {}))
+    for key, value in cell.named_parameters():
+        found = value.detach()
+        if value.dim() == 1:
+            assert 0.8 / 40**0.5 < found.abs().max() <= 1 / 40**0.5, key
+        elif key.startswith("u"):
+            for block in found.split(40):
+                torch.testing.assert_close(block @ block.T, torch.eye(40), rtol=0, atol=1e-5)
+        else:
+            bound = (6 / (len(found) + 30)) ** 0.5
+            assert 0.95 * bound < found.abs().max() <= bound, key
+            assert found.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)

@@ -43,7 +43,15 @@ def test_the_best_valid_score_comes_first(tiny: DataSet, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "other", [{"description": "b"}, {"sha256": "0" * 64}, {"split": "50/25/25"}, {"own": {"season": 7}}, {"steps": 5}]
+    "other",
+    [
+        {"description": "b"},
+        {"sha256": "0" * 64},
+        {"split": "50/25/25"},
+        {"own": {"season": 7}},
+        {"steps": 5},
+        *({"own": {"season": 0} | more} for more in ({"max_gap": 7}, {"by": "machine"}, {"draw": 2})),
+    ],
 )
 def test_other_rows_or_questions_are_another_contest(tiny: DataSet, tmp_path: Path, other: dict[str, Any]) -> None:
     """Each is ranked by itself, however well it scored; what only says where a file lies is none."""

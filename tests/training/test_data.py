@@ -1,5 +1,6 @@
 """Every data set: shapes, what is asked about, checks of the files, baselines."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from scipy.io import savemat
 
 from training import data
-from training.data import adding, polymusic, sensors
+from training.data import adding, mnist, polymusic, sensors
 from training.data.sequences import Split, collate, next_step, similar_lengths
 from training.errors import DataError
 from training.experiments import EXPERIMENTS
@@ -123,6 +124,16 @@ def test_a_music_file_of_another_shape_is_refused(music: Path, monkeypatch: pyte
         data.load("chorales")
 
 
+def test_a_music_file_of_loudness_is_refused(music: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note sounds or does not: 2 is neither."""
+    cells = np.empty((1, 1), dtype=object)
+    cells[0, 0] = np.full((5, 88), 2)
+    savemat(music, {f"{split}data": cells for split in ("train", "valid", "test")})
+    expect(music, monkeypatch)
+    with pytest.raises(DataError, match=r"sequence 0 of train is not \[T, 88\] of 0 and 1"):
+        data.load("chorales")
+
+
 def test_a_missing_music_file_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LATCH_DATA without the file."""
     monkeypatch.setenv("LATCH_DATA", str(tmp_path))
@@ -214,6 +225,8 @@ def test_digits_are_rows_with_one_answer() -> None:
     assert sum(len(split) for split in found.splits.values()) == 1797
     for split in found.splits.values():
         assert {int(targets[-1]) for _, targets, _ in split.items} == set(range(10))
+        assert {float(inputs.min()) for inputs, _, _ in split.items} == {0}
+        assert max(float(inputs.max()) for inputs, _, _ in split.items) == 1
         assert all(inputs.shape == (8, 8) and predicted.sum() == 1 for inputs, _, predicted in split.items)
 
 
@@ -251,3 +264,12 @@ def test_the_real_files_have_their_known_sizes(name: str, steps: tuple[int, ...]
     """Frames per split are those of the data's README, one less a sequence."""
     for split, count in zip(data.load(name).splits.values(), steps, strict=True):
         assert sum(len(inputs) for inputs, _, _ in split.items) == count - len(split)
+
+
+def test_another_mnist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is in it: files are compressed anew here and there."""
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(10_008)))
+    monkeypatch.setenv("LATCH_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"t10k-labels.* holds something with md5 .*, not 27ae3e4e"):
+        mnist.read("t10k-labels-idx1-ubyte")

@@ -103,6 +103,7 @@ def test_every_unit_exports_to_the_contract(cell: str, tiny: DataSet, tmp_path: 
     assert bool(model.gate_names) == (cell not in ("gru3", "mgu3", "rnn"))
     assert manifest["unit"]["parameters"] == sum(value.numel() for value in model.cells.parameters())
     assert manifest["unit"]["blend"] == ("write" if UNITS[cell].blends else None)
+    assert manifest["feedback"] == {"output": "y", "rule": "sample_bernoulli"}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -121,6 +122,9 @@ def test_stacked_models_with_every_head_export(head: str, cell: str, tiny: DataS
     expected = ["h1", "h2"] if cell == "gru" else ["h1", "c1", "h2", "c2"]
     assert [pair["name"] for pair in manifest["state"]] == expected
     assert all(any(pair["initial"]) for pair in manifest["state"])
+    names = [{"name": f"note {note}"} for note in range(6)]
+    described = {output["name"]: output["features"] for output in manifest["outputs"] if "features" in output}
+    assert described == dict.fromkeys(["y", *(["std"] if head == "gaussian" else [])], names)
 
 
 def test_ids_export_as_int64(tiny: DataSet, tmp_path: Path) -> None:
@@ -251,3 +255,24 @@ def test_a_version_is_never_replaced_unasked(tiny: DataSet, tmp_path: Path) -> N
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
     export(tmp_path / "run", models, "kept", "1", force=True)
     assert json.loads((first / "manifest.json").read_text())["unit"]["cell"] == "mgu"
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"description": "chords"}, "is for scales, and this is for chords"),
+        ({"inputs": (("note 0", ""),)}, "takes note 0, note 1, .*, and this takes note 0:"),
+        ({"outputs": (("note 0", ""),)}, "gives note 0, note 1, .*, and this gives note 0:"),
+    ],
+)
+def test_a_new_version_answers_takes_and_gives_the_same(
+    other: dict[str, Any], words: str, tiny: DataSet, tmp_path: Path
+) -> None:
+    """Else whoever asks for the newest gets other numbers, and is not told; a free name is anyone's."""
+    finished(tmp_path / "run", tiny)
+    export(tmp_path / "run", tmp_path / "models", "tiny")
+    module.check_successor(tiny.info, tmp_path / "models", "tiny")
+    changed = replace(tiny.info, **other)
+    with pytest.raises(ExportError, match=rf"tiny/1 {words}"):
+        module.check_successor(changed, tmp_path / "models", "tiny")
+    module.check_successor(changed, tmp_path / "models", "free")

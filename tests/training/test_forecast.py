@@ -154,7 +154,8 @@ def test_baselines_are_the_naive_forecasts(csv: Csv, horizon: int, last: int, na
     assert found["last value", "mae a"] == pytest.approx(last)
     assert found["seasonal naive (24 rows)", "mae a"] == pytest.approx(naive)
     train = np.concatenate([targets[predicted] for _, targets, predicted in data.uncut])
-    assert found["last value", "mae"] == pytest.approx(last / train.std(ddof=1), rel=1e-5)
+    for metric in ("mae", "rmse"):  # every error is the same
+        assert found["last value", metric] == pytest.approx(last / train.std(ddof=1), rel=1e-5)
 
 
 def test_a_step_counts_once_in_what_is_measured_of_the_training_rows(csv: Csv) -> None:
@@ -428,3 +429,33 @@ def test_a_day_may_be_a_series(tmp_path: Path) -> None:
     assert "(1 hour)" in data.info.description
     uneven = load(machines(tmp_path / "m.csv", {"left": 99, "right": 99}, apart=30), targets=("a",), by="machine")
     assert uneven.info.description == "a 1 row ahead, with uncertainty"
+
+
+@pytest.mark.parametrize("gap", [3, 20])
+def test_what_is_missing_from_the_first_row_on_is_no_zero(csv: Csv, gap: int) -> None:
+    """There is no last value yet: sequences begin where there is one, however short the gap."""
+    data = load(csv(holes={"b": range(gap)}))
+    assert min(inputs[:, 0].min() for inputs, _, _ in data.splits["train"].items) == gap
+    assert (
+        f"b: {gap} cells missing (lines 2 to {gap + 1}): 0 filled with the last value, {gap} too many in a row"
+        in data.notes
+    )
+
+
+def test_absent_rows_are_rows_of_their_split(csv: Csv) -> None:
+    """Else the last ones of the file would be in none."""
+    asked = {
+        int(row) for inputs, _, predicted in load(csv(absent=range(50, 53))).splits["test"].items
+        for row in inputs[predicted, 0]
+    }  # fmt: skip
+    assert asked == set(range(170, 199))
+
+
+def test_a_few_odd_steps_among_even_ones_are_no_grid(csv: Csv) -> None:
+    """One time in fifty that lies between two steps is too many to count rows by."""
+    path = csv()
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join(line.replace(":00,", ":25,") if row % 50 == 25 else line for row, line in enumerate(lines))
+    )
+    assert load(path).notes[0] == "the times are not evenly spaced: every row counts as one step"

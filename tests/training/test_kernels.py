@@ -319,3 +319,37 @@ def test_a_sequence_on_cuda_is_the_cell_unrolled(name: str) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
     wanted = gradients(cell, x, state, *expected, mask)
     torch.testing.assert_close(gradients(cell, x, state, *found, mask), wanted, **CLOSE)
+
+
+@both
+@units
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_may_be_larger_than_a_block(name: str, threads: int, by: ModuleType) -> None:
+    """Rows beyond the first 32 of a thread, too, have their own states, carries and gradients."""
+    for reset in ("before", "after") if UNITS[name].resets else (None,):
+        cell = random_cell(name, 3, 5, reset=reset)
+        x, state = inputs(cell, 4, 75)
+        mask = torch.rand(4, 75) < 0.7
+        try:
+            torch.set_num_threads(threads)
+            found = kernels.run(cell, x, state, by)
+            mine = gradients(cell, x, state, *found, mask)
+        finally:
+            torch.set_num_threads(1)
+        expected = unrolled(cell, x, state)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        torch.testing.assert_close(mine, gradients(cell, x, state, *expected, mask), **CLOSE)
+
+
+@both
+@units
+def test_a_gradient_that_others_read_stays_as_it_was(name: str, by: ModuleType) -> None:
+    """The gradient of a sum is one tensor for all its terms."""
+    cells = [random_cell(name, 3, 5), random_cell(name, 3, 5)]
+    x, state = inputs(cells[0], 4, 3)
+    for one in cells:
+        (alone,) = torch.autograd.grad(kernels.run(one, x, state, by)[0].sin().sum(), x)
+        doubled = kernels.run(one, x, state, by)[0], kernels.run(one, x, state, by)[0]
+        weights = (doubled[0].detach().cos()).requires_grad_()
+        (both_of_them,) = torch.autograd.grad(((doubled[0] + doubled[1]) * weights).sum(), x)
+        torch.testing.assert_close(both_of_them, 2 * alone, **CLOSE)

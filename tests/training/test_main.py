@@ -16,8 +16,8 @@ from tests.training import strangers
 from tests.training.test_export import replay
 from tests.training.test_trainer import StopAt
 from training import __main__ as cli
-from training import data, options, ship
-from training.checkpoint import Run
+from training import data, options, ship, sweep
+from training.checkpoint import Run, load_tensors
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import ConfigError, ExportError, TrainingError
@@ -205,15 +205,19 @@ def test_a_sweeps_best_is_trained_by_its_file(tmp_path: Path, waves: Path) -> No
     """The file holds the data, the point and the limits; what is typed beside it wins; `compare` ranks the runs."""
     words = ("--csv", str(waves), "--targets", "b", "--inputs", "b", "--window", "32", "--season", "0")
     swept = ("--cells", "gru3,mgu3", "--hidden", "2:3", "--epochs", "1", "--trials", "2", "--run", str(tmp_path / "s"))
+    swept += ("--patience", "7")
     told = call("sweep", *words, *swept)
     assert "the best of 2" in told
     best = json.loads((tmp_path / "s" / "best.json").read_text())
     assert best["csv"] == str(waves)
+    losses = {path.parent: load_tensors(path)[1]["valid_loss"] for path in (tmp_path / "s").glob("runs/*/best.*")}
+    assert len(losses) == 2
+    assert min(losses, key=lambda folder: losses[folder]) == sweep.folder_of(tmp_path / "s", best)
     config = ("fit", "--config", str(tmp_path / "s" / "best.json"), "--no-export")
     call(*config, "--run", str(tmp_path / "best"))
     run = Run.load(tmp_path / "best")
     assert (run.model.cell, run.model.hidden, run.train.rate) == (best["cell"], best["hidden"], best["rate"])
-    assert (run.train.max_epochs, run.data.own["targets"]) == (1, ["b"])
+    assert (run.train.max_epochs, run.train.patience, run.data.own["targets"]) == (1, 7, ["b"])
     call(*config, "--run", str(tmp_path / "other"), "--hidden", "5")
     assert Run.load(tmp_path / "other").model.hidden == 5
     compared = call("compare", str(tmp_path / "best"), str(tmp_path / "other"), "--plot", str(tmp_path / "both.png"))
@@ -310,12 +314,13 @@ def test_ship_trains_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_preset_is_what_one_would_have_typed(
     name: str, tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its model and training reach the run, in a folder of its name; what is typed wins."""
+    """Its model and training reach the run, in a folder of its name; what a file says wins, and what is typed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.LOADERS, PRESETS[name].data, lambda _: tiny)
-    call("fit", "--preset", name, "--hidden", "5", "--epochs", "1", "--transpose", "0")
+    Path("mine.json").write_text('{"clip": 0.7, "hidden": 9}')
+    call("fit", "--config", "mine.json", "--preset", name, "--hidden", "5", "--epochs", "1", "--transpose", "0")
     run, preset = Run.load(Path("runs", name)), PRESETS[name]
-    assert run.train == replace(preset.train, max_epochs=1, transpose=0)
+    assert run.train == replace(preset.train, max_epochs=1, transpose=0, clip=0.7)
     assert run.model == configure(tiny, preset.cell, **(preset.model | {"hidden": 5}))
     assert run.result is not None
 

@@ -270,3 +270,16 @@ def test_impossible_models_are_refused(settings: dict[str, object], words: str) 
     """The message names the bad value."""
     with pytest.raises(ConfigError, match=words):
         ModelConfig(**({"cell": "gru", "input_size": 3, "output_size": 3, "head": "bernoulli"} | settings))  # type: ignore[arg-type]
+
+
+def test_a_share_is_what_is_dropped() -> None:
+    """Not what is kept: a fifth, between layers, of features and of U."""
+    torch.manual_seed(0)
+    model = RecurrentModel(
+        ModelConfig("gru", 40, 3, "regression", hidden=40, layers=2, dropout=0.2, recurrent_dropout=0.2)
+    ).train()
+    ones = torch.ones(2, 100, 40)
+    u = model._drop_recurrence(model.layers[0]).u
+    assert u is not None
+    for dropped in (model._drop_features(ones, 0.2), model.dropout(ones), u):
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.2, abs=0.05)

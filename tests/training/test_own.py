@@ -1,16 +1,19 @@
 """The user's own file: loaded again for its run, refused when it has changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from training import data
+from training import data, options
 from training.checkpoint import Run
 from training.config import TrainConfig
 from training.data import own
 from training.errors import DataError
-from training.trainer import configure
+from training.model import RecurrentModel
+from training.trainer import configure, set_normalisation
 
 
 @pytest.fixture
@@ -54,3 +57,41 @@ def test_a_forecast_of_own_columns_starts_from_their_last_values(csv: Path) -> N
     """Its head gives changes; a target that is no input has no last value to start from."""
     assert configure(own.load("csv", csv, targets=("b", "a")), "gru").residual == (1, 0)
     assert configure(own.load("csv", csv, targets=("b",), inputs=("a",)), "gru").residual == ()
+
+
+def test_changes_and_values_are_measured_in_one_scale(csv: Path) -> None:
+    """A target among more inputs has its own scale there, too; the usual change is in units of it, and a head of zeros
+    says "as now".
+    """
+    found = own.load("csv", csv, targets=("a",), horizon=3)
+    model = RecurrentModel(configure(found, "gru", hidden=3)).eval()
+    assert model.config.residual == (0,)
+    set_normalisation(model, found)
+    before = np.concatenate([inputs[asked, :1] for inputs, _, asked in found.uncut]).astype(np.float64)
+    after = np.concatenate([targets[asked] for _, targets, asked in found.uncut]).astype(np.float64)
+    scale = after.std(ddof=1)
+    assert (model.x_mean[0].item(), model.x_std[0].item()) == (model.y_mean.item(), model.y_std.item())
+    assert (model.y_mean.item(), model.y_std.item()) == pytest.approx((after.mean(), scale), rel=1e-4)
+    assert model.change.item() == pytest.approx((after - before).std(ddof=1) / scale, rel=1e-4)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    x = torch.from_numpy(found.splits["test"].items[0][0])[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(model(x)[0])[0], x[..., :1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "usual"),
+    [
+        ("csv", {"weight_decay": 3e-3, "batch_size": 8, "hidden": 46, "patience": 15}),
+        ("text", {"weight_decay": 0.0, "batch_size": 32, "hidden": 128, "patience": 3}),
+        ("npz", {"weight_decay": 3e-4, "batch_size": 8, "hidden": 46, "patience": 15}),
+        ("wav", {"weight_decay": 3e-4, "batch_size": 32, "hidden": 46, "patience": 8}),
+    ],
+)
+def test_what_is_not_said_is_as_the_kind_of_file_has_it(kind: str, usual: dict[str, float], csv: Path) -> None:
+    """And what is said wins."""
+    info = replace(own.load("csv", csv, targets=("a",)).info, own={"kind": kind})
+    model, train = options.settings_for(info, {"weight_decay": None, "rate": 0.01})
+    assert {**vars(train), **model}.items() >= (usual | {"rate": 0.01}).items()
+    assert options.settings_for(info, {"weight_decay": 0.5})[1].weight_decay == 0.5

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 from training import experiments, findings, reproduce
 from training.__main__ import app, main
 from training.checkpoint import Run, load_tensors
-from training.config import TrainConfig
+from training.config import DataInfo, TrainConfig
+from training.data import imdb, mnist
 from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError, DivergedError
 from training.experiments import EXPERIMENTS, Arm, Experiment
@@ -340,7 +342,65 @@ def test_real_sets_are_as_described(latch_data: Path) -> None:
     assert {name: len(split) for name, split in rows.splits.items()} == {"train": 55000, "valid": 5000, "test": 10000}
     inputs, targets, predicted = rows.splits["train"].items[0]
     assert (inputs.shape, targets[-1], predicted.nonzero()[0].tolist()) == ((28, 28), 5, [27])
+    digits = mnist.read("train-labels-idx1-ubyte")
+    assert [y[-1] for _, y, _ in rows.splits["valid"].items] == digits[55_000:].tolist()
     reviews = EXPERIMENTS["imdb"].arms["imdb"].load()
     assert max(len(words) for words, _, _ in reviews.splits["test"].items) == 80
-    inputs, targets, _ = EXPERIMENTS["speech"].arms["speech"].load().splits["test"].items[0]
+    assert {name: len(split) for name, split in reviews.splits.items()} == {
+        "train": 22_500, "valid": 2_500, "test": 25_000
+    }  # fmt: skip
+    assert {int(answer[-1]) for _, answer, _ in reviews.splits["valid"].items} == {0, 1}
+    with np.load(latch_data / "imdb_ids" / imdb.FILE) as file:
+        ids, ends = file["test_ids"], file["test_offsets"]
+    longest = int(np.diff(ends).argmax())
+    assert reviews.splits["test"].items[longest][0].tolist() == ids[: ends[longest + 1]][-80:].tolist()
+    speech = EXPERIMENTS["speech"].arms["speech"].load()
+    inputs, targets, _ = speech.splits["test"].items[0]
     assert (targets[:-1] == inputs[1:, 10:]).all()
+    assert {name: len(split) for name, split in speech.splits.items()} == {"train": 2400, "valid": 300, "test": 300}
+    with np.load(latch_data / "fsdd" / "fsdd_8k_int16.npz") as file:
+        first = int(file["offsets"][np.flatnonzero(file["index"] == 0)[0]])
+        assert (inputs[0] * 32768 == file["samples"][first : first + 20]).all()
+
+
+@pytest.mark.parametrize(("experiment", "arm", "sizes"), [("speech", "speech", (20, 20)), ("imdb", "imdb", (1, 128))])
+def test_an_arms_model_is_the_papers(
+    experiment: str, arm: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A mixture of 20 Gaussians for speech, an embedding of 128 for words."""
+    asked: list[Any] = []
+
+    def fit(_: DataSet, model: Any, *__: Any, **___: Any) -> Run:
+        asked.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "fit", fit)
+    whole = EXPERIMENTS[experiment].arms[arm]
+    words = experiment == "imdb"
+    inputs = tuple((f"x{place}", "") for place in range(1 if words else 20))
+    asks = ("classification", "categorical") if words else ("forecast", "gaussian")
+    info = DataInfo(arm, "", *asks, inputs, (("y", ""),), "", None, "", "", vocabulary=20_000 if words else None)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_one(arm, replace(whole, load=lambda: DataSet(info, {})), "gru", whole.train, tmp_path)
+    assert (asked[0].components, asked[0].input_size, asked[0].hidden) == (*sizes, whole.hidden["gru"])
+
+
+def test_a_curve_goes_on_after_many_interruptions(tmp_path: Path) -> None:
+    """The tenth log comes after the second one."""
+    for version, loss in ((2, 3.0), (10, 1.5)):
+        (tmp_path / "logs" / f"version_{version}").mkdir(parents=True)
+        (tmp_path / "logs" / f"version_{version}" / "metrics.csv").write_text(f"epoch,valid_loss\n0,4.0\n1,{loss}\n")
+    assert reproduce.curve(tmp_path) == [4.0, 1.5]
+
+
+def test_two_commands_may_share_a_file(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another one has written meanwhile is still there."""
+    path, fit, theirs = tmp_path / "scales.json", reproduce.fit, fixed("mgu2", 7, 1.0)
+
+    def meanwhile(*args: Any, **options: Any) -> Run:
+        reproduce.save(path, "scales", [theirs])
+        return fit(*args, **options)
+
+    monkeypatch.setattr(reproduce, "fit", meanwhile)
+    reproduce.reproduce("scales", small(tiny), Choice(cells=("gru",), seeds=(1,)), path, tmp_path / "runs")
+    assert [*reproduce.load(path)] == [theirs.key, ("scales", "gru", 1)]

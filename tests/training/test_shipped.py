@@ -1,6 +1,7 @@
 """The models in models/: each keeps the contract, computes its unit's equations and scores what it says."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.training.oracle import oracle_step
 from tests.training.test_export import replay
 from training import data
 from training.cells import UNITS, parameter_count
+from training.config import TrainConfig
 from training.data import polymusic
 from training.ship import SHIPPED
 
@@ -45,6 +47,11 @@ def test_a_shipped_model_keeps_the_contract(name: str) -> None:
     assert {metric["split"] for metric in manifest["metrics"]} == {"valid", "test"}
     unit = manifest["unit"]
     assert unit["parameters"] == parameter_count(unit["cell"], unit["input_size"], unit["hidden_size"])
+    row = SHIPPED[name]
+    assert (manifest["data"]["name"], unit["cell"], unit["hidden_size"]) == (row.data, row.cell, row.model["hidden"])
+    asked = asdict(row.train) | {key: value for key, value in row.model.items() if key != "hidden"}
+    usual = asdict(TrainConfig())  # what is younger than the model had its default
+    assert {key: manifest["training"].get(key, usual.get(key)) for key in asked} == asked
 
 
 @pytest.mark.parametrize("name", SHIPPED)

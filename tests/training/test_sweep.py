@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from training import sweep as module
@@ -111,3 +112,20 @@ def test_a_sweep_of_nothing_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trials must be at least 1, not 0"):
         sweep(tiny, SPACE, {}, CONFIG, tmp_path / "sweep", trials=0)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_trial_that_is_worse_than_most_is_given_up(
+    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the epoch that showed it; it counts as tried, and is not among what was found."""
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
+    told: list[str] = []
+    found = sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=3, tell=told.append)
+    assert {trial.number for trial in found} == {0, 2}
+    assert "given up early" in told[1]
+
+
+def test_layers_are_tried_too(tiny: DataSet, tmp_path: Path) -> None:
+    """The run has as many as its point."""
+    (trial,) = sweep(tiny, replace(SPACE, layers=(2, 2)), {}, CONFIG, tmp_path, trials=1)
+    assert Run.load(folder_of(tmp_path, trial.params)).model.layers == 2

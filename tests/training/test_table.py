@@ -225,3 +225,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_units_are_read_from_headers(header: str, expected: tuple[str, str]) -> None:
     """Brackets at the end hold the unit."""
     assert name_and_unit(header) == expected
+
+
+@pytest.mark.parametrize("cell", ["", "-", "?", "NA", "n/a", "NaN", "null", "None", "#N/A", " "])
+def test_a_missing_cell_has_many_names(tmp_path: Path, cell: str) -> None:
+    """Those of spreadsheets, databases and statisticians."""
+    table = read(written(tmp_path, f"a,b\n1,2\n{cell},3\n4,5\n"), wanted=("a",))
+    np.testing.assert_array_equal(table.values, [[1, 2], [np.nan, 3], [4, 5]])

@@ -1,5 +1,6 @@
 """The next character: ids of an alphabet, split by place, beside what counting gives."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,35 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("one\ntwö\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt, line 2: not UTF-8"):
         text.load(tmp_path / "latin.txt", Options())
+
+
+def test_counting_is_done_on_the_training_part(tmp_path: Path) -> None:
+    """By hand: a character as often as it trained, and one more; after another as often as it came there, and as if
+    seen once beside.
+    """
+    content = "abcab" * 14 + "bca" * 10
+    data = text.load(written(tmp_path, content), Options(window=16))
+    train, test = content[:70], content[85:]
+    letters = ["a", "b", "c", text.UNKNOWN]
+    single = {one: (train.count(one) + 1) / (70 + len(letters)) for one in letters}
+    pairs = list(pairwise(train))
+    after = {
+        (one, other): (pairs.count((one, other)) + single[other]) / (sum(first == one for first, _ in pairs) + 1)
+        for one in letters
+        for other in letters
+    }
+    asked = list(pairwise(test))
+    found = {(one.name, one.metric): one.value for one in data.references}
+    assert found["unigrams", "nll"] == pytest.approx(-np.mean([np.log(single[other]) for _, other in asked]))
+    assert found["bigrams", "nll"] == pytest.approx(-np.mean([np.log(after[pair]) for pair in asked]))
+    assert found["bigrams", "perplexity"] == pytest.approx(np.exp(found["bigrams", "nll"]))
+
+
+def test_an_alphabet_has_an_end(tmp_path: Path) -> None:
+    """A thousand characters at most, the most frequent ones; a line ends in one character, however it is written."""
+    rare = "".join(chr(0x4E00 + place) for place in range(1200))
+    data = text.load(written(tmp_path, rare + "ab\r\n" * 800), Options(split=(80, 10, 10)))
+    names = [name for name, _ in data.info.outputs]
+    assert len(names) == text.LARGEST_ALPHABET
+    assert {"a", "b", "\n"} <= set(names)
+    assert "\r" not in names

@@ -67,3 +67,9 @@ def test_a_time_of_the_day_is_no_date() -> None:
         False
     ] * 2
     assert not any(map(times.is_time, ("18:30", "18.3", "open", "")))
+
+
+def test_a_zone_that_is_given_counts() -> None:
+    """In the night in which summer time begins, too."""
+    cells = ["2026-03-29T01:00+01:00", "2026-03-29T03:00+02:00", "2026-03-29T02:00Z", "2026-03-29 03:00"]
+    assert times.seconds(cells).tolist() == [1774742400 + 3600 * hour for hour in range(4)]

@@ -19,11 +19,14 @@ from lightning.pytorch.callbacks import Callback
 from torch.nn.utils import parameters_to_vector
 
 from training.checkpoint import Run, load_tensors, save_tensors
+from training.checkpoint import replace as write
 from training.config import ModelConfig, TrainConfig
-from training.data.sequences import DataSet, Split
+from training.data import adding
+from training.data.sequences import DataSet, Split, collate
 from training.errors import CheckpointError, ConfigError, DataError, DivergedError
+from training.model import RecurrentModel
 from training.progress import short
-from training.trainer import configure, fit
+from training.trainer import configure, deviation, fit, set_normalisation
 
 CONFIG = TrainConfig(seed=5, rate=0.02, batch_size=4, max_epochs=6, patience=3)
 
@@ -264,6 +267,7 @@ def test_padding_is_never_counted(tiny: DataSet, tmp_path: Path) -> None:
     """The logged losses are means over the true steps of sequences scored one at a time (weights hardly move here)."""
     run = fit(tiny, model_for(tiny, layers=1, dropout=0.0), replace(CONFIG, max_epochs=1, rate=1e-12), tmp_path)
     model, _ = run.best_model(tmp_path)
+    assert not model.training  # else it would drop out units where its forecasts are drawn
     logged = np.genfromtxt(tmp_path / "logs" / "version_0" / "metrics.csv", delimiter=",", names=True)
     for split in ("train", "valid"):
         losses = []
@@ -352,6 +356,9 @@ def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
         fit(tiny, model_for(tiny, hidden=7), CONFIG, tmp_path)
     with pytest.raises(CheckpointError, match="train seed=5, not 6"):
         fit(tiny, model_for(tiny), replace(CONFIG, seed=6), tmp_path)
+    for name, value in (("sha256", "f" * 64), ("split", "9, 5, 4"), ("own", {"horizon": 2})):
+        with pytest.raises(CheckpointError, match=f"the folder holds a run with data {name}="):
+            fit(replace(tiny, info=replace(tiny.info, **{name: value})), model_for(tiny), CONFIG, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_truncated_checkpoint_is_refused(tiny: DataSet, tmp_path: Path) -> None:
@@ -520,3 +527,157 @@ def test_devices_that_are_not_there_are_refused(tiny: DataSet, tmp_path: Path) -
     with pytest.raises(ConfigError, match="devices is 1, but there are 0 GPUs here"):
         fit(tiny, model_for(tiny), replace(CONFIG, accelerator="gpu"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimiser": "rmsprop"}, {"weight_decay": 0.3}, {"weight_decay": 0.3, "clip": 0.01}]
+)
+def test_a_step_is_what_the_settings_say(settings: dict[str, Any], tiny: DataSet, tmp_path: Path) -> None:
+    """From the weights of the seed: the mean loss's gradient, its norm cut, the L2 penalty, the optimiser's rate."""
+    config = replace(CONFIG, batch_size=10, max_epochs=1, **settings)
+    asked = model_for(tiny, layers=1, dropout=0.0)
+    fit(tiny, asked, config, tmp_path)
+    found = load_tensors(tmp_path / "best.safetensors")[0]
+    lightning.seed_everything(config.seed, verbose=False)
+    model = RecurrentModel(asked)
+    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[config.optimiser]
+    optimiser = kind(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
+    inputs, targets, predicted = collate(tiny.splits["train"].items)
+    model.loss(model(inputs, predicted=predicted)[0], targets[predicted]).mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimiser.step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-4, atol=1e-5)
+
+
+class Batches(Callback):
+    """Keeps the batches of every epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """A new list."""
+        self.epochs.append([])
+
+    def on_train_batch_start(self, _: lightning.Trainer, __: lightning.LightningModule, batch: Any, ___: int) -> None:
+        """As they come."""
+        inputs, _, predicted = batch
+        self.epochs[-1].append((inputs, predicted))
+
+
+def test_seed_and_epoch_order_the_batches(tiny: DataSet, tmp_path: Path) -> None:
+    """No epoch's order is another's, nor that of the file, nor another seed's."""
+    orders = {str([inputs.tolist() for inputs, _, _ in tiny.splits["train"].items])}
+    for seed in (1, 2):
+        seen = Batches()
+        config = replace(CONFIG, seed=seed, batch_size=1, max_epochs=3)
+        fit(tiny, model_for(tiny), config, tmp_path / str(seed), callbacks=(seen,))
+        for epoch in seen.epochs:
+            orders.add(str([rolls[0].int().tolist() for rolls, _ in epoch]))
+    assert len(orders) == 7
+
+
+def test_similar_lengths_are_those_of_the_sequences(tiny: DataSet, tmp_path: Path) -> None:
+    """In batches of two hardly a step is padding."""
+    padding = []
+    for similar in (False, True):
+        seen = Batches()
+        config = replace(CONFIG, batch_size=2, max_epochs=3, similar_lengths=similar)
+        fit(tiny, model_for(tiny), config, tmp_path / str(similar), callbacks=(seen,))
+        padding.append(sum(int((~asked).sum()) for epoch in seen.epochs for _, asked in epoch))
+    assert padding[1] < 0.5 * padding[0]
+
+
+class Losses(Callback):
+    """Adds up the losses of every epoch's steps."""
+
+    def __init__(self) -> None:
+        self.sums: list[list[float]] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """A new sum."""
+        self.sums.append([0.0, 0])
+
+    def on_train_batch_end(
+        self, _: lightning.Trainer, __: lightning.LightningModule, outputs: Any, batch: Any, ___: int
+    ) -> None:
+        """A mean, times its steps."""
+        count = int(batch[2].sum())
+        self.sums[-1][0] += outputs["loss"].item() * count
+        self.sums[-1][1] += count
+
+
+def test_an_epochs_training_loss_is_its_own(tiny: DataSet, tmp_path: Path) -> None:
+    """Not that of all epochs so far."""
+    losses = Losses()
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=3), tmp_path, callbacks=(losses,))
+    logged = np.genfromtxt(tmp_path / "logs" / "version_0" / "metrics.csv", delimiter=",", names=True)["train_loss"]
+    np.testing.assert_allclose(logged[~np.isnan(logged)], [total / steps for total, steps in losses.sums], rtol=1e-5)
+
+
+class OverflowOften(Callback):
+    """Spoils the gradient of the first batch of every epoch."""
+
+    def on_train_batch_start(self, _: lightning.Trainer, __: lightning.LightningModule, ___: Any, index: int) -> None:
+        """Which batch it is."""
+        self.first = index == 0
+
+    def on_after_backward(self, _: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """One number is enough."""
+        if self.first:
+            next(pl_module.parameters()).grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
+
+
+def test_overflows_are_counted_by_the_epoch(tiny: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One batch of three in every epoch does not add up to an epoch in which nothing moved."""
+    fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=4), tmp_path, callbacks=(OverflowOften(),))
+    assert caplog.text.count("the gradients of 1 of 3 batches overflowed") == 4
+
+
+def test_what_last_calls_the_best_is_in_best(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the best weights of an epoch could not be written: that epoch is run again."""
+    real, written = os.replace, []
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("best.safetensors"):
+            written.append(target)
+            if len(written) == 3:
+                raise OSError("no space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path)
+    best, last = (load_tensors(tmp_path / f"{name}.safetensors")[1] for name in ("best", "last"))
+    assert last["early_stopping"]["best_score"] == best["valid_loss"]
+
+
+def test_a_description_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up leaves the old one."""
+    path = tmp_path / "run.json"
+    write(path, "old")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_targets_are_measured_where_they_are_asked_about() -> None:
+    """Of the adding problem the last step alone has an answer; the zeros before it are none."""
+    data = adding.load(steps=10)
+    model = RecurrentModel(configure(data, "gru", hidden=2))
+    set_normalisation(model, data)
+    sums = np.array([targets[-1, 0] for _, targets, _ in data.splits["train"].items])
+    assert (model.y_mean.item(), model.y_std.item()) == pytest.approx((sums.mean(), sums.std(ddof=1)), rel=1e-4)
+
+
+def test_what_changes_by_rounding_alone_is_not_blown_up() -> None:
+    """Its deviation counts as 1; a small one beside it is one."""
+    values = torch.tensor([[1000.0, 0.001], [1000.0001, 0.003], [1000.0, 0.002]])
+    assert values[0, 0] != values[1, 0]
+    torch.testing.assert_close(deviation(values), torch.tensor([1.0, 0.001]))

@@ -105,3 +105,24 @@ def test_what_is_wrong_is_told_by_file(tones: Path) -> None:
         wavfile.write(each, 40, tone(300))
     with pytest.raises(DataError, match=r"0\.wav has 40 samples a second; a frame begins every 10 ms"):
         wav.load(tones, Options())
+
+
+def test_long_recordings_are_cut_for_training_and_scored_once(tones: Path) -> None:
+    """Windows overlap, pieces do not, and what is measured of the training part is measured of whole recordings."""
+    whole, cut = wav.load(tones, Options()), wav.load(tones, Options(window=5))
+    count = {
+        name: [sum(int(asked.sum()) for _, _, asked in data.splits[name].items) for data in (whole, cut)]
+        for name in ("train", "valid", "test")
+    }
+    assert count["valid"][0] == count["valid"][1]
+    assert count["test"][0] == count["test"][1]
+    assert count["train"][0] == sum(len(frames) for frames, _, _ in cut.uncut) <= count["train"][1]
+    assert max(len(frames) for frames, _, _ in cut.splits["train"].items) == 5
+
+
+def test_recordings_are_drawn(tones: Path) -> None:
+    """Not taken in the order of their names, which may be that of speakers; the same ones every time."""
+    parts = wav.split(tones, [0] * 10 + [1] * 10, ["high", "low"], Options())
+    assert sorted(row for rows in parts.values() for row in rows) == list(range(20))
+    assert [sorted(row for row in parts["train"] if row < 10)] != [list(range(7))]
+    assert parts == wav.split(tones, [0] * 10 + [1] * 10, ["high", "low"], Options())
