@@ -102,6 +102,8 @@ class _WebSocket(WebSocketsSansIOProtocol):
         """As uvicorn's, but what is on its way is still read, and dropped: closed over that, the connection would be
         reset, and the client never see the code.
         """
+        if self.close_sent:  # more of the same read, or there is a goodbye already
+            return
         assert self.conn.close_sent is not None  # noqa: S101 - the parser has failed, and said so
         code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
