@@ -114,6 +114,13 @@ def test_dots_beside_decimal_commas_are_asked_about(tmp_path: Path) -> None:
     np.testing.assert_array_equal(table.take(("b", "c")), [[3, 2.5], [2.5, 1.207]])
 
 
+def test_a_line_of_spaces_is_an_empty_line(tmp_path: Path) -> None:
+    """Wherever it stands, and as DOS ends a file."""
+    table = read(written(tmp_path, "a,b\n1,2\n   \n3,4\n\x1a"))
+    np.testing.assert_array_equal(table.values, [[1, 2], [3, 4]])
+    assert table.lines.tolist() == [2, 4]
+
+
 def test_a_date_may_be_missing_in_the_first_row(tmp_path: Path) -> None:
     """It is an error of that row, and no column of text."""
     with pytest.raises(DataError, match="line 2, column 'd': '' is not a time such as"):

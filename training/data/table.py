@@ -232,7 +232,9 @@ def _cells(path: Path) -> _Cells:
                 if said and cells[0].startswith("sep="):
                     continue
                 header = [cell.strip() for cell in cells]
-            elif len(cells) != len(header) and any(cell.strip("\x1a \t") for cell in cells):
+            elif len(cells) == 1 < len(header) and _is_blank(cells):
+                continue
+            elif len(cells) != len(header):
                 raise DataError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}"
                 )
@@ -241,7 +243,7 @@ def _cells(path: Path) -> _Cells:
                 lines.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-    while rows and not any(cell.strip("\x1a \t") for cell in rows[-1]):  # what a spreadsheet leaves behind the last row
+    while rows and _is_blank(rows[-1]):  # what a spreadsheet leaves behind the last row
         rows.pop(), lines.pop()
     if not rows:
         raise DataError(f"{path} has no rows: a header and then a row for each step is needed")
@@ -253,6 +255,11 @@ def _cells(path: Path) -> _Cells:
         if header.count(name) > 1:
             raise DataError(f"{path}, line 1: column {header.index(name) + 1} is called {name!r}; name each, and once")
     return _Cells(header, unnamed, rows, lines, hashlib.sha256(content).hexdigest(), delimiter != ",")
+
+
+def _is_blank(cells: list[str]) -> bool:
+    """Whether nothing stands there but spaces, or the end of a file as DOS wrote it."""
+    return not any(cell.strip(" \t\x1a") for cell in cells)
 
 
 def _number(cell: str, *, comma: bool = False) -> float | None:
