@@ -371,20 +371,25 @@ def test_a_truncated_checkpoint_is_refused(tiny: DataSet, tmp_path: Path) -> Non
         fit(tiny, model_for(tiny), CONFIG, tmp_path)
 
 
-def test_a_failing_write_leaves_the_previous_checkpoint(
-    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that fills up while epoch 3 is written leaves epoch 2 whole."""
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The third time that a file of that name is written there is no room."""
     real, written = os.replace, []
 
     def full(source: Any, target: Any) -> None:
-        if str(target).endswith("last.safetensors"):
+        if str(target).endswith(name):
             written.append(target)
             if len(written) == 3:
                 raise OSError("no space left on device")
         real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
+
+
+def test_a_failing_write_leaves_the_previous_checkpoint(
+    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up while epoch 3 is written leaves epoch 2 whole."""
+    fill_the_disk(monkeypatch, "last.safetensors")
     with pytest.raises(OSError, match="no space"):
         fit(tiny, model_for(tiny), CONFIG, tmp_path)
     assert load_tensors(tmp_path / "last.safetensors")[1]["epoch"] == 2
@@ -637,16 +642,7 @@ def test_overflows_are_counted_by_the_epoch(tiny: DataSet, tmp_path: Path, caplo
 
 def test_what_last_calls_the_best_is_in_best(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the best weights of an epoch could not be written: that epoch is run again."""
-    real, written = os.replace, []
-
-    def full(source: Any, target: Any) -> None:
-        if str(target).endswith("best.safetensors"):
-            written.append(target)
-            if len(written) == 3:
-                raise OSError("no space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
+    fill_the_disk(monkeypatch, "best.safetensors")
     with pytest.raises(OSError, match="no space"):
         fit(tiny, model_for(tiny), CONFIG, tmp_path)
     best, last = (load_tensors(tmp_path / f"{name}.safetensors")[1] for name in ("best", "last"))
