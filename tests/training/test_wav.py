@@ -51,6 +51,29 @@ def test_a_frame_is_made_of_what_came_before_its_end() -> None:
     np.testing.assert_array_equal(log_mel(samples[: 200 + 5 * 80], RATE), whole[:6])
 
 
+def test_a_frame_is_the_energy_of_its_samples_in_triangles() -> None:
+    """By the sum that defines a Fourier transform, of samples under a Hann window; where triangles have some width."""
+    samples, n = tone(440)[:200] / 32768, np.arange(200)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * n / 199)
+    energy = [abs(np.sum(samples * window * np.exp(-2j * np.pi * k * n / 200))) ** 2 / 200 for k in range(101)]
+    edges = band_edges(RATE)
+    for band in range(10, wav.BANDS):
+        corners = edges[band : band + 3]
+        sums = np.interp(40.0 * np.arange(101), corners, [0, 1, 0]) @ energy
+        assert log_mel(samples, RATE)[0, band] == pytest.approx(np.log(sums + wav.FLOOR), rel=1e-5)
+
+
+def test_a_long_recording_has_the_frames_of_its_parts() -> None:
+    """It is not taken at once: for an hour that would be gigabytes."""
+    hop, frames = RATE // 100, 10_000
+    samples = np.random.default_rng(0).normal(size=200 + (frames - 1) * hop) / 10
+    whole = log_mel(samples, RATE)
+    assert whole.shape == (frames, wav.BANDS)
+    for start in range(0, frames, 500):
+        part = samples[start * hop : 200 + (start + 499) * hop]
+        np.testing.assert_allclose(whole[start : start + 500], log_mel(part, RATE), rtol=1e-6)
+
+
 @pytest.mark.parametrize("hertz", [150.0, 700.0, 2000.0, 3500.0])
 def test_the_loudest_band_is_the_tones(hertz: float) -> None:
     """To a band's width; silence is the floor in all of them."""

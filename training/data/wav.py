@@ -26,6 +26,7 @@ from training.errors import DataError
 
 FRAME_SECONDS, HOP_SECONDS, BANDS = 0.025, 0.010, 40
 FLOOR = 1e-6  # energy that stands for silence: samples are within [-1, 1]
+_AT_ONCE = 4096  # frames: those of an hour are gigabytes, as samples and as tones
 
 Frames = NDArray[np.float32]
 
@@ -55,15 +56,19 @@ def band_edges(rate: int) -> NDArray[np.float64]:
 def log_mel(samples: NDArray[np.floating], rate: int) -> Frames:
     """Samples [N] within [-1, 1] -> frames [1 + (N - 25 ms) // 10 ms, BANDS], each of the 25 ms before its end."""
     size, hop = round(FRAME_SECONDS * rate), round(HOP_SECONDS * rate)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::hop] * np.hanning(size)
-    energy = np.square(np.abs(np.fft.rfft(frames, axis=1))) / size
     edges, tones = band_edges(rate), np.fft.rfftfreq(size, 1 / rate)
     # At low tones a band may lie between two bins: no triangle is narrower than a bin.
     low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     rise = (tones - low) / np.maximum(middle - low, rate / size)
     fall = (high - tones) / np.maximum(high - middle, rate / size)
-    bands = np.maximum(0, np.minimum(rise, fall))
-    return np.log(energy @ bands.T + FLOOR).astype(np.float32)
+    bands, window = np.maximum(0, np.minimum(rise, fall)), np.hanning(size)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::hop]
+    made = np.empty((len(frames), BANDS), np.float32)
+    for start in range(0, len(frames), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        energy = np.square(np.abs(np.fft.rfft(frames[part] * window, axis=1))) / size
+        made[part] = np.log(energy @ bands.T + FLOOR)
+    return made
 
 
 def load(path: Path, options: Options) -> DataSet:
