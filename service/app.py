@@ -19,7 +19,16 @@ from starlette.routing import Match
 
 from service.drain import Drain
 from service.engine import EngineOptions, load_engine, load_engines
-from service.errors import Internal, InvalidInput, LatchError, Malformed, MethodNotAllowed, NotFound, by_code
+from service.errors import (
+    Internal,
+    InvalidInput,
+    LatchError,
+    Malformed,
+    MethodNotAllowed,
+    NotFound,
+    StoreUnavailable,
+    by_code,
+)
 from service.ledger import Ledger
 from service.metrics import Metrics
 from service.registry import scan, stamps
@@ -95,6 +104,7 @@ def create_app(settings: Settings) -> FrontDoor:
                 ledger.start()
             repository.start()
             stack.push_async_callback(repository.close)
+            stack.push_async_callback(_in_time, manager.tell_uses)
             sweeper = asyncio.create_task(manager.serve(), name="sweeper")
             stack.callback(sweeper.cancel)
             yield
@@ -134,7 +144,7 @@ def create_app(settings: Settings) -> FrontDoor:
 
 async def _in_time(close: Callable[[], Awaitable[None]]) -> None:
     """Whoever waited for a store that does not answer was told; the process does not wait for it, too."""
-    with suppress(TimeoutError):
+    with suppress(TimeoutError, StoreUnavailable):
         async with asyncio.timeout(_CLOSE_SECONDS):
             await close()
 

@@ -182,6 +182,10 @@ class Batcher:
         used = {*self._committer.take_used(), *busy}
         return [slot for slot in used if slot.is_live and isinstance(slot, StoredSlot)]
 
+    def is_used(self, slot: StoredSlot) -> bool:
+        """Whether the slot had such a use since its last save, and since `unsaved_uses` was last asked."""
+        return self._committer.is_used(slot)
+
     def used(self, slot: Slot) -> None:
         """Notes such a use again: the store did not hear of it."""
         self._committer.used(slot)

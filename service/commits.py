@@ -151,6 +151,10 @@ class Committer:
         if self._ledger is not None and self._ledger.store.is_durable and isinstance(slot, StoredSlot):
             self._used.add(slot)
 
+    def is_used(self, slot: StoredSlot) -> bool:
+        """Whether the slot has such a use since its last save."""
+        return slot in self._used
+
     def take_used(self) -> set[StoredSlot]:
         """The slots with such a use since this was last asked."""
         used, self._used = self._used, set()

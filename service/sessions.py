@@ -93,6 +93,18 @@ class IdleLimits:
     shortest: float
     longest: float
 
+    def chosen(self, asked: float | None) -> float:
+        """What a session gets that asks for so much. Raises InvalidInput where that is out of bounds."""
+        if asked is None:
+            return self.default
+        if not self.shortest <= asked <= self.longest:
+            raise InvalidInput(
+                f"idle_ttl_ms {asked * 1000:.0f} is out of bounds: "
+                f"{self.shortest * 1000:.0f} to {self.longest * 1000:.0f}",
+                path="$.idle_ttl_ms",
+            )
+        return asked
+
 
 class SessionManager:
     """All sessions of this process.
@@ -133,6 +145,7 @@ class SessionManager:
         self.store_error: StoreUnavailable | None = None
         self._live: dict[str, Session] = {}
         self._restoring: dict[str, asyncio.Task[Session]] = {}
+        self._let_go: dict[str, bytes] = {}  # tokens of those whose last use the store has not heard of
         if ledger is not None:
             ledger.on_drop = self._dropped
 
@@ -173,7 +186,8 @@ class SessionManager:
             engine = self.engines.get(model, version)
             start = engine.snapshots.start(state or _NOTHING)
             with suppress(SessionExists):  # it was made meanwhile
-                return await self._make(engine, start, session_id, idle_ttl, metadata or _NOTHING), True
+                ttl = self._idle.chosen(idle_ttl)
+                return await self._make(engine, start, session_id, ttl, metadata or _NOTHING), True
 
     async def fork(
         self,
@@ -192,7 +206,8 @@ class SessionManager:
         """
         async with self._held(session_id) as (session, _):
             standing = snapshot(session.engine.slab, session)
-        ttl = session.idle_ttl if idle_ttl is None else idle_ttl
+        # That of the session was in bounds where it was made, which may be a service with others.
+        ttl = session.idle_ttl if idle_ttl is None else self._idle.chosen(idle_ttl)
         facts = session.metadata if metadata is None else metadata
         return await self._make(session.engine, standing, fork_id, ttl, facts)
 
@@ -225,7 +240,8 @@ class SessionManager:
                 engine = self.engines.get(model, version)
                 with suppress(SessionExists):
                     start = engine.snapshots.restore(data)
-                    return await self._make(engine, start, session_id, idle_ttl, _NOTHING), True
+                    ttl = self._idle.chosen(idle_ttl)
+                    return await self._make(engine, start, session_id, ttl, _NOTHING), True
             with suppress(SessionNotFound, SessionExpired):
                 return await self._move(session_id, there), False
 
@@ -335,7 +351,7 @@ class SessionManager:
         created_at = None
         with suppress(SessionCorrupt):  # what cannot be read can go
             created_at = (await self.inspect(session_id)).created_at
-        await self._store.delete(session_id)  # first: a copy that was loaded meanwhile goes, too
+        await self._store.delete(session_id, created_at)  # first: a copy that was loaded meanwhile goes, too
         session = self._live.get(session_id)
         if session is not None and created_at in (None, session.created_at):
             self._forget(session)
@@ -375,16 +391,7 @@ class SessionManager:
     async def sweep(self) -> int:
         """Expires every session that has idled out; returns how many. Of those in use, the store hears before."""
         count = 0
-        if self._store.is_durable:
-            soon = 2 * self._sweep_interval
-            used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
-            if used:
-                try:
-                    await self._store.touch({slot.id: slot.token for slot in used})
-                except StoreUnavailable:  # the next sweep tells it
-                    for slot in filter(self._is_here, used):
-                        slot.engine.batcher.used(slot)
-                    raise
+        await self.tell_uses()
         for engine in self.engines:
             idle = [slot for slot in engine.slab.idle() if self._is_here(slot)]
             for start in range(0, len(idle), _EXPIRED_AT_ONCE):  # the doors go first, however many end at once
@@ -393,6 +400,22 @@ class SessionManager:
         await self._store.sweep()
         return count
 
+    async def tell_uses(self) -> None:
+        """Tells the store of use that it has not heard of by a save. Raises StoreUnavailable; it is told later then."""
+        if not self._store.is_durable:
+            return
+        soon = 2 * self._sweep_interval
+        used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
+        let_go, self._let_go = self._let_go, {}
+        try:
+            if used or let_go:
+                await self._store.touch(let_go | {slot.id: slot.token for slot in used})
+        except BaseException:
+            self._let_go = let_go | self._let_go
+            for slot in filter(self._is_here, used):
+                slot.engine.batcher.used(slot)
+            raise
+
     async def serve(self) -> None:
         """Sweeps, and sees whether the store is there, until cancelled."""
         while True:
@@ -400,6 +423,8 @@ class SessionManager:
             try:
                 await self.sweep()
                 await self._store.ping()
+                if self.store_error is not None:
+                    log.warning("the session store is back")
                 self.store_error = None
             except StoreUnavailable as error:
                 if self.store_error is None:  # said once, and then by readiness
@@ -413,19 +438,12 @@ class SessionManager:
         engine: Engine,
         start: Snapshot,
         session_id: str | None,
-        idle_ttl: float | None,
+        idle_ttl: float,
         metadata: Mapping[str, Any],
     ) -> Session:
         """Makes a session that stands at `start`. Raises SessionExists where one of that id lives."""
         if self.is_draining:
             raise Draining
-        ttl = self._idle.default if idle_ttl is None else idle_ttl
-        if not self._idle.shortest <= ttl <= self._idle.longest:
-            raise InvalidInput(
-                f"idle_ttl_ms {ttl * 1000:.0f} is out of bounds: "
-                f"{self._idle.shortest * 1000:.0f} to {self._idle.longest * 1000:.0f}",
-                path="$.idle_ttl_ms",
-            )
         if session_id is None:
             session_id = uuid4().hex
         elif not _ID.fullmatch(session_id):
@@ -442,7 +460,7 @@ class SessionManager:
             session.token = self._ledger.token()
             [saved] = packed(engine.snapshots, *start.commits(session))
         self.engines.check(engine)
-        self._acquire(engine, session, ttl)
+        self._acquire(engine, session, idle_ttl)
         try:
             engine.slab.commit(*start.commits(session))
             await self._store.create(session, session.token, saved)
@@ -468,6 +486,8 @@ class SessionManager:
             slab, batcher = engine.slab, engine.batcher
             idle = (slot for slot in slab.oldest() if self._is_here(slot) and not batcher.is_busy(slot))
             for other in islice(idle, len(slab) // 16 + 1):
+                if batcher.is_used(other):
+                    self._let_go[other.id] = other.token
                 self._forget(other)
             engine.slab.acquire(slot, idle_ttl)
 
@@ -522,6 +542,9 @@ class SessionManager:
             del self._restoring[session_id]
 
     async def _restore(self, session_id: str) -> Session:
+        if (token := self._let_go.get(session_id)) is not None:
+            await self._store.touch({session_id: token})
+            self._let_go.pop(session_id, None)
         stored = await self._store.load(session_id)
         if (session := self._live.get(session_id)) is not None:
             return session

@@ -183,6 +183,9 @@ class SnapshotCodec:
             zeros["reply"] = np.zeros(reply_size, np.uint8)
         metadata = {"format": FORMAT, "version": str(VERSION), "model": self._model, "sha256": self._sha256}
         data = save(zeros, metadata)
+        header = _header(data)  # in an order of the process's own, and every replica shall give the same bytes
+        ordered = orjson.dumps(orjson.loads(header), option=orjson.OPT_SORT_KEYS).ljust(len(header))
+        data = data[:8] + ordered + data[8 + len(header) :]
         return _Layout(np.frombuffer(data, np.uint8), data[: 8 + len(_header(data))], _places(data))
 
 

@@ -14,7 +14,7 @@ from service.client.errors import NotAllStepped, NotLatch, PatienceExhausted
 from service.client.protocol import ClientLogic, Hello, Reply, SessionLogic, Standing, read, refused
 from service.client.requests import INPUT_BYTES, Requests
 from service.client.streams import opening
-from service.errors import InvalidInput, LatchError, StepConflict
+from service.errors import InvalidInput, LatchError, StepConflict, StoreUnavailable
 from service.wire import frames
 from service.wire.frames import Kind
 
@@ -167,7 +167,8 @@ class GroupLogic:
             for is_slow in (False, True):  # nobody waits for those that a try ended without
                 for part in _parts([lane for lane in ready if lane.is_slow is is_slow]):
                     yield from self._exchange(part, timeout)
-        self._is_open = True
+        # Another service may reach the store that this one has lost, if there are several.
+        self._is_open = not any(lane.later and isinstance(lane.later.problem, StoreUnavailable) for lane in lanes)
         if waiting := [lane.later for lane in lanes if lane.later is not None]:
             raise max(waiting, key=lambda later: later.after)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 from starlette.types import Receive, Scope, Send
 
 from service.commits import MadeAnew
-from service.errors import Draining, LatchError, Overloaded, SlowReader
+from service.errors import Draining, InvalidInput, LatchError, Overloaded, SlowReader
 from service.metrics import Metrics
 from service.queues import Answer, resolve
 from service.sessions import Session, SessionManager
@@ -339,6 +339,9 @@ class Socket:
                 return session
             except MadeAnew:
                 continue
+            except InvalidInput:  # outputs, of the model of a session that has the id no more
+                if await self.manager.is_current(session):
+                    raise
 
     def submit_now(self, session: Session, request: StepRequest, answer: Answer) -> bool:
         """Hands a request on. False, and nothing done, where something must be waited for first."""

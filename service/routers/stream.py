@@ -10,7 +10,8 @@ described in `service/wire/frames.py`. In `latch.json` a message is one JSON obj
     server, in order   {"type": "step", "outputs", "step", "expires_at"}
                        {"type": "error", "error", "code", "retryable", ...}
     many sessions: every message names its own
-    client             {"type": "open", "session"}: answered with that session's hello; it need not come first
+    client             {"type": "open", "session"}: answered with that session's hello; it need not come first, but
+                       where replicas share sessions one that was made anew at another is refused once without it
                        {"session", "inputs", "step"?, "outputs"?}
     server             the same messages, each with its "session"; in order for each session
     either, when the service stops

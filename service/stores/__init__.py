@@ -84,7 +84,8 @@ class Save(msgspec.Struct, frozen=True, gc=False):
         expected: the token of the save that this one follows.
         token: the token that it shall have from now on.
         saved: where it stands now.
-        earlier: None puts what it replaces with the earlier ones; a number leaves as many of those, the oldest.
+        earlier: None puts what it replaces with the earlier ones; a number leaves as many of those that
+            `earlier` gives, the oldest.
     """
 
     id: str
@@ -128,8 +129,10 @@ class SessionStore(Protocol):
             For each whether it was saved. False: `expected` is not its token, or it is not there any more.
         """
 
-    async def delete(self, session: str) -> None:
-        """Forgets a session; an unknown one is no error."""
+    async def delete(self, session: str, created_at: float | None = None) -> None:
+        """Forgets a session; an unknown one is no error, and one that was made at another time than that is left alone:
+        the call may come late.
+        """
 
     async def expire(self, tokens: Mapping[str, bytes]) -> int:
         """Ends sessions that idled out, by id, unless their token is another one by now; remembers that they were.

@@ -84,9 +84,9 @@ class MemoryStore:
             self._saved[save.id] = save.token, save.saved
         return True
 
-    async def delete(self, session: str) -> None:
+    async def delete(self, session: str, created_at: float | None = None) -> None:
         """Forgets a session; an unknown one is no error."""
-        if (record := self._find(session)) is not None:
+        if (record := self._find(session)) is not None and created_at in (None, record.created_at):
             self._records.remove(record)
             self._saved.pop(session, None)
             self._earlier.pop(session, None)

@@ -123,9 +123,10 @@ class RedisStore:
                 done[number] = digit == ord("1")
         return done
 
-    async def delete(self, session: str) -> None:
+    async def delete(self, session: str, created_at: float | None = None) -> None:
         """Forgets a session."""
-        await self._one(DELETE, [session_key(session), ids_key(shard_of(session))], [session])
+        made = "" if created_at is None else repr(created_at)
+        await self._one(DELETE, [session_key(session), ids_key(shard_of(session))], [session, made])
 
     async def expire(self, tokens: Mapping[str, bytes]) -> int:
         """Ends sessions that idled out, unless somebody saved them since."""

@@ -6,6 +6,7 @@ Rule: a call is repeated until it is answered or its time is over, which is safe
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -24,7 +25,7 @@ _FIRST_PAUSE = 0.02
 _FORM = (
     "the address is redis://[user:password@]host[:port][/db], rediss:// for TLS, or "
     "redis+cluster://host[:port],host[:port],..., with ?timeout_ms=1 to 600000, ?replicas=0 to 9, "
-    "?ca=file for TLS and ?tls=true for a cluster"
+    "?ca=file, ?cert=file and ?key=file for TLS, and ?tls=true for a cluster"
 )
 
 # The last is uvloop's, where something is written to a connection that the other side has closed.
@@ -43,13 +44,18 @@ _PASSING = (
 )
 _LASTING = (failures.AuthenticationError, failures.AuthorizationError)
 
+_PERMIT = "does not permit a call to this user: give it +@all on keys latch:* (ACL SETUSER)"
 # The first that fits: a class, or a part of the message.
 _ADVICE: Sequence[tuple[type[Exception] | str, str]] = (
     (_LASTING[0], "refuses the user or the password: set LATCH_STORE_URL to ...//user:password@host"),
     (failures.AuthenticationWrongNumberOfArgsError, "wants a user name too: ...//user:password@host"),
-    (failures.NoPermissionError, "does not permit a call to this user: give it +@all on keys latch:* (ACL SETUSER)"),
+    (failures.NoPermissionError, _PERMIT),
     (failures.ReadOnlyError, "is a read-only replica: name the primary, or wait for the failover"),
-    (failures.OutOfMemoryError, "is out of memory: raise its maxmemory, or end sessions"),
+    (
+        failures.OutOfMemoryError,
+        "is out of memory: raise its maxmemory, or end sessions by calls to a service itself, to which no proxy sends any "
+        "while it is not ready",
+    ),
     (failures.BusyLoadingError, "is still loading its data: try again in a moment"),
     (failures.MaxConnectionsError, "is asked too much at once: try again in a moment"),
     (failures.ClusterDownError, "is down as a cluster: see CLUSTER INFO on its nodes"),
@@ -61,6 +67,8 @@ _ADVICE: Sequence[tuple[type[Exception] | str, str]] = (
     ("MISCONF", "cannot write to its disk: see its log"),
     ("NOREPLICAS", "has fewer replicas than its min-replicas-to-write: see INFO replication"),
     ("Error compiling script", "is too old: it must be Redis 7, Valkey 7.2, or newer"),
+    ("can't run this command", _PERMIT),
+    ("mismatch, certificate is not valid for", "has a certificate for other names: name it by one of those"),
     ("CERTIFICATE_VERIFY_FAILED", "has a certificate that is not trusted: name its authority with ?ca=file"),
     (TimeoutError, "did not answer in time: is it reachable and not overloaded? (?timeout_ms= gives it longer)"),
     (failures.TimeoutError, "did not answer in time: is it reachable and not overloaded?"),
@@ -99,8 +107,8 @@ class Link:
             db = int(parts.path.strip("/") or "0")
             self._timeout = _bounded(options.pop("timeout_ms", _TIMEOUT_MS), 1, 600_000) / 1000
             self._replicas = _bounded(options.pop("replicas", 0), 0, 9)
-            tls = options.pop("tls", "false") == "true" if self.is_cluster else parts.scheme == "rediss"
-            authority = options.pop("ca", None) if tls else None
+            tls = _switch(options.pop("tls", "false")) if self.is_cluster else parts.scheme == "rediss"
+            files = {name: _file(options.pop(name)) for name in ("ca", "cert", "key") if tls and name in options}
         except ValueError as error:
             raise SettingsInvalid(f"store {self.address!r}: {error}; {_FORM}") from None
         if options:
@@ -118,7 +126,9 @@ class Link:
             "retry": Retry(NoBackoff(), 0),  # `run` tries again
             "max_connections": 2 * _CALLS,
             "ssl": tls,
-            "ssl_ca_certs": authority,
+            "ssl_ca_certs": files.get("ca"),
+            "ssl_certfile": files.get("cert"),
+            "ssl_keyfile": files.get("key"),
             "ssl_check_hostname": True,
         }
         self._client: Any = (
@@ -229,6 +239,18 @@ def _host_and_port(text: str) -> tuple[str, int]:
     if not parts.hostname:
         raise ValueError(f"{text!r} is no host")
     return parts.hostname, parts.port or _PORT
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"tls={text}: it is true or false")
+    return text == "true"
+
+
+def _file(text: str) -> str:
+    if not Path(text).is_file():
+        raise ValueError(f"there is no file {text!r}")
+    return text
 
 
 def _bounded(text: str | int, low: int, high: int) -> int:

@@ -55,6 +55,11 @@ local call, remembered = redis.call, {REMEMBERED}
 local function left_of(session) return call('PTTL', session) - remembered end
 local function earlier_of(session) return (session:gsub('}}:', '}}-earlier:', 1)) end
 local function session_of(ids, id) return ids:sub(1, -5) .. ':' .. id end
+local function end_session(key)
+  call('HDEL', key, 'snapshot', 'metadata')
+  call('DEL', earlier_of(key))
+  call('HSET', key, 'head', '')
+end
 """
 
 
@@ -66,6 +71,7 @@ def _script(body: str, flags: str = "") -> str:
 # What a session is, in the order in which LOAD and PAGE give it.
 RECORD = ("model", "version", "idle_ttl", "created_at", "metadata", "head")
 _RECORD = ", ".join(f"'{name}'" for name in RECORD)
+_NOTHING = ", ".join(["''"] * len(RECORD))
 
 # KEYS: the format. ARGV: ours. Gives the one that is there.
 FORMAT = _script("""
@@ -105,6 +111,7 @@ for i, key in ipairs(KEYS) do
     if left >= 0 or keep > 0 then
       local earlier = earlier_of(key)
       if left > 0 then
+        call('LTRIM', earlier, -keep, -1)
         call('LTRIM', earlier, 0, left - 1)
       elseif left == 0 then
         call('DEL', earlier)
@@ -122,10 +129,11 @@ end
 return table.concat(done)
 """)
 
-# KEYS: session. Gives nothing, or RECORD, the milliseconds left and the snapshot.
+# KEYS: session. Gives nothing, or RECORD, the milliseconds left and the snapshot; of a key that is no hash, empty text.
 LOAD = _script(
     f"""
-local found = call('HMGET', KEYS[1], {_RECORD})
+local found = redis.pcall('HMGET', KEYS[1], {_RECORD})
+if found.err then return {{{_NOTHING}, 1, ''}} end
 if not found[{len(RECORD)}] then return false end
 found[{len(RECORD) + 1}] = left_of(KEYS[1])
 found[{len(RECORD) + 2}] = call('HGET', KEYS[1], 'snapshot')
@@ -137,9 +145,12 @@ return found
 # KEYS: the earlier saves. ARGV: how many.
 EARLIER = _script("return call('LRANGE', KEYS[1], -ARGV[1], -1)", "no-writes")
 
-# KEYS: session, ids. ARGV: id.
+# KEYS: session, ids. ARGV: id, and when the session was made, '' at any time. A call may come after its second try was
+# answered and another session was made.
 DELETE = _script(
     """
+local made = ARGV[2] ~= '' and call('HGET', KEYS[1], 'created_at')
+if made and made ~= ARGV[2] then return 0 end
 call('DEL', KEYS[1], earlier_of(KEYS[1]))
 call('ZREM', KEYS[2], ARGV[1])
 return 1
@@ -154,9 +165,7 @@ local count = 0
 for i, key in ipairs(KEYS) do
   local head = call('HGET', key, 'head')
   if head and head:sub(1, 16) == ARGV[i] then
-    call('HDEL', key, 'snapshot', 'metadata')
-    call('DEL', earlier_of(key))
-    call('HSET', key, 'head', '')
+    end_session(key)
     call('PEXPIRE', key, remembered)
     count = count + 1
   end
@@ -191,8 +200,8 @@ local ids = call('ZRANGE', KEYS[1], first, '+', 'BYLEX', 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do
   local key = session_of(KEYS[1], id)
   local left = left_of(key)
-  local found = left > 0 and call('HMGET', key, {_RECORD})
-  if found and (ARGV[4] == '' or ARGV[4] == found[1]) then
+  local found = left > 0 and redis.pcall('HMGET', key, {_RECORD})
+  if found and not found.err and (ARGV[4] == '' or ARGV[4] == found[1]) then
     found[{len(RECORD) + 1}] = left
     table.insert(found, 1, id)
     rows[#rows + 1] = found
@@ -204,14 +213,17 @@ return {{#ids < tonumber(ARGV[2]) and '' or ids[#ids], rows}}
     "no-writes",
 )
 
-# KEYS: ids. ARGV: after which id, how many to look at. Drops the ids of sessions that are gone, and gives the last one
-# that it looked at, '' at the end.
+# KEYS: ids. ARGV: after which id, how many to look at. Drops the ids of sessions that are gone, ends those that idled out,
+# which no service may have had, and gives the last id that it looked at, '' at the end.
 TRIM = _script(
     """
 local first = ARGV[1] == '' and '-' or '(' .. ARGV[1]
 local ids = call('ZRANGE', KEYS[1], first, '+', 'BYLEX', 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do
-  if (call('HGET', session_of(KEYS[1], id), 'head') or '') == '' then call('ZREM', KEYS[1], id) end
+  local key = session_of(KEYS[1], id)
+  local head = redis.pcall('HGET', key, 'head') or ''
+  if #head > 0 and left_of(key) <= 0 then end_session(key) end
+  if #head == 0 or left_of(key) <= 0 then call('ZREM', KEYS[1], id) end
 end
 return #ids < tonumber(ARGV[2]) and '' or ids[#ids]
 """,

@@ -290,17 +290,16 @@ class SqliteStore:
     def _keep_earlier(self, saves: Sequence[Save]) -> None:
         """What these saves, those of them that will be done, make of the earlier ones."""
         owned = "(SELECT id FROM sessions WHERE id = ? AND token = ?)"
-        kept = [(each.id, each.expected) for each in saves if each.earlier is None]
-        if kept and self._keep_steps:
+        if self._keep_steps:
             self._db.executemany(
                 "INSERT INTO earlier (session, step, header, body) "
                 "SELECT id, step, header, body FROM sessions WHERE id = ? AND token = ?",
-                kept,
+                [(each.id, each.expected) for each in saves if each.earlier is None],
             )
             self._db.executemany(
                 f"DELETE FROM earlier WHERE session = {owned} AND number <= "  # noqa: S608
                 "(SELECT number FROM earlier WHERE session = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
-                [(*each, each[0], self._keep_steps) for each in kept],
+                [(each.id, each.expected, each.id, self._keep_steps) for each in saves],
             )
         self._db.executemany(
             f"DELETE FROM earlier WHERE session = {owned} AND number >= "  # noqa: S608
@@ -308,9 +307,15 @@ class SqliteStore:
             [(each.id, each.expected, each.id, each.earlier) for each in saves if each.earlier is not None],
         )
 
-    async def delete(self, session: str) -> None:
+    async def delete(self, session: str, created_at: float | None = None) -> None:
         """Forgets a session."""
-        await self._transact(lambda: self._forget(session))
+
+        def forget() -> None:
+            made = "SELECT 1 FROM sessions WHERE id = ? AND created_at = ?"
+            if created_at is None or self._one(made, session, created_at):
+                self._forget(session)
+
+        await self._transact(forget)
 
     async def expire(self, tokens: Mapping[str, bytes]) -> int:
         """Ends sessions that idled out, unless somebody saved them since."""

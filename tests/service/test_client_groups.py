@@ -280,6 +280,17 @@ def test_a_refused_session_waits_and_the_socket_stays() -> None:
     assert (hub.dials, hub.now) == (1, 0.1)
 
 
+def test_a_service_that_has_lost_its_store_is_left() -> None:
+    """Another connection may lead to one that reaches it."""
+    hub = Hub()
+    one, other = hub.session("one"), hub.session("other")
+    group = GroupLogic(hub.client, None)
+    stepped(hub, group, {one: [1.0], other: [1.0]})
+    hub.refusals["other"] = deque(["store_unavailable"])
+    stepped(hub, group, {one: [1.0], other: [1.0]})
+    assert (hub.dials, hub.sums["one"].applied, hub.sums["other"].applied) == (2, [1, 1], [1, 1])
+
+
 def test_many_sessions_travel_in_messages_that_a_run_takes() -> None:
     """As many frames as a run has sessions, and no message that the service would refuse for its size."""
     hub = Hub()

@@ -10,6 +10,7 @@ import pytest
 
 from service.app import create_app
 from service.settings import load_settings
+from service.stores import open_store
 from tests.service.conftest import Server
 
 ROWS = np.array([[1, 2, 3], [0.1, -0.2, 1e-30], [4, 5, 6]], np.float32)
@@ -179,6 +180,25 @@ async def inner(repository: Path) -> AsyncIterator[Any]:
     app = create_app(load_settings(models=repository))
     async with app.app.router.lifespan_context(app.app):
         yield app
+
+
+@pytest.mark.anyio
+async def test_a_service_that_stops_tells_its_store_of_the_last_uses(repository: Path, tmp_path: Path) -> None:
+    """A retry is told a later end than its save has: the next process keeps to it."""
+    url = f"sqlite:///{tmp_path}/s.db"
+    app = create_app(load_settings(models=repository, store_url=url))
+    async with (
+        app.app.router.lifespan_context(app.app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://latch") as client,
+    ):
+        await client.put("/v1/sessions/a", json={"model": "toy"})
+        for replayed in (None, True):
+            body = {"inputs": ROWS.tolist(), "step": 1}
+            assert (await client.post("/v1/sessions/a/steps", json=body)).json().get("replayed") is replayed
+        app.app.state.manager._store._db.execute("UPDATE sessions SET expires_at = 0")
+    store = open_store(url, keep_steps=0, max_expired_ids=0)
+    assert (await store.load("a")).time_left > 800
+    await store.close()
 
 
 @pytest.mark.anyio

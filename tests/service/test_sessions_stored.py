@@ -27,10 +27,11 @@ from service.errors import (
 from service.routers.sockets import Shared
 from service.routers.steps import StepDoor
 from service.routers.stream import StreamDoor
-from service.sessions import SessionManager
+from service.sessions import IdleLimits, SessionManager
 from service.snapshot import snapshot
 from service.stores import Save, Saved, Stored, open_store
-from service.wire import StepRequest
+from service.wire import StepRequest, frames
+from service.wire.frames import Kind
 from tests.service import toys
 from tests.service.replicas import Replica, SharedStore
 from tests.service.wires import Client
@@ -267,9 +268,9 @@ async def test_a_copy_that_was_loaded_during_a_delete_goes_too(replicas: list[Re
     await there.create("toy", session_id="a")
     deletion = here._store.delete
 
-    async def delete(session: str) -> None:
+    async def delete(session: str, created_at: float | None = None) -> None:
         await here.find("a")
-        await deletion(session)
+        await deletion(session, created_at)
 
     here._store.delete = delete  # type: ignore[method-assign]
     try:
@@ -528,6 +529,95 @@ async def test_a_create_finds_who_was_used_since_the_last_save(repository: Path,
     await store.close()
 
 
+async def test_who_makes_room_keeps_the_time_that_was_promised(repository: Path, tmp_path: Path) -> None:
+    """A retry was told a later end than the file knows of, and it holds when the session is loaded again."""
+    store = open_store(f"sqlite:///{tmp_path}/s.db", keep_steps=0, max_expired_ids=10)
+    replica = Replica(repository, store, max_sessions=1)
+    await replica.start()
+    manager = replica.manager
+    session, _ = await manager.create("toy", session_id="a")
+    await manager.step(session, ones(first=1))
+    store._db.execute("UPDATE sessions SET expires_at = 0")  # type: ignore[attr-defined]  # as if it were long ago
+    assert (await manager.step(session, ones(first=1))).replayed
+    await manager.create("toy", session_id="b")
+    assert manager.resident("a") is None
+    assert (await manager.step(await manager.find("a"), ones(first=2))).step == 2
+    await replica.close()
+    await store.close()
+
+
+async def test_what_the_store_has_not_heard_of_is_told_again_where_it_failed(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sessions that are here, and of those that made room."""
+    told: list[list[str]] = []
+
+    async def touch(_: SharedStore, tokens: dict[str, bytes]) -> None:
+        told.append(sorted(tokens))
+        if len(told) == 1:
+            raise StoreUnavailable("away")
+
+    manager = replicas[0].manager
+    for name in ("here", "gone", "c", "d"):
+        session, _ = await manager.create("toy", session_id=name)
+        await manager.step(session, ones(first=1))
+    for name in ("gone", "here"):
+        manager._live[name].engine.batcher.used(manager._live[name])
+    manager._live["here"].engine.slab.touch(manager._live["here"])
+    manager._live["c"].engine.slab.touch(manager._live["c"])
+    manager._live["d"].engine.slab.touch(manager._live["d"])
+    await manager.create("toy", session_id="e")
+    monkeypatch.setattr(SharedStore, "touch", touch)
+    with pytest.raises(StoreUnavailable):
+        await manager.tell_uses()
+    await manager.tell_uses()
+    await manager.tell_uses()
+    assert told == [["gone", "here"], ["gone", "here"]]
+
+
+async def test_a_fork_has_the_time_of_its_session_wherever_that_was_made(repository: Path) -> None:
+    """Its bounds were those of another service; who asks for a time himself keeps to those of this one."""
+    store = SharedStore()
+    there, here = Replica(repository, store), Replica(repository, store)
+    here.manager._idle = IdleLimits(5.0, 1.0, 10.0)
+    await there.start()
+    await here.start()
+    await there.manager.create("toy", session_id="a", idle_ttl=50.0)
+    assert (await here.manager.fork("a")).idle_ttl == 50.0
+    with pytest.raises(InvalidInput, match="idle_ttl_ms 50000 is out of bounds: 1000 to 10000"):
+        await here.manager.fork("a", idle_ttl=50.0)
+    await there.close()
+    await here.close()
+
+
+async def test_outputs_are_those_of_the_session_that_has_the_id_now(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the copy here is of one of another model; what that session does not have either is refused."""
+    load = SharedStore.load
+
+    async def timed(self: SharedStore, name: str) -> Stored:
+        return msgspec.structs.replace(await load(self, name), time_left=5.0)
+
+    monkeypatch.setattr(SharedStore, "load", timed)
+    here, there = (replica.manager for replica in replicas)
+    await here.create("counter", session_id="a")
+    await there.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.create("toy", session_id="a")
+    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
+    door = StreamDoor(Shared(here, replicas[0].metrics, **limits, slow_reader=60))
+    client = Client(door, "/v1/stream", "latch.binary")
+    for outputs in (["y", "z"], ["nothing"]):
+        client.send(frames.notice(Kind.OPEN, 3, {"session": "a", "outputs": outputs}))
+        await client.until(lambda: client.wire.received)
+        (answer,) = frames.read_answers(client.wire.received.pop(), lambda _: None)
+        facts = json.loads(answer.payload)
+        assert facts.get("model", facts.get("path")) == ("toy" if "z" in outputs else "$.outputs[0]")
+    client.leave()
+    await client.task
+
+
 async def test_where_replicas_share_it_the_store_hears_of_use_before_it_is_asked(
     replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -703,8 +793,8 @@ async def test_a_session_that_is_made_while_another_of_its_id_is_deleted_stays(
     await manager.create("toy", session_id="a")
     deletion = SharedStore.delete
 
-    async def then_made(self: SharedStore, name: str) -> None:
-        await deletion(self, name)
+    async def then_made(self: SharedStore, name: str, created_at: float | None = None) -> None:
+        await deletion(self, name, created_at)
         manager._forget(manager._live[name])  # as its steps find out
         await asyncio.sleep(0.001)  # the clock of creation has moved on
         await manager.create("toy", session_id=name)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +67,15 @@ def test_any_library_of_the_format_reads_it() -> None:
     assert tensors["position"].tolist() == [10, 7]
     assert (tensors["state.h"] == state[0][0]).all()
     assert origin(data) == (("m", "3"), "a" * 64)
+
+
+def test_every_process_writes_the_same_bytes() -> None:
+    """The header is in order, whatever the library makes of it."""
+    commits, state, _ = packed([b"one"])
+    header = CODEC.pack(commits, state)[1][0][8:]
+    document = orjson.loads(header)
+    assert orjson.dumps(document, option=orjson.OPT_SORT_KEYS) == header.rstrip()
+    assert [*document["__metadata__"]] == ["format", "model", "sha256", "version"]
 
 
 def test_those_with_as_long_a_reply_share_a_header() -> None:

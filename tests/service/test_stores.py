@@ -160,6 +160,18 @@ async def test_use_without_a_save_counts_too(store: SessionStore) -> None:
 async def test_deleting_what_is_not_there_is_no_error(store: SessionStore) -> None:
     """Delete is idempotent."""
     await store.delete("never")
+    await store.delete("never", 1.5)
+
+
+async def test_a_delete_that_comes_late_leaves_who_was_made_since(store: SessionStore) -> None:
+    """It says which session of the id it means, by when that was made."""
+    await made(store, "a")
+    created_at = (await store.load("a")).created_at
+    await store.delete("a", created_at + 0.001)
+    assert (await store.load("a")).saved == saved(0)
+    await store.delete("a", created_at)
+    with pytest.raises(SessionNotFound):
+        await store.load("a")
 
 
 async def test_pages_are_in_order_and_complete(store: SessionStore) -> None:

@@ -72,6 +72,8 @@ async def store(server: RedisServer) -> AsyncIterator[SessionStore]:
         ("redis://host?replicas=10", "not in 0 to 9"),
         ("redis://host?socket_timeout=3", "unknown option 'socket_timeout'"),
         ("redis://host?ca=file", "unknown option 'ca'"),
+        ("rediss://host?ca=/no/such/file", "there is no file '/no/such/file'"),
+        ("redis+cluster://host?tls=yes", "tls=yes: it is true or false"),
         ("redis://one,two", "one server one name"),
         ("redis+cluster://host/1", "no databases"),
     ],
@@ -133,6 +135,28 @@ async def test_tls_checks_the_certificate(tmp_path: Path, certificate: tuple[Pat
             opened(f"rediss://127.0.0.1:{port}{SHORT}")
         with pytest.raises(StoreUnavailable, match="is no cluster"):
             opened(f"redis+cluster://127.0.0.1:{port}{SHORT}&tls=true&ca={authority}")
+        with pytest.raises(StoreUnavailable, match="has a certificate for other names"):
+            opened(f"rediss://localhost:{port}{SHORT}&ca={authority}")
+
+
+async def test_a_server_that_wants_a_certificate_gets_one(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    """As Redis does unless its settings say else."""
+    port, (authority, key) = free_port(), certificate
+    options = {name: str(authority) for name in ("tls_cert_file", "tls_ca_cert_file")} | {"tls_key_file": str(key)}
+    with running(tmp_path / "redis", tls_port=str(port), **options):
+        store = opened(f"rediss://127.0.0.1:{port}?ca={authority}&cert={authority}&key={key}")
+        await store.ping()
+        await store.close()
+        with pytest.raises(StoreUnavailable):
+            opened(f"rediss://127.0.0.1:{port}{SHORT}&ca={authority}")
+
+
+async def test_a_user_who_may_not_is_told_what_he_needs(server: RedisServer) -> None:
+    """Whether the scripts are refused him, or what they call."""
+    for number, rules in enumerate((["+@all", "-eval"], ["+eval", "+ping"])):
+        server("ACL", "SETUSER", f"u{number}", "on", ">right", "~*", *rules)
+        with pytest.raises(StoreUnavailable, match=r"give it \+@all on keys latch:\*"):
+            opened(server.url.replace("//", f"//u{number}:right@") + SHORT)
 
 
 @pytest.mark.parametrize(("format_", "message"), [("2", "has format 2.*knows up to 1"), ("mine", "not Latch's")])
@@ -386,6 +410,49 @@ async def test_a_record_that_was_spoilt_is_one_session_s_trouble(
     await store.delete("a")
     with pytest.raises(SessionNotFound):
         await store.load("a")
+
+
+async def test_a_key_of_another_kind_is_one_session_s_trouble(server: RedisServer, store: SessionStore) -> None:
+    """Whoever wrote over it: the session says so and can be forgotten, and the sweep and lists go on without it."""
+    await made(store, "a", "b")
+    server("SET", session_key("a"), "mine")
+    assert [each.id for each in await store.page(None, "", 9)] == ["b"]
+    await store.sweep()
+    with pytest.raises(SessionCorrupt, match="'a'"):
+        await store.load("a")
+    await store.delete("a")
+    with pytest.raises(SessionNotFound):
+        await store.load("a")
+
+
+async def test_who_idled_out_where_no_service_has_it_leaves_its_state(server: RedisServer) -> None:
+    """The sweep of any service ends it; that it was there is known as long as before."""
+    store = opened(server.url + PATIENT, keep_steps=2)
+    await made(store, "a", "b")
+    await store.save([Save("a", token(1), token(2), saved(1))])
+    server("PEXPIRE", session_key("a"), str(redis_scripts.REMEMBERED - 1))
+    await store.sweep()
+    assert server("HGET", session_key("a"), "snapshot") is None
+    assert server("EXISTS", redis_scripts.earlier_key("a")) == 0
+    assert 0 < int(server("PTTL", session_key("a"))) < redis_scripts.REMEMBERED
+    with pytest.raises(SessionExpired):
+        await store.load("a")
+    assert await store.save([Save("a", token(2), token(3), saved(2))]) == [False]
+    assert (await store.load("b")).saved == saved(0)
+    await store.close()
+
+
+async def test_fewer_steps_may_be_kept_after_a_restart(server: RedisServer) -> None:
+    """Back is then as far as the store says, and what stays are the oldest of those."""
+    stores = [opened(server.url + PATIENT, keep_steps=steps) for steps in (6, 3)]
+    await made(stores[0], "a")
+    for step in range(1, 6):
+        await stores[0].save([Save("a", token(step), token(step + 1), saved(step))])
+    assert [each.step for each in await stores[1].earlier("a")] == [2, 3, 4]
+    await stores[1].save([Save("a", token(6), token(7), saved(3), earlier=1)])
+    assert [each.step for each in await stores[0].earlier("a")] == [2]
+    for store in stores:
+        await store.close()
 
 
 async def test_of_two_that_save_at_once_one_wins(server: RedisServer, servers: list[RedisServer]) -> None:

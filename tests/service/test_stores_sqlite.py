@@ -38,6 +38,21 @@ def opened(path: Path, **options: int) -> SessionStore:
     return open_store(f"sqlite:///{path}", **({"keep_steps": 2, "max_expired_ids": 2} | options))
 
 
+async def test_fewer_steps_may_be_kept_after_a_restart(path: Path) -> None:
+    """Back is then as far as the store says, and what stays are the oldest of those."""
+    store = opened(path, keep_steps=6)
+    await made(store, "a", "b")
+    for step in range(1, 6):
+        await store.save([Save("a", token(step), token(step + 1), saved(step))])
+    await store.close()
+    store = opened(path, keep_steps=3)
+    assert [each.step for each in await store.earlier("a")] == [2, 3, 4]
+    await store.save([Save("a", token(6), token(7), saved(3), earlier=1), Save("b", token(1), token(2), saved(1))])
+    assert [each.step for each in await store.earlier("a")] == [2]
+    assert [each.step for each in await store.earlier("b")] == [0]
+    await store.close()
+
+
 async def test_what_was_saved_is_there_after_a_restart(path: Path) -> None:
     """Sessions, their earlier saves, and who expired."""
     store = opened(path)
