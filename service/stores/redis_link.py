@@ -53,8 +53,8 @@ _ADVICE: Sequence[tuple[type[Exception] | str, str]] = (
     (failures.ReadOnlyError, "is a read-only replica: name the primary, or wait for the failover"),
     (
         failures.OutOfMemoryError,
-        "is out of memory: raise its maxmemory, or end sessions by calls to a service itself, to which no proxy sends any "
-        "while it is not ready",
+        "is out of memory: raise its maxmemory, or end sessions by calls to a service itself, which a proxy does not "
+        "pass on while it is not ready",
     ),
     (failures.BusyLoadingError, "is still loading its data: try again in a moment"),
     (failures.MaxConnectionsError, "is asked too much at once: try again in a moment"),

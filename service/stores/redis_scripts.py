@@ -213,7 +213,7 @@ return {{#ids < tonumber(ARGV[2]) and '' or ids[#ids], rows}}
     "no-writes",
 )
 
-# KEYS: ids. ARGV: after which id, how many to look at. Drops the ids of sessions that are gone, ends those that idled out,
+# KEYS: ids. ARGV: after which id, how many to look at. Drops ids of sessions that are gone, ends those that idled out,
 # which no service may have had, and gives the last id that it looked at, '' at the end.
 TRIM = _script(
     """
