@@ -23,6 +23,7 @@ from service.errors import (
     InferenceFailed,
     InvalidInput,
     LatchError,
+    PayloadTooLarge,
     SessionNotFound,
     StepConflict,
 )
@@ -71,6 +72,7 @@ class Batcher:
         max_run_steps: steps of one session in a run, so that nobody waits long behind a chunk.
         max_queue, max_queue_bytes: requests waiting for this model, and what their inputs may weigh.
         max_session_queue: requests waiting for one session.
+        max_reply_bytes: packed rows of one reply.
         keep_reply_bytes: largest reply kept for a duplicate.
         metrics: the instruments of this model and version.
     """
@@ -88,6 +90,7 @@ class Batcher:
         max_queue: int,
         max_queue_bytes: int,
         max_session_queue: int,
+        max_reply_bytes: int,
         keep_reply_bytes: int,
         metrics: ModelMetrics,
     ) -> None:
@@ -96,6 +99,7 @@ class Batcher:
         self._rows = rows
         self._max_batch_size = max_batch_size
         self._max_run_steps = max_run_steps
+        self._max_reply_bytes = max_reply_bytes
         self._keep_reply_bytes = keep_reply_bytes
         self._metrics = metrics
         self._queues: Queues[BlockWork] = Queues(
@@ -116,9 +120,22 @@ class Batcher:
             Overloaded: a queue is full.
             Draining: the service is stopping.
             SessionNotFound: the slot was released.
+            PayloadTooLarge: as `check_reply`.
         """
+        if request.steps > 1:
+            self.check_reply(request.steps, request.outputs)
         self._queues.check(slot)
         return self._queues.put(new_chunk(slot, answer, time.perf_counter(), request))
+
+    def check_reply(self, steps: int, outputs: tuple[str, ...]) -> None:
+        """Raises PayloadTooLarge where so many steps of these outputs are more than a reply may have."""
+        size = steps * self._rows.output_bytes(outputs)
+        if size > self._max_reply_bytes:
+            raise PayloadTooLarge(
+                f"{steps} steps of {', '.join(outputs)} are {size} bytes: a reply has {self._max_reply_bytes} at most "
+                "(as packed rows); send the steps in parts, or ask for less",
+                limit=self._max_reply_bytes,
+            )
 
     def submit_block(
         self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]

@@ -43,6 +43,7 @@ class EngineOptions:
     max_queue_bytes: int
     max_session_queue: int
     max_steps: int
+    max_body_bytes: int
     keep_reply_bytes: int
 
 
@@ -101,6 +102,7 @@ class Engine:
             max_queue=options.max_queue,
             max_queue_bytes=options.max_queue_bytes,
             max_session_queue=options.max_session_queue,
+            max_reply_bytes=options.max_body_bytes,
             keep_reply_bytes=options.keep_reply_bytes,
             metrics=metrics.model(*self.key, self.slab.__len__, lambda: self.sessions),
         )

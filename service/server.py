@@ -34,6 +34,8 @@ SETTLE_SECONDS = 0.1
 READ_AT_ONCE, FRAMES_AT_ONCE, READ_ON_AT_ONCE = 65_536, 256, 2_048
 # A client that sent what is no WebSocket's, or too much, has this long to read that it was refused.
 LINGER_SECONDS = 1.0
+# A connection is looked at this often, and closed where a request does not go on: it would be kept for ever.
+SILENT_SECONDS = 15.0
 # Whoever is told at the deadline that the service stops has this long to take it.
 GOODBYE_SECONDS = 1.0
 
@@ -241,6 +243,14 @@ class _Server(uvicorn.Server):
         seconds = time.perf_counter() - start
         what = "stopped in %.1f s: %d sockets told, %d requests answered, %d connections cut at the deadline"
         log.info(what, seconds, told, answered, cut)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's, ten times a second."""
+        if counter % int(10 * SILENT_SECONDS) == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, StepProtocol):
+                    connection.drop_silent()
+        return await super().on_tick(counter)
 
     @property
     def _is_quiet(self) -> bool:

@@ -322,7 +322,7 @@ class SessionManager:
         """Hands a request to the session's engine, behind what it has waiting; `answer` is told what becomes of it.
 
         Raises:
-            Overloaded, Draining, SessionNotFound: at once.
+            Overloaded, Draining, SessionNotFound, PayloadTooLarge: at once.
             StepConflict, InferenceFailed, SessionNotFound: as the answer.
         """
         return session.engine.batcher.submit(session, request, answer)
@@ -368,7 +368,9 @@ class SessionManager:
 
         Raises:
             CapacityExceeded, Overloaded, InferenceFailed: for any sequence; none of them leaves a trace.
+            PayloadTooLarge: for all together.
         """
+        engine.batcher.check_reply(sum([request.steps for request in requests]), requests[0].outputs)
         replies: list[StepReply] = []
         for start in range(0, len(requests), engine.sequences_at_once):  # all at once would leave nobody room
             replies += await self._predict(engine, requests[start : start + engine.sequences_at_once])

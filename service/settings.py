@@ -78,7 +78,11 @@ class Settings(BaseSettings):
         30_000, ge=1, description="A socket whose client reads nothing for this long is closed with 4408"
     )
     max_steps: int = Field(16_384, ge=1, description="Steps that one request may carry")
-    max_body_bytes: int = Field(16_777_216, ge=1_024, description="Bytes of one HTTP body or WebSocket message")
+    max_body_bytes: int = Field(
+        16_777_216,
+        ge=1_024,
+        description="Bytes of one HTTP body or WebSocket message, and of the packed rows of one reply",
+    )
     keep_reply_bytes: int = Field(
         65_536, ge=0, description="Largest reply kept for a duplicate; beyond it, a duplicate gets already_applied"
     )

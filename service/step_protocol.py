@@ -83,6 +83,7 @@ class StepProtocol(HttpToolsProtocol):
     _running: RequestResponseCycle | None = None
     _is_head = _is_offer = False
     _head_bytes = _segment = 0
+    _is_silent = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As uvicorn's, with another flow control."""
@@ -91,6 +92,7 @@ class StepProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but for the two kinds of heads that it has no answer for."""
+        self._is_silent = False
         self._unset_keepalive_if_required()
         while data:
             self._segment = len(data)
@@ -192,6 +194,21 @@ class StepProtocol(HttpToolsProtocol):
             if not keep_alive:
                 self.transport.close()
         self.on_response_complete()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that sends no more may still read what it is owed."""
+        cycle = self.cycle
+        owes = cycle is not None and not cycle.response_complete and not cycle.more_body
+        if owes:
+            cycle.keep_alive = False
+        return owes
+
+    def drop_silent(self) -> None:
+        """Closes a connection on which a request has begun, or none ever, if nothing has come since the last call."""
+        if not self.flow.read_paused and (self._is_head or self.cycle is None or self.cycle.more_body):
+            if self._is_silent:
+                self.transport.close()
+            self._is_silent = True
 
     def cut(self) -> None:
         """Whoever waits for a step is told that the service ends."""

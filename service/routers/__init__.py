@@ -3,7 +3,8 @@
 Rule: no behaviour of a session is decided here. What all HTTP routes share lives in this file.
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
 from math import inf
 from typing import Annotated, Any
 
@@ -93,6 +94,15 @@ async def read_body(scope: Scope, receive: Receive, limit: float, kinds: tuple[s
         hint = " (curl --json does)" if kinds == (JSON,) else ""
         raise UnsupportedMediaType(f"content type {kind}: send the body as {' or '.join(kinds)}{hint}")
     return kind, body
+
+
+async def in_turns(parts: Iterable[bytes]) -> bytes:
+    """A long answer, written while others have their turns."""
+    written: list[bytes] = []
+    for part in parts:
+        written.append(part)
+        await asyncio.sleep(0)
+    return b"".join(written)
 
 
 def error_response(error: LatchError) -> Response:

@@ -1,6 +1,7 @@
 """`BinarySocket`: `latch.binary`, whose frames `wire/frames.py` describes."""
 
 import asyncio
+import time
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from service.wire import Block, StepReply, frames
 from service.wire.frames import Frame, Kind
 from service.work import BlockReply
 
-_TURN = 256  # frames of a message after which others have their turn: a million fit into one
+_FRAMES, _SECONDS = 16, 0.5e-3  # of a message, after which others have their turn: a million frames fit into one
 
 
 class _Channel:
@@ -73,10 +74,13 @@ class BinarySocket(Socket):
         try:
             if isinstance(message, str):
                 raise Malformed(f"a text message: this socket speaks {BINARY}, in frames")
+            start = time.perf_counter()
             for index, frame in enumerate(frames.read(message, self._row_bytes)):
                 await self.room()
-                if index % _TURN == _TURN - 1:
-                    await asyncio.sleep(0)
+                if index % _FRAMES == _FRAMES - 1 and time.perf_counter() - start > _SECONDS:
+                    async with self.shared.long:  # one message in a turn of the loop, however many there are
+                        await asyncio.sleep(0)
+                    start = time.perf_counter()
                 channel = self._channels.get(frame.channel)
                 try:
                     await self._take_frame(frame, channel)

@@ -40,6 +40,7 @@ class JsonSocket(Socket):
                 envelope = native.read_envelope(_text(message))
                 name = {"session": envelope.session}
                 if envelope.type == "open":
+                    native.check_open(_text(message))
                     session = await self.welcome(envelope.session)
                     return
                 session = await self.manager.find(envelope.session)

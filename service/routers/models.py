@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from service.engine import Engine
 from service.errors import InvalidInput
-from service.routers import JSON, Body, BoundedRoute, Manager, Models, documented
+from service.routers import JSON, Body, BoundedRoute, Manager, Models, documented, in_turns
 from service.sessions import SessionManager
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
@@ -143,7 +143,7 @@ async def predict(model: str, body: Body, manager: Manager, request: Request) ->
         raise InvalidInput("predict takes `sequences` and `outputs` in its body, nothing in the query", path="query")
     engine = manager.engines.get(model)
     replies = await manager.predict(engine, engine.codec.decode_predict(body))
-    return Response(engine.codec.encode_outputs(replies), media_type=JSON)
+    return Response(await in_turns(engine.codec.parts_of_predictions(replies)), media_type=JSON)
 
 
 def _info(manager: SessionManager, engine: Engine) -> ModelInfo:

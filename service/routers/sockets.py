@@ -43,6 +43,7 @@ class Shared:
         max_unsent_bytes: of replies that a socket may owe; then no more is read from it until all are sent.
         max_steps: steps that one request may carry.
         slow_reader: seconds.
+        long: for whoever handles a message of many frames, and lets others have their turn.
     """
 
     manager: SessionManager
@@ -52,6 +53,7 @@ class Shared:
     max_unsent_bytes: int
     max_steps: int
     slow_reader: float
+    long: asyncio.Lock = field(default_factory=asyncio.Lock)
     _unsent: list["Socket"] = field(default_factory=list)
     _is_flushing: bool = False
     _open: set["Socket"] = field(default_factory=set)

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from service.commits import MadeAnew
 from service.errors import Draining, Internal, InvalidInput, LatchError
 from service.metrics import Metrics
-from service.routers import JSON, PACKED, error_response, read_body
+from service.routers import JSON, PACKED, error_response, in_turns, read_body
 from service.sessions import Session, SessionManager
 from service.wire import StepReply, StepRequest
 from service.wire.frames import packed_request
@@ -24,6 +24,7 @@ from service.wire.frames import packed_request
 log = logging.getLogger(__name__)
 
 _NUMBER = re.compile("[1-9][0-9]{0,18}")
+_LONG = 2**18  # bytes of packed rows, from which on their JSON takes milliseconds to write
 _FAILED = "the service failed on this call; its log says why"
 
 
@@ -107,13 +108,19 @@ class StepDoor:
             self.refuse(call, outcome)
         else:
             try:
-                call.reply(self._answer(session, call.kind, outcome))
+                if call.kind == JSON and _is_long(outcome):
+                    call.later(self._tell_in_turns(call, session, outcome))
+                else:
+                    call.reply(self._answer(session, call.kind, outcome))
             except Exception:
                 log.exception("an answer of session %s could not be made", call.session_id)
                 self.refuse(call, Internal(_FAILED))
 
     async def _take_later(self, call: Plain, body: bytes) -> None:
         call.reply(await self._outcome(self._applied(call.session_id, call.kind, call.query, body)))
+
+    async def _tell_in_turns(self, call: Plain, session: Session, reply: StepReply) -> None:
+        call.reply(await self._outcome(self._answer_in_turns(session, call.kind, reply)))
 
     async def _outcome(self, answering: Awaitable[Answer]) -> Answer:
         try:
@@ -131,14 +138,21 @@ class StepDoor:
             session = self._manager.resident(session_id) or await self._manager.find(session_id)
             try:
                 request = self._request(session, kind, query, body)
-                return self._answer(session, kind, await self._manager.step(session, request))
+                reply = await self._manager.step(session, request)
+                if kind == JSON and _is_long(reply):
+                    return await self._answer_in_turns(session, kind, reply)
+                return self._answer(session, kind, reply)
             except MadeAnew:  # the caller means whichever session has the id now
                 continue
             except InvalidInput:  # of the rows, or for the model of a session that has the id no more
                 if await self._manager.is_current(session):
                     raise
 
-    def _answer(self, session: Session, kind: str, reply: StepReply) -> Answer:
+    async def _answer_in_turns(self, session: Session, kind: str, reply: StepReply) -> Answer:
+        parts = session.engine.codec.parts_of_reply(reply, self._manager.expires_at(session))
+        return self._answer(session, kind, reply, await in_turns(parts))
+
+    def _answer(self, session: Session, kind: str, reply: StepReply, written: bytes | None = None) -> Answer:
         headers = [
             (
                 b"server-timing",
@@ -150,7 +164,7 @@ class StepDoor:
             content = reply.data or b""
             headers += [(b"content-type", PACKED.encode()), *_facts(reply)]
         else:
-            content = session.engine.codec.encode_reply(reply, self._manager.expires_at(session))
+            content = written or session.engine.codec.encode_reply(reply, self._manager.expires_at(session))
             headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", b"%d" % len(content)))
         return Answer(200, headers, content)
@@ -194,6 +208,11 @@ class StepDoor:
         self._metrics.errors.labels(error.code).inc()
         response = error_response(error)
         return Answer(response.status_code, response.raw_headers, bytes(response.body))
+
+
+def _is_long(reply: StepReply) -> bool:
+    """Whether nobody should have to wait until its JSON is written."""
+    return reply.data is not None and len(reply.data) > _LONG
 
 
 def _facts(reply: StepReply) -> list[tuple[bytes, bytes]]:

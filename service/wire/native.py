@@ -7,10 +7,10 @@ Both round-trip every finite float32 exactly, so bit-exactness survives JSON.
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,7 +23,10 @@ from service.wire.rows import RowFormat
 Values = TypeVar("Values")
 _FLOAT32_OVERFLOW = 2.0**128 - 2.0**103  # from here on a number rounds to infinity in float32
 _LARGE = 2**16  # bytes of a body, above which it is looked at for what no request has before any of it is read
+_EXPLAINED = 2**20  # bytes, beyond which a second look takes too long: 16 MiB a quarter of a second
 _MOST_COLONS = 256  # five fields and a session's id have fewer
+_PART = 2**13  # values that are written in one go: 8,192 take half a millisecond
+_NO_OUTPUTS = b'"outputs":{}'
 _WRITE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
 
 
@@ -43,14 +46,22 @@ class _Predict(msgspec.Struct, Generic[Values], forbid_unknown_fields=True):
     outputs: list[str] | None = None
 
 
+_LONGEST_ID = 128
+
+
 class Envelope(msgspec.Struct):
     """What a message on a socket of many sessions says before its model is known."""
 
-    session: str
+    session: Annotated[str, msgspec.Meta(max_length=_LONGEST_ID)]
     type: str = "step"
 
 
-_ENVELOPE = msgspec.json.Decoder(Envelope)
+class _Open(msgspec.Struct, forbid_unknown_fields=True):
+    session: str
+    type: str
+
+
+_ENVELOPE, _OPEN = msgspec.json.Decoder(Envelope), msgspec.json.Decoder(_Open)
 
 
 class NativeCodec:
@@ -127,10 +138,32 @@ class NativeCodec:
             body["already_applied"] = True
         return orjson.dumps(body, option=_WRITE)
 
-    def encode_outputs(self, replies: list[StepReply]) -> bytes:
-        """Writes `{"sequences": [{"outputs": {...}}, ...]}` in the order of the request."""
-        outputs = [self._format.unpack(reply.data or b"", reply.outputs) for reply in replies]
-        return orjson.dumps({"sequences": [{"outputs": each} for each in outputs]}, option=_WRITE)
+    def parts_of_reply(self, reply: StepReply, expires_at: float) -> Iterator[bytes]:
+        """The same in parts, none of which takes long to write."""
+        rest = self.encode_reply(msgspec.structs.replace(reply, data=b"", outputs=()), expires_at)
+        before, after = rest.split(_NO_OUTPUTS, 1)
+        yield before
+        yield from self._parts_of_outputs(reply)
+        yield after
+
+    def parts_of_predictions(self, replies: list[StepReply]) -> Iterator[bytes]:
+        """Writes `{"sequences": [{"outputs": {...}}, ...]}` in the order of the request, in such parts."""
+        yield b'{"sequences":['
+        for i, reply in enumerate(replies):
+            yield b"," * (i > 0) + b"{"
+            yield from self._parts_of_outputs(reply)
+            yield b"}"
+        yield b"]}"
+
+    def _parts_of_outputs(self, reply: StepReply) -> Iterator[bytes]:
+        yield b'"outputs":{'
+        for i, (name, rows) in enumerate(self._format.unpack(reply.data or b"", reply.outputs).items()):
+            yield b"," * (i > 0) + orjson.dumps(name) + b":["
+            at_once = max(1, _PART * len(rows) // max(1, rows.size))
+            for start in range(0, len(rows), at_once):
+                yield b"," * (start > 0) + orjson.dumps(rows[start : start + at_once], option=_WRITE)[1:-1]
+            yield b"]"
+        yield b"}"
 
     def _pack(self, values: list[Any], path: str) -> bytes:
         """T packed rows from nested lists."""
@@ -183,6 +216,8 @@ class NativeCodec:
                 )
 
     def _explain(self, body: bytes | str) -> LatchError | None:
+        if len(body) > _EXPLAINED:
+            return None
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
@@ -252,7 +287,8 @@ def read_envelope(text: str) -> Envelope:
         with suppress(ValueError, RecursionError):  # NaN is no JSON: where it is, the model's codec says
             is_short = _lists_in(text) < _LARGE and _count(text, ":") <= _MOST_COLONS
             document = json.loads(text) if is_short else None
-            if isinstance(document, dict) and isinstance(name := document.get("session"), str) and name.encode():
+            name = document.get("session") if isinstance(document, dict) else None
+            if isinstance(name, str) and 0 < len(name.encode()) <= _LONGEST_ID:
                 return Envelope(name)
         if isinstance(error, msgspec.ValidationError):
             problem, _, path = str(error).partition(" - at ")
@@ -260,6 +296,14 @@ def read_envelope(text: str) -> Envelope:
                 f'the message names no session: {problem}; send {{"session": id, ...}}', path=path.strip("`") or "$"
             ) from error
         raise Malformed(f"the message is not JSON: {error}") from error
+
+
+def check_open(text: str) -> None:
+    """Raises InvalidInput where a message that opens a session has more to say: it would not be heard."""
+    try:
+        _OPEN.decode(text)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"{error}: an open has type and session alone", path="$") from error
 
 
 def _count(body: bytes | str, character: str) -> int:

@@ -147,6 +147,7 @@ class Bench:
             "max_queue": 100,
             "max_queue_bytes": 10_000,
             "max_session_queue": 10,
+            "max_reply_bytes": 10_000,
             "keep_reply_bytes": 1000,
         }
         self.batcher = Batcher(

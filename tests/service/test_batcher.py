@@ -7,7 +7,15 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from service.errors import Draining, InferenceFailed, InvalidInput, Overloaded, SessionNotFound, StepConflict
+from service.errors import (
+    Draining,
+    InferenceFailed,
+    InvalidInput,
+    Overloaded,
+    PayloadTooLarge,
+    SessionNotFound,
+    StepConflict,
+)
 from service.metrics import Metrics
 from service.slab import Slot
 from service.wire import StepReply, StepRequest
@@ -241,6 +249,19 @@ async def test_a_reply_too_large_to_keep_is_already_applied(metrics: Metrics) ->
         await bench.step(slot, 1, 2, first=1)
         again = await bench.step(slot, 1, 2, first=1)
     assert (again.replayed, again.data, again.step) == (True, None, 2)
+
+
+async def test_a_reply_has_its_limit(metrics: Metrics) -> None:
+    """Who asks for more in one request is told how much it would be, and nothing is queued; one step always goes."""
+    bench = Bench(metrics, max_reply_bytes=20)
+    slot = bench.acquire()
+    async with serving(bench):
+        with pytest.raises(PayloadTooLarge, match=r"4 steps of y are 32 bytes: a reply has 20 at most") as caught:
+            bench.batcher.submit(slot, StepRequest(np.ones(4).tobytes(), 4, ("y",)), lambda _: None)
+        assert caught.value.extras == {"limit": 20}
+        assert bench.batcher.is_idle
+        assert last(await bench.step(slot, 1, 2)) == 12
+        assert (await bench.step(slot, 3, outputs=("y", "inverse", "nothing"))).step == 3
 
 
 async def test_a_reset_takes_its_turn(metrics: Metrics) -> None:

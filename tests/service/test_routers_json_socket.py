@@ -102,6 +102,7 @@ REFUSED: dict[str, tuple[str | bytes, str, bool]] = {
     "bytes": (b"\1\0\0\0", "malformed", False),
     "an unknown session": (json.dumps({"session": "nobody", "inputs": [ROW]}), "session_not_found", True),
     "an open of one": (json.dumps({"type": "open", "session": "nobody"}), "session_not_found", True),
+    "an open with a step": ('{"type": "open", "session": "SESSION", "inputs": [[1, 2, 3]]}', "invalid_input", True),
     "no inputs": ('{"session": "SESSION"}', "invalid_input", True),
     "another type": ('{"type": "close", "session": "SESSION"}', "invalid_input", True),
     "a type that is no name": ('{"session": "SESSION", "type": 5}', "invalid_input", True),

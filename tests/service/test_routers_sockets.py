@@ -20,7 +20,7 @@ from service.registry import scan
 from service.routers import sockets, stream
 from service.routers.binary_socket import BinarySocket
 from service.routers.json_socket import JsonSocket
-from service.routers.sockets import BINARY, JSON, Shared
+from service.routers.sockets import BINARY, JSON, Shared, Socket
 from service.routers.stream import StreamDoor
 from service.sessions import IdleLimits, SessionManager
 from service.stores.memory import MemoryStore
@@ -232,6 +232,30 @@ async def test_a_message_of_many_frames_holds_nobody_up(house: House, frame: byt
     assert turns >= 3
     assert socket.most <= 20
     assert house.at("b") == turns
+
+
+async def test_long_messages_of_many_sockets_take_turns(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each of them is given its time, all of them are none too long for the others."""
+    monkeypatch.setattr("service.routers.binary_socket._SECONDS", 0.0)
+    clients = [await house.many() for _ in range(6)]
+    other = await house.single("b")
+    handled = 0
+    refuse = Socket.refuse
+
+    def counted(*arguments: Any) -> None:
+        nonlocal handled
+        handled += 1
+        refuse(*arguments)
+
+    monkeypatch.setattr(Socket, "refuse", counted)
+    for client in clients:
+        client.send(peer.opens(0, "nobody") * 400)
+    await other.until(lambda: handled >= 6 * 15)
+    at, most = handled, 0
+    while handled < 6 * 400:
+        await asyncio.sleep(0)
+        at, most = handled, max(most, handled - at)
+    assert most <= 20
 
 
 async def test_a_block_that_had_to_wait_runs_as_one(house: House) -> None:

@@ -1,6 +1,6 @@
 """Steps over HTTP in packed rows, through the front door and through FastAPI's: the same bits, errors and headers."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,49 @@ def test_a_reply_too_large_to_keep_is_flagged(start: Callable[..., Server]) -> N
     again = pack(server, session, ROWS, "?step=1")
     assert (again.status_code, again.content, again.headers["Latch-Step"]) == (200, b"", "3")
     assert (again.headers["Latch-Replayed"], again.headers["Latch-Already-Applied"]) == ("true", "true")
+
+
+def test_a_reply_that_would_be_too_large_is_refused(start: Callable[..., Server]) -> None:
+    """Through every door of HTTP, with the limit; nothing is applied, and fewer outputs or steps go."""
+    server = start(max_body_bytes=1024)
+    session = server.create()
+    rows = np.ones((40, 3), np.float32)
+    refused = [
+        pack(server, session, rows, "?outputs=y,z"),
+        server.http.post(
+            f"/v1/sessions/{session}/steps", json={"inputs": rows.astype(int).tolist(), "outputs": ["y", "z"]}
+        ),
+        server.http.post("/v1/models/toy/predict", json={"sequences": [[[1, 1, 1]] * 20] * 2, "outputs": ["y", "z"]}),
+    ]
+    for reply in refused:
+        assert (reply.status_code, reply.json()["code"], reply.json()["limit"]) == (413, "payload_too_large", 1024)
+    assert server.http.get(f"/v1/sessions/{session}").json()["step"] == 0
+    assert pack(server, session, rows).headers["Latch-Step"] == "40"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Expect": "100-continue"}], ids=["plain", "asgi"])
+def test_a_long_reply_in_json_says_the_same(
+    server: Server, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written in parts, while others are served; also past ASGI."""
+    written: list[int] = []
+
+    async def in_turns(parts: Iterable[bytes]) -> bytes:
+        written.append(len(found := [*parts]))
+        return b"".join(found)
+
+    monkeypatch.setattr("service.routers.steps.in_turns", in_turns)
+    rows = np.random.default_rng(0).integers(0, 3, (6000, 3))
+    one, other = server.create(), server.create()
+    body = {"inputs": rows.tolist(), "step": 1, "outputs": ["y", "h", "z"]}
+    reply = server.http.post(f"/v1/sessions/{one}/steps", json=body, headers=headers).json()
+    packed = pack(server, other, rows.astype(np.float32), "?outputs=y,h,z")
+    values = np.frombuffer(packed.content, np.float32).reshape(6000, 3, 4)
+    for i, name in enumerate(("y", "h", "z")):
+        assert (np.array(reply["outputs"][name], np.float32) == values[:, i]).all()
+    assert (reply["step"], reply["expires_at"][:2]) == (6000, "20")
+    assert written[0] > 8
+    assert len(written) == 1
 
 
 def test_outputs_are_named_in_the_query(server: Server) -> None:

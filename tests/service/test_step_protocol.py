@@ -95,6 +95,46 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+@pytest.mark.parametrize("body", [BODY, json.dumps({"inputs": [[1, 2, 3]] * 6000}).encode()], ids=["short", "long"])
+def test_who_sends_no_more_is_answered(server: Server, body: bytes) -> None:
+    """A client may close its side behind the request."""
+    session = server.create()
+    predict = json.dumps({"sequences": [[[1, 2, 3]] * 5]}).encode()
+    head = "POST /v1/models/toy/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    for data in (request(session, body), f"{head}{len(predict)}\r\n\r\n".encode() + predict):
+        with connected(server) as connection:
+            connection.send(data)
+            connection.socket.shutdown(socket.SHUT_WR)
+            assert connection.reply()[0] == 200
+            answered = time.monotonic()
+            assert connection.is_closed()
+            assert time.monotonic() - answered < 3, "an idle connection is kept for five seconds"
+
+
+@pytest.mark.parametrize(
+    "begun", [b"", b"GET /health/live HT", request("a")[:-3], request("a") + request("a")[:50]], ids=range(4)
+)
+def test_a_request_that_does_not_go_on_ends_its_connection(
+    server: Server, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    """Whether there was one before or not; who waits for an answer, or has one, is not meant."""
+    monkeypatch.setattr("service.server.SILENT_SECONDS", 0.2)
+    server.http.put("/v1/sessions/a", json={"model": "toy"})
+    with connected(server) as connection:
+        connection.send(begun)
+        if begun.count(b"POST") > 1:
+            connection.reply()
+        started = time.monotonic()
+        assert connection.is_closed()
+        assert time.monotonic() - started > 0.15
+    with connected(server) as connection:
+        for part in (request("a")[:-3], b"]", b"]"):
+            connection.send(part)
+            time.sleep(0.15)
+        connection.send(b"}")
+        assert connection.reply()[0] == 200
+
+
 def test_the_short_way_answers_as_the_long_one(server: Server, taken: list[bool]) -> None:
     """The same status, headers and body for steps, retries, conflicts and everything that is wrong with a body."""
     rows = np.ones((2, 3), np.float32).tobytes()

@@ -242,7 +242,47 @@ def test_a_bad_sequence_is_named(toy: NativeCodec, body: str, kind: type[LatchEr
 def test_predict_replies_in_order(counter: NativeCodec) -> None:
     """One object a sequence."""
     replies = [StepReply(("y",), np.array([i], np.float32).tobytes(), 1, 1) for i in range(3)]
-    assert [s["outputs"]["y"] for s in json.loads(counter.encode_outputs(replies))["sequences"]] == [[0], [1], [2]]
+    written = b"".join(counter.parts_of_predictions(replies))
+    assert [s["outputs"]["y"] for s in json.loads(written)["sequences"]] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5000])
+@pytest.mark.parametrize("names", [("y",), ("h", "y", "n"), ()])
+def test_a_long_reply_is_written_in_parts(steps: int, names: tuple[str, ...]) -> None:
+    """To the same bytes, however many rows there are of however many outputs; and no part is long."""
+    rows = RowFormat(
+        Field("float32", (3,)), {"y": Field("float32", (2, 3)), "h": Field("float32", (40,)), "n": Field("int64", ())}
+    )
+    codec = NativeCodec(rows, max_steps=10_000)
+    size = steps * rows.output_bytes(names)
+    floats = np.random.default_rng(0).normal(size=size // 4).astype(np.float32)
+    reply = StepReply(names, floats.tobytes(), 4, 3 + steps, True)
+    parts = [*codec.parts_of_reply(reply, 1.5)]
+    assert b"".join(parts) == codec.encode_reply(reply, 1.5)
+    assert max(map(len, parts)) < 250_000
+    both = json.loads(b"".join(codec.parts_of_predictions([reply, reply])))
+    assert both == {"sequences": [{"outputs": json.loads(codec.encode_reply(reply, 1.5))["outputs"]}] * 2}
+
+
+def test_a_very_large_body_is_not_read_twice() -> None:
+    """What is wrong with it is told all the same, in fewer words."""
+    codec = NativeCodec(RowFormat(Field("float32", (3,)), {"y": Field("float32", (1,))}), max_steps=2**20)
+    rows = [[1, 2, 3]] * 9 + [[1, "two", 3]]
+    for filler, words in (
+        ("", 'is "two": the model takes a finite float32'),
+        (" " * 2**20, "Expected `float`, got `str`"),
+    ):
+        with pytest.raises(InvalidInput, match=words) as caught:
+            codec.decode_step(json.dumps({"inputs": rows}) + filler)
+        assert caught.value.extras["path"] == "$.inputs[9][1]"
+
+
+def test_an_id_that_no_session_has_is_not_looked_for() -> None:
+    """However long it is."""
+    assert read_envelope(json.dumps({"session": "a" * 128})).session == "a" * 128
+    with pytest.raises(InvalidInput, match=r"names no session: .* length <= 128") as caught:
+        read_envelope(json.dumps({"session": "a" * 129}))
+    assert caught.value.extras["path"] == "$.session"
 
 
 def test_the_digest_tells_requests_apart() -> None:
