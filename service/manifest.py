@@ -7,8 +7,8 @@ downstream checks again. It knows tensors and names, not ONNX Runtime and not wh
 import json
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -128,7 +128,8 @@ class Manifest(msgspec.Struct, frozen=True):
 @cache
 def schema() -> Any:
     """The JSON schema that both sides of the contract check against."""
-    return json.loads(files("models").joinpath("manifest.schema.json").read_text("utf-8"))
+    # Not by the package's name: where this runs, there may be another folder `models`.
+    return json.loads((Path(__file__).parents[1] / "models" / "manifest.schema.json").read_text("utf-8"))
 
 
 def parse_manifest(text: bytes) -> Manifest:

@@ -4,7 +4,6 @@ Its one rule: a version appears whole or not at all. It must not know where a gr
 """
 
 import hashlib
-import importlib.resources
 import json
 import re
 import shutil
@@ -43,7 +42,9 @@ def read_manifest(version: Path) -> Manifest:
 
 
 def _schema() -> dict[str, Any]:
-    return json.loads((importlib.resources.files("models") / "manifest.schema.json").read_text("utf-8"))  # type: ignore[no-any-return]
+    # Not by the package's name: wherever this runs, the user may have a folder `models` of his own.
+    path = Path(__file__).parents[1] / "models" / "manifest.schema.json"
+    return json.loads(path.read_text("utf-8"))  # type: ignore[no-any-return]
 
 
 def check_name(name: str, version: str = "1") -> None:

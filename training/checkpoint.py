@@ -46,7 +46,9 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint ({error}): delete it and fit again") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({error}): delete the run's folder and fit again"
+        ) from error
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> Tensors:

@@ -58,7 +58,8 @@ def describe(run: Run, data: DataSet, pictures: list[str]) -> str:
             "|" + "---|" * len(head),
             *rows,
             "",
-            "The baselines are scored on the same steps of the test split. `std` is a deviation of the training split.",
+            "Baselines are scored on the same steps of the test split, unless they say else. `std` is a deviation of "
+            "the training split.",
             *(f"\n![{picture}]({picture})" for picture in pictures),
             "",
         ]

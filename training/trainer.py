@@ -96,7 +96,10 @@ def set_normalisation(model: RecurrentModel, data: DataSet) -> None:
         columns = list(model.config.residual)
         before = torch.cat([torch.from_numpy(inputs[predicted]) for inputs, _, predicted in items]).float()[:, columns]
         model.x_mean[columns], model.x_std[columns] = model.y_mean, model.y_std  # one scale on both sides
-        model.change = deviation((targets - before) / model.y_std)
+        moves = (targets - before) / model.y_std
+        model.change = deviation(moves)
+        with torch.no_grad():  # the first guess is the usual change: a counter's is many deviations from none
+            model.head.bias[: len(columns)] += moves.mean(0) / model.change
 
 
 def moved(average: Tensor, weight: Tensor, _: Tensor | int, *, share: float) -> Tensor:

@@ -1,5 +1,6 @@
 """A forecast from a CSV: nothing looks ahead, gaps are told, baselines are scored on the same rows."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -156,6 +157,39 @@ def test_baselines_are_the_naive_forecasts(csv: Csv, horizon: int, last: int, na
     train = np.concatenate([targets[predicted] for _, targets, predicted in data.uncut])
     for metric in ("mae", "rmse"):  # every error is the same
         assert found["last value", metric] == pytest.approx(last / train.std(ddof=1), rel=1e-5)
+    ahead = "1 row" if horizon == 1 else f"{horizon} rows"
+    assert found[f"drift (mean change in {ahead})", "mae a"] == pytest.approx(0)
+
+
+def test_drift_is_the_mean_change_of_the_rows_that_train(csv: Csv) -> None:
+    """Of two columns each by its own, and nothing of what is scored is in it."""
+    path = csv(200)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *lines[:140], *(line.rpartition(",")[0] + ",70" for line in lines[140:])]))
+    data = load(path, targets=("a [m]", "b"), horizon=4)
+    found = {(one.name, one.metric): one.value for one in data.references}
+    assert found["drift (mean change in 4 rows)", "mae a"] == pytest.approx(0)
+    assert found["drift (mean change in 4 rows)", "mae b"] == pytest.approx(2)
+    assert found["last value", "mae b"] == 0
+
+
+def test_every_gap_of_a_file_is_told(csv: Csv, tmp_path: Path) -> None:
+    """However many columns have some, and that sequences end at long ones; of many series, about the first."""
+    holes = {f"c{index}": 20 + 5 * index for index in range(12)}
+    lines = ["date,a," + ",".join(holes)]
+    for row in range(200):
+        cells = ["" if start <= row < start + (8 if start == 20 else 2) else f"{row % 7}" for start in holes.values()]
+        lines.append(f"{START + row * timedelta(hours=1):%Y-%m-%d %H:%M},{row % 5},{','.join(cells)}")
+    path = tmp_path / "wide.csv"
+    path.write_text("\n".join(lines))
+    notes = load(path, targets=("a",)).notes
+    assert sum("missing" in note for note in notes) == 12
+    assert "long gaps cut the rows into 2 sequences; the state starts anew in each" in notes
+    series = machines(tmp_path / "m.csv", {f"s{index:02}": 100 for index in range(12)})
+    series.write_text(re.sub(r",(\d+00)?7,", ",,", series.read_text()))
+    notes = load(series, targets=("a",), by="machine").notes
+    assert sum("1 cell missing" in note for note in notes) == 8
+    assert "and 4 such notes more" in notes
 
 
 def test_a_step_counts_once_in_what_is_measured_of_the_training_rows(csv: Csv) -> None:
@@ -226,7 +260,7 @@ def test_uneven_times_are_told(csv: Csv, tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     data = load(path, season=None)
     assert data.notes == ("the times are not evenly spaced: every row counts as one step", RISES.format("b"))
-    assert {reference.name for reference in data.references} == {"last value"}
+    assert {reference.name for reference in data.references} == {"last value", "drift (mean change in 1 row)"}
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,22 @@ def test_a_forecast_of_own_columns_starts_from_their_last_values(csv: Path) -> N
     assert configure(own.load("csv", csv, targets=("b",), inputs=("a",)), "gru").residual == ()
 
 
+def test_the_first_guess_is_the_usual_change(tmp_path: Path) -> None:
+    """A counter's change is many deviations away from none: training would begin far off, and may never arrive."""
+    rises = np.random.default_rng(0).normal([10, -3], [1, 0.5], (300, 2)).cumsum(axis=0)
+    path = tmp_path / "meter.csv"
+    path.write_text("a,b\n" + "\n".join(f"{a:.3f},{b:.3f}" for a, b in rises))
+    data = own.load("csv", path, targets=("b", "a"), horizon=5)
+    model = RecurrentModel(configure(data, "gru", hidden=4))
+    torch.nn.init.zeros_(model.head.weight)
+    set_normalisation(model, data)
+    inputs = torch.from_numpy(data.splits["train"].items[0][0])[None]
+    mean = model.predict(model(inputs)[0])[0][0]
+    torch.testing.assert_close(
+        mean - inputs[0][:, [1, 0]], torch.tensor([-15.0, 50.0]).expand(len(mean), 2), atol=1.0, rtol=0
+    )
+
+
 def test_changes_and_values_are_measured_in_one_scale(csv: Path) -> None:
     """A target among more inputs has its own scale there, too; the usual change is in units of it, and a head of zeros
     says "as now".

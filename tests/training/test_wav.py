@@ -40,7 +40,9 @@ def test_every_frame_of_a_recording_has_its_label(tones: Path) -> None:
         assert all(len(set(labels.tolist())) == 1 and predicted.all() for _, labels, predicted in split.items)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 14, "valid": 2, "test": 4}
     assert data.notes[0].startswith("20 recordings at 8000 Hz")
-    assert {one.name: one.value for one in data.references}["class with the nearest mean input"] == 1
+    assert {one.name: one.value for one in data.references}[
+        "class with the nearest mean input of whole recordings, each once"
+    ] == 1
 
 
 def test_a_frame_is_made_of_what_came_before_its_end() -> None:

@@ -232,8 +232,10 @@ def most_frequent(splits: dict[str, list[Item]], classes: int) -> Reference:
     return Reference("most frequent class", "accuracy", float((test == most).mean()))
 
 
-def class_baselines(splits: dict[str, list[Item]], classes: int) -> tuple[Reference, ...]:
-    """The most frequent class, and the one whose sequences have the nearest mean input, which knows no order."""
+def class_baselines(splits: dict[str, list[Item]], classes: int, of: str = "") -> tuple[Reference, ...]:
+    """The most frequent class, and the one whose sequences have the nearest mean input, which knows no order. `of` says
+    what a sequence is, where it is not what the model answers for.
+    """
     means = {name: np.stack([x.mean(axis=0, dtype=np.float64) for x, _, _ in items]) for name, items in splits.items()}
     labels = {name: np.array([y[-1] for _, y, _ in items]) for name, items in splits.items()}
     scale = means["train"].std(axis=0) + 1e-9
@@ -241,7 +243,7 @@ def class_baselines(splits: dict[str, list[Item]], classes: int) -> tuple[Refere
     centres = np.stack([means["train"][labels["train"] == label].mean(axis=0) for label in present])
     apart = np.square((means["test"][:, None] - centres) / scale).sum(axis=-1)
     right = float((present[apart.argmin(axis=1)] == labels["test"]).mean())
-    return most_frequent(splits, classes), Reference("class with the nearest mean input", "accuracy", right)
+    return most_frequent(splits, classes), Reference(f"class with the nearest mean input{of}", "accuracy", right)
 
 
 def mean_baseline(splits: dict[str, list[Item]], metric: str) -> Reference:

@@ -23,7 +23,7 @@ from training.errors import DataError
 Values = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-_NOTES = 8  # of a kind, at most: there may be a thousand series
+_NOTES = 8  # series, of which more than their number is told: there may be a thousand
 SPACINGS = {60: "minute", 3600: "hour", 86400: "day", 604800: "week"}
 # Seasons to look for, longest first: a day, an hour, a minute; for daily rows a week, weekly a year, monthly a year.
 PERIODS = (86400, 3600, 60)
@@ -143,6 +143,7 @@ def load(path: Path, options: Options) -> DataSet:
         back[f"seasonal naive ({season} rows)"] = season * -(-options.horizon // season) - options.horizon
     parts: dict[str, list[Item]] = {name: [] for name in SPLITS}
     uncut: list[Item] = []
+    changes: list[Values] = []
     errors: dict[str, list[Values]] = {name: [] for name in back}
     for one in series:
         for name, part in one.splits.items():
@@ -151,6 +152,7 @@ def load(path: Path, options: Options) -> DataSet:
             parts[name] += [piece for item in whole for piece in pieces(item, options.window)]
             if name == "train":
                 uncut += whole
+                changes += missed["last value"]
             if name == "test":
                 errors = {baseline: errors[baseline] + missed[baseline] for baseline in back}
     for name, items in parts.items():
@@ -188,6 +190,8 @@ def load(path: Path, options: Options) -> DataSet:
             f"{path}, column {min(still)!r} never changes in what is forecast of the first {options.split[0]}% of the "
             "rows, which train: take another target, a smaller --horizon, or another --split"
         )
+    mean = np.concatenate(changes).mean(axis=0)
+    errors[f"drift (mean change in {_rows(options.horizon)})"] = [error - mean for error in errors["last value"]]
     references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
     splits = {name: Split(items) for name, items in parts.items()}
     ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
@@ -250,9 +254,10 @@ def common_spacing(series: Sequence[Series]) -> float | None:
 
 
 def _told(notes: list[tuple[str, str]]) -> list[str]:
-    """Notes about series by name; of many, the first."""
-    said = [f"{name}: {note}" if name else note for name, note in notes]
-    return said[:_NOTES] + ([f"and {len(said) - _NOTES} such notes more"] if len(said) > _NOTES else [])
+    """Notes about series by name; where there are many series, about the first."""
+    first = list(dict.fromkeys(name for name, _ in notes))[:_NOTES]
+    said = [f"{name}: {note}" if name else note for name, note in notes if name in first]
+    return said + ([f"and {len(notes) - len(said)} such notes more"] if len(said) < len(notes) else [])
 
 
 def _rows_of(split: str, series: Sequence[Series]) -> str:

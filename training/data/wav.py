@@ -126,7 +126,7 @@ def load(path: Path, options: Options) -> DataSet:
     return DataSet(
         info,
         {name: Split(items) for name, items in splits.items()},
-        class_baselines(whole, len(labels)),
+        class_baselines(whole, len(labels), " of whole recordings, each once"),
         notes,
         whole["train"],
     )
