@@ -106,7 +106,7 @@ def create_app(settings: Settings) -> FrontDoor:
             stack.push_async_callback(repository.close)
             stack.push_async_callback(_in_time, manager.tell_uses)
             sweeper = asyncio.create_task(manager.serve(), name="sweeper")
-            stack.callback(sweeper.cancel)
+            stack.push_async_callback(_ended, sweeper)
             yield
 
     app = FastAPI(
@@ -140,6 +140,12 @@ def create_app(settings: Settings) -> FrontDoor:
     front = FrontDoor(app, app.state.steps, StreamDoor(sockets), origins)
     app.state.drain = Drain(manager, sockets, front)
     return front
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """What it was about it has undone."""
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _in_time(close: Callable[[], Awaitable[None]]) -> None:

@@ -141,11 +141,12 @@ class Batcher:
         self, slots: list[Slot], block: Block, answer: Callable[[BlockReply], Any], answers: Callable[[int], Answer]
     ) -> bool:
         """Takes requests of many sessions as one, each slot once, behind others such. False, and nothing done, where
-        they must go one by one: a session idled out or has a request alone, or they are too many or too long for a run.
+        they must go one by one: a session idled out or has a request alone, or they are too many or too long.
         """
         count, steps = block.inputs.shape[:2]
         return (
             count <= self._max_batch_size
+            and steps * self._rows.output_bytes(block.outputs) <= self._max_reply_bytes
             and self._cap(steps, count) >= steps
             and self._slab.are_in_use(slots)
             and self._queues.put_group(BlockWork(slots, block, answer, answers))
@@ -200,7 +201,7 @@ class Batcher:
         return [slot for slot in used if slot.is_live and isinstance(slot, StoredSlot)]
 
     def is_used(self, slot: StoredSlot) -> bool:
-        """Whether the slot had such a use since its last save, and since `unsaved_uses` was last asked."""
+        """Whether the slot had such a use since `unsaved_uses` was last asked."""
         return self._committer.is_used(slot)
 
     def used(self, slot: Slot) -> None:

@@ -152,7 +152,7 @@ class Committer:
             self._used.add(slot)
 
     def is_used(self, slot: StoredSlot) -> bool:
-        """Whether the slot has such a use since its last save."""
+        """Whether the slot had such a use since `take_used` was last called."""
         return slot in self._used
 
     def take_used(self) -> set[StoredSlot]:

@@ -68,7 +68,7 @@ class InvalidInput(LatchError):
 
 
 class PayloadTooLarge(LatchError):
-    """More bytes or steps than one request or reply may have; `limit` says how many it may."""
+    """More bytes or steps than one request, or its reply, may have; `limit` says how many it may."""
 
     code = "payload_too_large"
     http_status = 413

@@ -408,15 +408,16 @@ class SessionManager:
             return
         soon = 2 * self._sweep_interval
         used = [slot for engine in self.engines for slot in engine.batcher.unsaved_uses(soon)]
-        let_go, self._let_go = self._let_go, {}
+        told = self._let_go | {slot.id: slot.token for slot in used}
+        self._let_go = dict(told)  # until the store has heard of them: who is loaded waits for that
         try:
-            if used or let_go:
-                await self._store.touch(let_go | {slot.id: slot.token for slot in used})
+            if told:
+                await self._store.touch(told)
         except BaseException:
-            self._let_go = let_go | self._let_go
             for slot in filter(self._is_here, used):
                 slot.engine.batcher.used(slot)
             raise
+        self._let_go = {name: token for name, token in self._let_go.items() if told.get(name) != token}
 
     async def serve(self) -> None:
         """Sweeps, and sees whether the store is there, until cancelled."""

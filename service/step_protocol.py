@@ -84,6 +84,7 @@ class StepProtocol(HttpToolsProtocol):
     _is_head = _is_offer = False
     _head_bytes = _segment = 0
     _is_silent = False
+    _unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As uvicorn's, with another flow control."""
@@ -195,20 +196,28 @@ class StepProtocol(HttpToolsProtocol):
                 self.transport.close()
         self.on_response_complete()
 
+    @property
+    def _owes(self) -> bool:
+        """Whether a request is whole, and its answer is not."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.response_complete and not cycle.more_body
+
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client that sends no more may still read what it is owed."""
-        cycle = self.cycle
-        owes = cycle is not None and not cycle.response_complete and not cycle.more_body
-        if owes:
-            cycle.keep_alive = False
+        if owes := self._owes:
+            self.cycle.keep_alive = False
         return owes
 
     def drop_silent(self) -> None:
-        """Closes a connection on which a request has begun, or none ever, if nothing has come since the last call."""
-        if not self.flow.read_paused and (self._is_head or self.cycle is None or self.cycle.more_body):
+        """Closes a connection that is owed nothing, or has begun a request, if nothing has come since the last call."""
+        if not self.flow.read_paused and (self._is_head or not self._owes):
             if self._is_silent:
                 self.transport.close()
             self._is_silent = True
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self.transport.abort()
+        self._unsent = unsent
 
     def cut(self) -> None:
         """Whoever waits for a step is told that the service ends."""

@@ -21,6 +21,7 @@ from xxhash import xxh3_64_intdigest
 SHARDS = 16
 FORMAT_KEY = "latch:format"
 REMEMBERED = 3_600_000  # milliseconds after it idled out
+_UNHEARD = 60_000  # of them, in which somebody may still tell that a session was used before
 
 _SLOTS = 16_384
 # The smallest numbers whose slots lie in the first, second, ... sixteenth part of all: shards spread evenly over nodes.
@@ -55,6 +56,10 @@ local call, remembered = redis.call, {REMEMBERED}
 local function left_of(session) return call('PTTL', session) - remembered end
 local function earlier_of(session) return (session:gsub('}}:', '}}-earlier:', 1)) end
 local function session_of(ids, id) return ids:sub(1, -5) .. ':' .. id end
+local function fields_of(key, ...)
+  local found = redis.pcall('HMGET', key, ...)
+  return found.err and {{}} or found
+end
 local function end_session(key)
   call('HDEL', key, 'snapshot', 'metadata')
   call('DEL', earlier_of(key))
@@ -86,7 +91,8 @@ PING = _script("return 1")
 # KEYS: session, ids. ARGV: id, lifetime, token, then fields and values. Gives 0 where the id is taken.
 CREATE = _script("""
 local key = KEYS[1]
-local head = call('HGET', key, 'head')
+local head = redis.pcall('HGET', key, 'head')
+if type(head) == 'table' then return 0 end
 if head and head:sub(1, 16) ~= ARGV[3] and left_of(key) > 0 then return 0 end
 call('DEL', key, earlier_of(key))
 call('HSET', key, 'lifetime', ARGV[2], unpack(ARGV, 4))
@@ -103,7 +109,7 @@ local keep, rows, at, done = tonumber(ARGV[1]), ARGV[2], 1, {}
 for i, key in ipairs(KEYS) do
   local expected, left, head, snapshot
   expected, left, head, snapshot, at = struct.unpack('<c16i4c24I4c0', rows, at)
-  local found = call('HMGET', key, 'head', 'lifetime')
+  local found = fields_of(key, 'head', 'lifetime')
   local token = found[1] and found[1]:sub(1, 16)
   if token ~= expected and token ~= head:sub(1, 16) then
     done[i] = '0'
@@ -149,7 +155,7 @@ EARLIER = _script("return call('LRANGE', KEYS[1], -ARGV[1], -1)", "no-writes")
 # answered and another session was made.
 DELETE = _script(
     """
-local made = ARGV[2] ~= '' and call('HGET', KEYS[1], 'created_at')
+local made = ARGV[2] ~= '' and fields_of(KEYS[1], 'created_at')[1]
 if made and made ~= ARGV[2] then return 0 end
 call('DEL', KEYS[1], earlier_of(KEYS[1]))
 call('ZREM', KEYS[2], ARGV[1])
@@ -163,7 +169,7 @@ EXPIRE = _script(
     """
 local count = 0
 for i, key in ipairs(KEYS) do
-  local head = call('HGET', key, 'head')
+  local head = fields_of(key, 'head')[1]
   if head and head:sub(1, 16) == ARGV[i] then
     end_session(key)
     call('PEXPIRE', key, remembered)
@@ -179,7 +185,7 @@ return count
 TOUCH = _script(
     """
 for i, key in ipairs(KEYS) do
-  local found = call('HMGET', key, 'head', 'lifetime')
+  local found = fields_of(key, 'head', 'lifetime')
   if found[1] and found[1]:sub(1, 16) == ARGV[i] then
     call('PEXPIRE', key, found[2])
     call('PEXPIRE', earlier_of(key), found[2])
@@ -213,17 +219,18 @@ return {{#ids < tonumber(ARGV[2]) and '' or ids[#ids], rows}}
     "no-writes",
 )
 
-# KEYS: ids. ARGV: after which id, how many to look at. Drops ids of sessions that are gone, ends those that idled out,
-# which no service may have had, and gives the last id that it looked at, '' at the end.
+# KEYS: ids. ARGV: after which id, how many to look at. Drops ids of sessions that are gone, ends those that idled out
+# a minute ago, and that no service may have had, and gives the last id that it looked at, '' at the end.
 TRIM = _script(
-    """
+    f"""
 local first = ARGV[1] == '' and '-' or '(' .. ARGV[1]
 local ids = call('ZRANGE', KEYS[1], first, '+', 'BYLEX', 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do
   local key = session_of(KEYS[1], id)
-  local head = redis.pcall('HGET', key, 'head') or ''
-  if #head > 0 and left_of(key) <= 0 then end_session(key) end
-  if #head == 0 or left_of(key) <= 0 then call('ZREM', KEYS[1], id) end
+  local head = fields_of(key, 'head')[1] or ''
+  local is_over = left_of(key) <= -{_UNHEARD}
+  if #head > 0 and is_over then end_session(key) end
+  if #head == 0 or is_over then call('ZREM', KEYS[1], id) end
 end
 return #ids < tonumber(ARGV[2]) and '' or ids[#ids]
 """,

@@ -139,7 +139,7 @@ class NativeCodec:
         return orjson.dumps(body, option=_WRITE)
 
     def parts_of_reply(self, reply: StepReply, expires_at: float) -> Iterator[bytes]:
-        """The same in parts, none of which takes long to write."""
+        """The same in parts of some thousand values."""
         rest = self.encode_reply(msgspec.structs.replace(reply, data=b"", outputs=()), expires_at)
         before, after = rest.split(_NO_OUTPUTS, 1)
         yield before

@@ -15,6 +15,15 @@ from tests.service.bench import Bench, last, serving
 pytestmark = pytest.mark.anyio
 
 
+async def test_a_block_of_replies_that_are_too_large_is_none(metrics: Metrics) -> None:
+    """Its requests go one by one, and each is told."""
+    bench = Bench(metrics, max_reply_bytes=20)
+    slots = [bench.acquire() for _ in range(2)]
+    async with serving(bench):
+        assert not bench.block(slots, [[1, 2, 3], [4, 5, 6]]).taken
+        assert await bench.block(slots, [[1, 2], [4, 5]]) == [12, 45]
+
+
 def standing(bench: Bench, slots: list[Slot]) -> list[tuple[float, int]]:
     """State and step of each slot."""
     return [(bench.state(slot), bench.slab.step(slot)) for slot in slots]

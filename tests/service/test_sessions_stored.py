@@ -575,6 +575,38 @@ async def test_what_the_store_has_not_heard_of_is_told_again_where_it_failed(
     assert told == [["gone", "here"], ["gone", "here"]]
 
 
+async def test_a_use_is_told_before_the_session_is_loaded_again(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a sweep tells it: of one that is let go meanwhile, and where that fails."""
+    manager = replicas[0].manager
+    session, _ = await manager.create("toy", session_id="a")
+    told: list[list[str]] = []
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def touch(_: SharedStore, tokens: dict[str, bytes]) -> None:
+        told.append([*tokens])
+        if len(told) == 1:
+            begun.set()
+            await go.wait()
+            raise StoreUnavailable("away")
+
+    monkeypatch.setattr(SharedStore, "touch", touch)
+    session.engine.batcher.used(session)
+    telling = asyncio.create_task(manager.tell_uses())
+    await begun.wait()
+    manager._forget(session)  # as who makes room; nothing is noted of it any more
+    assert (await manager.find("a")).step == 0
+    assert told == [["a"], ["a"]]
+    manager._forget(await manager.find("a"))
+    go.set()
+    with pytest.raises(StoreUnavailable):
+        await telling
+    await manager.tell_uses()
+    await manager.tell_uses()
+    assert told[2:] in ([["a"]], [])
+
+
 async def test_a_fork_has_the_time_of_its_session_wherever_that_was_made(repository: Path) -> None:
     """Its bounds were those of another service; who asks for a time himself keeps to those of this one."""
     store = SharedStore()
@@ -794,6 +826,7 @@ async def test_a_session_that_is_made_while_another_of_its_id_is_deleted_stays(
     deletion = SharedStore.delete
 
     async def then_made(self: SharedStore, name: str, created_at: float | None = None) -> None:
+        assert created_at == manager._live[name].created_at
         await deletion(self, name, created_at)
         manager._forget(manager._live[name])  # as its steps find out
         await asyncio.sleep(0.001)  # the clock of creation has moved on

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -112,27 +112,76 @@ def test_who_sends_no_more_is_answered(server: Server, body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "begun", [b"", b"GET /health/live HT", request("a")[:-3], request("a") + request("a")[:50]], ids=range(4)
+    ("answered", "begun"),
+    [
+        (b"", b""),
+        (b"", b"GET /health/live HT"),
+        (b"", request("a")[:-3]),
+        (request("a"), request("a")[:50]),
+        (request("a"), b"\r\n"),
+    ],
+    ids=range(5),
 )
 def test_a_request_that_does_not_go_on_ends_its_connection(
-    server: Server, monkeypatch: pytest.MonkeyPatch, begun: bytes
+    server: Server, monkeypatch: pytest.MonkeyPatch, answered: bytes, begun: bytes
 ) -> None:
-    """Whether there was one before or not; who waits for an answer, or has one, is not meant."""
+    """Whether there was one before or not."""
     monkeypatch.setattr("service.server.SILENT_SECONDS", 0.2)
     server.http.put("/v1/sessions/a", json={"model": "toy"})
     with connected(server) as connection:
-        connection.send(begun)
-        if begun.count(b"POST") > 1:
-            connection.reply()
+        connection.send(answered + begun)
+        if answered:
+            assert connection.reply()[0] == 200
         started = time.monotonic()
         assert connection.is_closed()
-        assert time.monotonic() - started > 0.15
+        assert time.monotonic() - started < 4, "uvicorn keeps an idle one for five seconds"
+
+
+def test_a_slow_request_is_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as some of it comes between two looks."""
+    monkeypatch.setattr("service.server.SILENT_SECONDS", 1.0)
+    session = server.create()
     with connected(server) as connection:
-        for part in (request("a")[:-3], b"]", b"]"):
+        for part in (request(session)[:-3], b"]", b"]"):
             connection.send(part)
-            time.sleep(0.15)
+            time.sleep(0.6)
         connection.send(b"}")
         assert connection.reply()[0] == 200
+
+
+@pytest.mark.parametrize("behind", [b"", request("a")[:-3]], ids=["alone", "another begun"])
+def test_who_waits_for_an_answer_is_not_silent(server: Server, monkeypatch: pytest.MonkeyPatch, behind: bytes) -> None:
+    """However long it takes, and whatever has come of a request behind it."""
+    monkeypatch.setattr("service.server.SILENT_SECONDS", 0.2)
+
+    async def slowly(parts: Iterable[bytes]) -> bytes:
+        await asyncio.sleep(1)
+        return b"".join(parts)
+
+    monkeypatch.setattr("service.routers.steps.in_turns", slowly)
+    server.http.put("/v1/sessions/a", json={"model": "toy"})
+    body = json.dumps({"inputs": [[1, 2, 3]] * 6000, "outputs": ["y", "h", "z"]}).encode()
+    with connected(server) as connection:
+        connection.send(request("a", body) + behind)
+        if behind:
+            time.sleep(0.8)
+            connection.send(b"]]}")
+        assert [connection.reply()[0] for _ in range(1 + bool(behind))] == [200] * (1 + bool(behind))
+
+
+def test_answers_that_nobody_reads_are_dropped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would lie in memory for ever."""
+    monkeypatch.setattr("service.server.SILENT_SECONDS", 0.2)
+    session = server.create()
+    body = json.dumps({"inputs": [[1, 2, 3]] * 6000, "outputs": ["y", "h", "z"]}).encode()
+    with connected(server) as connection:
+        connection.send(request(session, body) * 20)
+        own, seen = connection.socket.getsockname(), list[bool]()
+        deadline = time.monotonic() + 20
+        while not (True in seen and not seen[-1]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            seen.append(any(each.client == own for each in [*server.uvicorn.server_state.connections]))
 
 
 def test_the_short_way_answers_as_the_long_one(server: Server, taken: list[bool]) -> None:

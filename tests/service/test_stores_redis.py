@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from service.errors import (
     SessionCorrupt,
+    SessionExists,
     SessionExpired,
     SessionNotFound,
     SettingsInvalid,
@@ -418,9 +419,16 @@ async def test_a_key_of_another_kind_is_one_session_s_trouble(server: RedisServe
     server("SET", session_key("a"), "mine")
     assert [each.id for each in await store.page(None, "", 9)] == ["b"]
     await store.sweep()
+    await store.touch({"a": token(1), "b": token(1)})
+    assert await store.expire({"a": token(1)}) == 0
+    saves = [Save(name, token(1), token(2), saved(1)) for name in ("b", "a", "c")]
+    await made(store, "c")
+    assert await store.save(saves) == [True, False, True]
     with pytest.raises(SessionCorrupt, match="'a'"):
         await store.load("a")
-    await store.delete("a")
+    with pytest.raises(SessionExists):
+        await store.create(Record("a"), token(3), saved(0))
+    await store.delete("a", 1.5)
     with pytest.raises(SessionNotFound):
         await store.load("a")
 
@@ -430,7 +438,10 @@ async def test_who_idled_out_where_no_service_has_it_leaves_its_state(server: Re
     store = opened(server.url + PATIENT, keep_steps=2)
     await made(store, "a", "b")
     await store.save([Save("a", token(1), token(2), saved(1))])
-    server("PEXPIRE", session_key("a"), str(redis_scripts.REMEMBERED - 1))
+    server("PEXPIRE", session_key("a"), str(redis_scripts.REMEMBERED - 30_000))
+    await store.sweep()  # it may have been used where that is not told yet
+    assert (await store.earlier("a"))[0].step == 0
+    server("PEXPIRE", session_key("a"), str(redis_scripts.REMEMBERED - 60_001))
     await store.sweep()
     assert server("HGET", session_key("a"), "snapshot") is None
     assert server("EXISTS", redis_scripts.earlier_key("a")) == 0
