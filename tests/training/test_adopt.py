@@ -100,6 +100,12 @@ def test_weights_count_wherever_they_are(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     folder = adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", MEMORY)
     assert json.loads((folder / "manifest.json").read_text())["parameters"] == 1 + 6 + 5
+    model = onnx.load(strangers.voice(tmp_path / "voice.onnx"))
+    branch = next(node for node in model.graph.node if node.op_type == "If").attribute[0].g
+    branch.initializer.append(numpy_helper.from_array(np.ones(7, np.float32), "inner"))
+    onnx.save(model, tmp_path / "voice.onnx")
+    folder = adopt(tmp_path / "voice.onnx", tmp_path / "models", "voice", VOICE)
+    assert json.loads((folder / "manifest.json").read_text())["parameters"] == 6 * 4 + 4 * 4 + 4 + 1 + 7
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,11 @@ KEEP = node("Identity", ["h"], "h_next")
     [
         ([node("ReduceSum", ["x"], "y", keepdims=1), KEEP], {"y": [1, 1]}, r"'y' has no batch axis: for 2, 3, 5"),
         ([node("CumSum", ["x", "zero"], "y"), KEEP], {}, "output 'y' differs by .* alone and among 3: rows of a batch"),
+        (
+            [node("CumSum", ["x", "zero"], "s"), node("Constant", [], "few", value_float=1e-3),
+             node("Mul", ["s", "few"], "part"), node("Add", ["x", "part"], "y"), KEEP],
+            {}, "output 'y' differs by .*e-0[34] when a session runs alone",
+        ),
         ([node("RandomNormalLike", ["x"], "y"), KEEP], {}, "output 'y' differs when .* not deterministic"),
         ([node("Mul", ["x", "big"], "y"), node("Mul", ["y", "big"], "h_next")], {}, "state 'h' is not finite"),
         (
@@ -178,6 +189,16 @@ def test_a_graph_under_its_files_name_is_a_new_version_or_another_model(tmp_path
     with pytest.raises(ExportError, match=r"model/2 has other tensors: model\.onnx is no new version of it; give it"):
         adopt(path, models, "model", VOICE, succeeds=True)
     assert adopt(path, models, "model", VOICE).name == "3"
+
+
+@pytest.mark.parametrize("wider", [("x", "y", "h", "h_next"), ("h", "h_next")])
+def test_a_new_version_has_the_sizes_of_the_one_before(tmp_path: Path, wider: tuple[str, ...]) -> None:
+    """Of the state too: a session that is kept goes on with the newest."""
+    path, nodes = tmp_path / "model.onnx", [node("Identity", ["x"], "y"), KEEP]
+    adopt(strangers.memory(path, *nodes), tmp_path / "models", "model", MEMORY)
+    strangers.memory(path, *nodes, **{name: ["batch", 3] for name in wider})
+    with pytest.raises(ExportError, match=r"model/1 has other tensors: model\.onnx is no new version of it"):
+        adopt(path, tmp_path / "models", "model", MEMORY, succeeds=True)
 
 
 @pytest.mark.parametrize("sample", ["archive", "empty", "text"])
@@ -321,3 +342,19 @@ def test_other_types_are_refused(tmp_path: Path, name: str, words: str) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=words):
         adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", MEMORY)
+
+
+def test_an_input_may_have_its_batch_elsewhere(tmp_path: Path) -> None:
+    """Said behind its name; and of several outputs the first is the prediction."""
+    nodes = [node("Transpose", ["x"], "turned", perm=[1, 0]), node("Add", ["turned", "h"], "y")]
+    nodes += [node("Identity", ["y"], "h_next"), node("Neg", ["y"], "less")]
+    model = onnx.load(strangers.memory(tmp_path / "m.onnx", *nodes, x=[2, "batch"]))
+    model.graph.output.append(strangers.value("less", ["batch", 2]))
+    onnx.save(model, tmp_path / "m.onnx")
+    folder = adopt(tmp_path / "m.onnx", tmp_path / "models", "m", replace(MEMORY, sequence="x@1"))
+    arrays = golden(folder)
+    np.testing.assert_allclose(arrays["output.y"], arrays["input.x"].cumsum(axis=1), rtol=1e-5, atol=1e-5)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["input"]["shape"], manifest["input"]["batch_axis"]) == ([2], 1)
+    roles = {output["name"]: output["role"] for output in manifest["outputs"]}
+    assert roles == {"y": "prediction", "less": "other"}

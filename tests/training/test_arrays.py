@@ -98,6 +98,7 @@ BROKEN[4, 1] = np.nan
         ({"y": None}, "no array 'y': it holds x, lengths"),
         ({"x": BROKEN}, "x of sequence 2 is not finite at step 0"),
         ({"x": np.where(np.arange(130)[:, None] == 3, 1e39, X)}, r"x of sequence 1 is beyond 3\.4e\+38 at step 0"),
+        ({"y": np.full(40, -1e39)}, r"y has values beyond 3\.4e\+38, which a 32-bit float cannot hold"),
         ({"y": np.full(40, 1e39)}, r"y has values beyond 3\.4e\+38, which a 32-bit float cannot hold"),
         ({"x": X.astype(str)}, r"x is <U\d+ \[130, 2\], not numbers"),
         ({"lengths": None}, r"x is \[130, 2\]: give lengths \[N\]"),
@@ -118,6 +119,10 @@ BROKEN[4, 1] = np.nan
         ({"y": np.full(40, np.inf)}, r"y is not finite at \[0\]"),
         ({"y": np.array(["a"] * 40)}, "y is <U1, not numbers: number the classes from 0, and name them in `classes`"),
         ({"x": X + 1e9}, r"x \[..., 0\] varies by .* where 32-bit floats are 64 apart: subtract a constant"),
+        (
+            {"x": np.add(X, [0, 1e9])},
+            r"x \[..., 1\] varies by .* where 32-bit floats are 64 apart: subtract a constant",
+        ),
         ({"y": 1e9 + np.arange(40.0)}, r"y \[..., 0\] varies by 11.5 around 1000000020, where 32-bit"),
         ({"classes": ["a"]}, "classes names 1, but there are 3"),
         ({"features": ["a"]}, "features names 1, but there are 2"),
@@ -242,3 +247,44 @@ def test_baselines_are_learned_from_the_training_part(tmp_path: Path) -> None:
     x = np.repeat((2 * y - 1) * turned, LENGTHS)[:, None] + 0.01 * X
     data = load(tmp_path, x=x, lengths=LENGTHS, y=y, split=split)
     assert {one.name: one.value for one in data.references}["class with the nearest mean input"] == 0
+
+
+def test_inputs_of_unlike_units_count_alike(tmp_path: Path) -> None:
+    """The class of the nearest mean input is found in deviations: a large one that says nothing hides no small one."""
+    y = np.arange(40) % 2
+    x = np.stack([np.repeat(y, LENGTHS) + 0.01 * X[:, 0], 1e4 * X[:, 1]], axis=1)
+    data = load(tmp_path, x=x, lengths=LENGTHS, y=y)
+    assert {one.name: one.value for one in data.references}["class with the nearest mean input"] == 1
+
+
+def test_the_most_frequent_class_is_that_of_most_training_answers(tmp_path: Path) -> None:
+    """A long sequence is one answer, and what the test part has most says nothing."""
+    split = np.array(["train"] * 20 + ["valid"] * 10 + ["test"] * 10)
+    y = np.zeros(40, np.int64)
+    y[:20:4] = y[2:20:4] = 1  # nine of the twenty that train, with most of the steps
+    y[0], y[30:38] = 0, 1
+    found = {one.name: one.value for one in load(tmp_path, x=X, lengths=LENGTHS, y=y, split=split).references}
+    assert found["most frequent class"] == 0.2
+
+
+def test_values_of_unlike_units_count_alike(tmp_path: Path) -> None:
+    """The mean and the deviation that it is scored in are each value's own."""
+    split = np.array(["train"] * 20 + ["valid"] * 10 + ["test"] * 10)
+    y = np.stack([np.arange(40.0) ** 2, 1e4 + 1e3 * np.sin(np.arange(40))], axis=1)
+    error = (y[30:] - y[:20].mean(axis=0)) / y[:20].std(axis=0, ddof=1)
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=y, split=split)
+    found = {one.metric: one.value for one in data.references}
+    assert found == pytest.approx({"mae": np.abs(error).mean(), "rmse": np.sqrt(np.square(error).mean())}, rel=1e-4)
+
+
+def test_another_draw_is_another_split(tmp_path: Path) -> None:
+    """Of the same sequences."""
+    np.savez(tmp_path / "made.npz", **GOOD)
+    one, other = (arrays.load(tmp_path / "made.npz", Options(draw=draw)).splits["test"].items for draw in (1, 2))
+    assert [x.tolist() for x, _, _ in one] != [x.tolist() for x, _, _ in other]
+
+
+def test_classes_may_have_names_that_no_answer_has(tmp_path: Path) -> None:
+    """A file may lack a rare one; the model has it all the same."""
+    data = load(tmp_path, **GOOD, classes=["a", "b", "c", "rare"])
+    assert data.info.outputs[-1] == ("rare", "")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from training import compare
 from training.checkpoint import Run
@@ -38,6 +39,7 @@ def test_the_best_valid_score_comes_first(tiny: DataSet, tmp_path: Path) -> None
     assert rows[1].parameters == 3 * (6 * 5 + 25 + 5) + 3 * (25 + 25 + 5) + 6 * 6
     cells = dict(zip(compare.COLUMNS, rows[1].cells(), strict=True))
     assert (cells["hidden"], cells["valid"], cells["test"]) == ("2 x 5", "1", "0.9")
+    assert (cells["weights"], cells["seed"], cells["epochs"]) == (str(rows[1].parameters), "1", "3")
     compare.plot(tmp_path / "compare.png", rows)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
@@ -76,3 +78,19 @@ def test_an_unfinished_run_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     replace(Run.load(folder), result=None).save(folder)
     with pytest.raises(CheckpointError, match="has not finished: fit it to the end, or leave it out"):
         compare.compare([folder])
+
+
+def test_a_plot_has_a_panel_for_each_contest(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own runs alone, each at its parameters and its test score."""
+    pictures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda picture, *_, **__: pictures.append(picture))
+    folders = [
+        finished(tmp_path / "one", tiny, 1.0, 2.0),
+        finished(tmp_path / "two", tiny, 1.5, 1.75),
+        finished(tmp_path / "other", tiny, 3.0, 4.0, name="unlike"),
+    ]
+    rows = compare.compare(folders)
+    compare.plot(tmp_path / "compare.png", rows)
+    shown = [[tuple(mark) for mark in axes.collections[0].get_offsets().tolist()] for axes in pictures[0].axes]
+    assert shown == [[(rows[0].parameters, 2.0), (rows[0].parameters, 1.75)], [(rows[0].parameters, 4.0)]]
+    assert [{text.get_text() for text in axes.texts} for axes in pictures[0].axes] == [{"one", "two"}, {"other"}]

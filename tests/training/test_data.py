@@ -10,7 +10,7 @@ import torch
 from scipy.io import savemat
 
 from training import data
-from training.data import adding, mnist, polymusic, sensors
+from training.data import adding, files, mnist, polymusic, sensors
 from training.data.sequences import Split, collate, next_step, similar_lengths
 from training.errors import DataError
 from training.experiments import EXPERIMENTS
@@ -63,6 +63,18 @@ def test_transposed_music_is_the_same_music(music: Path) -> None:
             assert {*np.flatnonzero(inputs.any(0))} <= {*range(used[0], used[-1] + 1)}
             shifts.add(shift)
     assert len(shifts) > 1
+
+
+def test_music_moves_as_far_down_as_up() -> None:
+    """Every distance that was allowed is drawn, both ends too."""
+    wide, narrow = np.zeros((4, 88), dtype=np.uint8), np.zeros((4, 88), dtype=np.uint8)
+    wide[:, [0, 87]], narrow[:, 40] = 1, 1
+    split, seen = Split([next_step(wide), next_step(narrow)]), set()
+    for seed in range(60):
+        still, moved = polymusic.transposed(split, 2, torch.Generator().manual_seed(seed)).items
+        np.testing.assert_array_equal(still[0], wide[:-1])
+        seen.add(int(np.flatnonzero(moved[0][0])[0]) - 40)
+    assert seen == {-2, -1, 0, 1, 2}
 
 
 def test_transposed_music_leaves_no_note_out() -> None:
@@ -154,6 +166,13 @@ def test_no_network_is_said_plainly(root: str | None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pooch, "retrieve", offline)
     with pytest.raises(DataError, match=r"check the network, or put the file .* LATCH_DATA"):
         data.load("chorales")
+
+
+def test_what_nobody_publishes_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the folder that it belongs into; nothing is downloaded."""
+    monkeypatch.delenv("LATCH_DATA", raising=False)
+    with pytest.raises(DataError, match=r"own\.npz has no public address: put it into a folder mine/, set LATCH_DATA"):
+        files.fetch("mine", "own.npz", None, None)
 
 
 def test_a_download_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
+from training import artifact
 from training import export as module
 from training.cells import UNITS
 from training.checkpoint import Run, save_tensors
@@ -102,6 +103,7 @@ def test_every_unit_exports_to_the_contract(cell: str, tiny: DataSet, tmp_path: 
     assert [o["name"] for o in manifest["outputs"] if o["role"] == "gate"] == model.gate_names
     assert bool(model.gate_names) == (cell not in ("gru3", "mgu3", "rnn"))
     assert manifest["unit"]["parameters"] == sum(value.numel() for value in model.cells.parameters())
+    assert manifest["parameters"] == sum(value.numel() for value in model.parameters())
     assert manifest["unit"]["blend"] == ("write" if UNITS[cell].blends else None)
     assert manifest["feedback"] == {"output": "y", "rule": "sample_bernoulli"}
 
@@ -122,6 +124,8 @@ def test_stacked_models_with_every_head_export(head: str, cell: str, tiny: DataS
     expected = ["h1", "h2"] if cell == "gru" else ["h1", "c1", "h2", "c2"]
     assert [pair["name"] for pair in manifest["state"]] == expected
     assert all(any(pair["initial"]) for pair in manifest["state"])
+    roles = {output["name"]: output["role"] for output in manifest["outputs"] if output["role"] != "gate"}
+    assert roles == {"y": "prediction"} | ({"std": "spread"} if head == "gaussian" else {})
     names = [{"name": f"note {note}"} for note in range(6)]
     described = {output["name"]: output["features"] for output in manifest["outputs"] if "features" in output}
     assert described == dict.fromkeys(["y", *(["std"] if head == "gaussian" else [])], names)
@@ -154,6 +158,7 @@ def test_nothing_of_the_machine_ships(tiny: DataSet, tmp_path: Path) -> None:
         assert str(Path.cwd()).encode() not in content
         assert b"site-packages" not in content
         assert str(tmp_path).encode() not in content
+    assert folder.stat().st_mode & 0o777 == 0o755  # the service may run as somebody else
 
 
 def break_weights(graph: onnx.ModelProto) -> None:
@@ -276,3 +281,44 @@ def test_a_new_version_answers_takes_and_gives_the_same(
     with pytest.raises(ExportError, match=rf"tiny/1 {words}"):
         module.check_successor(changed, tmp_path / "models", "tiny")
     module.check_successor(changed, tmp_path / "models", "free")
+
+
+def test_the_manifest_tells_the_scale_of_the_inputs(tiny: DataSet, tmp_path: Path) -> None:
+    """Each input's own mean and deviation, by which the graph divides."""
+    model = finished(tmp_path / "run", tiny, head="gaussian", standardise=True)
+    model.x_mean[:], model.x_std[:], model.y_mean[:] = torch.arange(6.0), torch.arange(6.0) + 2, 9
+    save_tensors(tmp_path / "run" / "best.safetensors", dict(model.state_dict()), {"epoch": 2, "valid_loss": 1.0})
+    folder = export(tmp_path / "run", tmp_path / "models", "scaled")
+    replay(folder)
+    assert json.loads((folder / "manifest.json").read_text())["normalisation"] == {
+        "kind": "standard", "mean": [0, 1, 2, 3, 4, 5], "std": [2, 3, 4, 5, 6, 7],
+    }  # fmt: skip
+
+
+def test_the_best_so_far_says_how_far_it_was(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epochs that were run, and which of them was the best."""
+    finished(tmp_path / "run", tiny)
+    replace(Run.load(tmp_path / "run"), result=None).save(tmp_path / "run")
+    save_tensors(tmp_path / "run" / "last.safetensors", {"x": torch.zeros(1)}, {"epoch": 7})
+    monkeypatch.setattr(module.data, "load_again", lambda _: tiny)
+    folder = export(tmp_path / "run", tmp_path / "models", "early", best_so_far=True)
+    training = json.loads((folder / "manifest.json").read_text())["training"]
+    assert (training["epochs"], training["best_epoch"], training["unfinished"]) == (7, 2, True)
+
+
+def test_a_model_is_of_the_run_whose_scores_it_has(tiny: DataSet, tmp_path: Path) -> None:
+    """Another run with the same settings, of other data or another size, is not exported yet."""
+    finished(tmp_path / "run", tiny)
+    folder = export(tmp_path / "run", tmp_path / "models", "kept")
+    run = Run.load(tmp_path / "run")
+    assert module.exported(run, tmp_path / "models", "kept") == folder
+    other = replace(run, result={**(run.result or {}), "metrics": [METRICS[0] | {"value": 1.25}]})
+    assert module.exported(other, tmp_path / "models", "kept") is None
+
+
+def test_the_tenth_version_is_newer_than_the_ninth(tmp_path: Path) -> None:
+    """Versions are numbers; what else lies beside them is none."""
+    for name in ("9", "10", "9.old"):
+        (tmp_path / name).mkdir()
+    assert artifact.newest(tmp_path) == tmp_path / "10"
+    assert artifact.newest(tmp_path / "10") is None

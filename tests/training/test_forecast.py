@@ -223,12 +223,14 @@ def test_a_target_that_is_measured_seldom_is_told_as_the_reason(csv: Csv) -> Non
 
 
 def test_months_are_of_no_length(csv: Csv) -> None:
-    """Three of them are three rows."""
+    """Three of them are three rows, and twelve a season: they are even, although February is short."""
     path = csv()
     days = [f"{2000 + row // 12}-{row % 12 + 1:02}-01" for row in range(200)]
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], *(f"{day},{row % 7},{row}" for row, day in enumerate(days))]))
-    assert load(path, horizon=3).info.description == "a 3 rows ahead, with uncertainty"
+    data = load(path, horizon=3, season=None)
+    assert data.info.description == "a 3 rows ahead, with uncertainty"
+    assert "seasonal naive (12 rows)" in {one.name for one in data.references}
     assert load(csv(apart=timedelta(days=1)), horizon=3).info.description == "a 3 rows (3 days) ahead, with uncertainty"
 
 
@@ -244,7 +246,7 @@ def test_rows_without_a_season_before_them_are_not_scored(csv: Csv) -> None:
     [
         (3600, 1000, 24), (900, 1000, 96), (1, 100_000, 3600), (1, 5000, 60), (86400, 100, 7), (604800, 600, 52),
         (86400 * 31, 200, 12), (3600, 100, 0), (None, 1000, 0), (7, 10**7, 0),
-        (0.1, 7000, 600), (0.2, 7000, 300), (900.004, 2000, 96),
+        (0.1, 7000, 600), (0.2, 7000, 300), (900.004, 2000, 96), (3600, 239, 0), (3600, 240, 24),
     ],
 )  # fmt: skip
 def test_seasons_are_found_by_the_spacing(seconds: float | None, rows: int, expected: int) -> None:
@@ -485,11 +487,105 @@ def test_absent_rows_are_rows_of_their_split(csv: Csv) -> None:
     assert asked == set(range(170, 199))
 
 
-def test_a_few_odd_steps_among_even_ones_are_no_grid(csv: Csv) -> None:
+@pytest.mark.parametrize("late", [10, 25])
+def test_a_few_odd_steps_among_even_ones_are_no_grid(csv: Csv, late: int) -> None:
     """One time in fifty that lies between two steps is too many to count rows by."""
     path = csv()
     lines = path.read_text().splitlines()
     path.write_text(
-        "\n".join(line.replace(":00,", ":25,") if row % 50 == 25 else line for row, line in enumerate(lines))
+        "\n".join(line.replace(":00,", f":{late},") if row % 50 == 25 else line for row, line in enumerate(lines))
     )
     assert load(path).notes[0] == "the times are not evenly spaced: every row counts as one step"
+
+
+def test_a_row_is_asked_about_where_every_target_was_measured(csv: Csv) -> None:
+    """One of two that is missing leaves nothing true to score by; the other one's cell alone is no answer."""
+    data = load(csv(holes={"b": range(180, 183)}), targets=("a [m]", "b"), inputs=("a [m]",))
+    asked = {int(row) for inputs, _, predicted in data.splits["test"].items for row in inputs[predicted, 0]}
+    assert asked == set(range(170, 199)) - {179, 180, 181}
+
+
+def test_targets_of_unlike_units_count_alike(csv: Csv) -> None:
+    """A baseline's score is over all targets, each in its own deviation."""
+    path = csv()
+    waves = [f"{START + row * timedelta(hours=1):%Y-%m-%d %H:%M},{row},{1e4 * np.sin(row)}" for row in range(200)]
+    path.write_text("\n".join(["date,a [m],b", *waves]))
+    data = load(path, targets=("a [m]", "b"), horizon=2)
+    train = np.concatenate([targets[predicted] for _, targets, predicted in data.uncut]).astype(np.float64)
+    error = np.concatenate([(inputs - targets)[predicted] for inputs, targets, predicted in data.splits["test"].items])
+    standard = error / train.std(axis=0, ddof=1)
+    found = {one.metric: one.value for one in data.references if one.name == "last value"}
+    assert found["mae"] == pytest.approx(np.abs(standard).mean(), rel=1e-4)
+    assert found["rmse"] == pytest.approx(np.sqrt(np.square(standard).mean()), rel=1e-4)
+
+
+def test_baselines_are_scored_on_the_test_split(csv: Csv) -> None:
+    """Neither on the one that chooses, nor with the one that trains: there the steps are of one, here of three."""
+    path = csv()
+    header, *lines = path.read_text().splitlines()
+    steep = [re.sub(r",(\d+),", lambda found: f",{170 + 3 * (int(found[1]) - 170)},", line) for line in lines[170:]]
+    path.write_text("\n".join([header, *lines[:170], *steep]))
+    found = {(one.name, one.metric): one.value for one in load(path).references}
+    assert found["last value", "mae a"] == pytest.approx(3)
+    assert found["drift (mean change in 1 row)", "mae a"] == pytest.approx(2)
+
+
+def test_what_was_filled_is_in_no_deviation(csv: Csv) -> None:
+    """Scores are in deviations of what was measured and asked about, however long one value was repeated."""
+    data = load(csv(holes={"a": range(20, 100)}), inputs=("b",))
+    rows = [*range(1, 20), *range(100, 140)]
+    found = {one.metric: one.value for one in data.references if one.name == "last value"}
+    assert found["mae"] == pytest.approx(1 / np.std(rows, ddof=1), rel=1e-5)
+
+
+def test_what_differs_only_from_series_to_series_is_an_input(tmp_path: Path) -> None:
+    """The size of a machine says much, although it never changes in any of them."""
+    path = machines(tmp_path / "m.csv", {"left": 100, "right": 100})
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},size", *(f"{line},{1 + ('right' in line)}" for line in lines)]))
+    data = load(path, targets=("a",), by="machine")
+    assert ("size", "") in data.info.inputs
+    assert not any("never changes" in note for note in data.notes)
+
+
+def test_an_absent_row_says_nothing_about_a_column(csv: Csv) -> None:
+    """What changes only in the last row of the file never changes in those that train."""
+    path = csv(absent=range(50, 53))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line.rpartition(",")[0] + (",1" if line == lines[-1] else ",0") for line in lines[1:]))
+    path.write_text(f"{lines[0]}\n{path.read_text()}")
+    assert "b: never changes in the rows that train: left out" in load(path).notes
+
+
+def test_a_column_must_change_where_sequences_are(csv: Csv) -> None:
+    """Rows that another input's long gap takes out of training teach nothing about it."""
+    path = csv(holes={"a": range(100)})
+    lines = path.read_text().splitlines()
+    lines[101:] = [line.rpartition(",")[0] + ",7" for line in lines[101:]]
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="column 'b' never changes in the first 70% of the rows, which train"):
+        load(path)
+
+
+def test_a_season_of_none_is_none(csv: Csv) -> None:
+    """Although the times would tell one."""
+    path = csv(400)
+    assert "seasonal naive (24 rows)" in {one.name for one in load(path, season=None).references}
+    assert not any("seasonal" in one.name for one in load(path, season=0).references)
+
+
+def test_a_cell_is_told_by_its_line_in_the_file(tmp_path: Path) -> None:
+    """Of the second series, too, whose rows stand between those of the first."""
+    path = machines(tmp_path / "m.csv", {"left": 100, "right": 100})
+    path.write_text(path.read_text().replace(",right,1007,", ",right,,"))
+    notes = load(path, targets=("a",), by="machine").notes
+    assert any(note.startswith("right: a: 1 cell missing (line 17)") for note in notes)
+
+
+def test_what_rises_in_one_series_alone_is_no_time(tmp_path: Path) -> None:
+    """A wear that only one machine shows is an input like any other."""
+    path = machines(tmp_path / "m.csv", {"left": 100, "right": 100})
+    header, *lines = path.read_text().splitlines()
+    worn = [f"{line},{row if 'left' in line else row % 5}" for row, line in enumerate(lines)]
+    path.write_text("\n".join([f"{header},wear", *worn]))
+    assert not any(note.startswith("wear: rises") for note in load(path, targets=("a",), by="machine").notes)

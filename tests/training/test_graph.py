@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from training.cells import UNITS
 from training.config import ModelConfig
 from training.errors import ExportError
-from training.graph import build_graph, check_parity, onnx_steps
+from training.graph import build_graph, check_parity, error, onnx_steps, synthetic_inputs
 from training.model import RecurrentModel
 
 # Nodes of one bernoulli step, of which two are the head (Gemm, Sigmoid).
@@ -93,6 +93,34 @@ def test_parity_does_not_depend_on_the_unit(mean: float, deviation: float, head:
     wrong = build_graph(in_units(mean, deviation, head, turned=-3)).SerializeToString()
     with pytest.raises(ExportError, match=r"differ by .* in '(y|std)'"):
         check_parity(model, wrong)
+
+
+def test_what_is_not_a_number_is_in_no_parity() -> None:
+    """Although both sides say the same."""
+    model = in_units(float("nan"), 1)
+    with pytest.raises(ExportError, match="differ by nan in 'y'"):
+        check_parity(model, build_graph(model).SerializeToString())
+
+
+def test_an_error_is_measured_by_the_element_that_it_is_of() -> None:
+    """A large one beside it hides nothing; near zero the limit is that of numbers near one, or what was said."""
+    expected = np.array([[[1e6, 0.5]], [[-1e6, 2.0]]])
+    assert error(np.add(expected, [0, 0.5]), expected) == pytest.approx(0.25)
+    assert error(np.add(expected, [1e5, 0]), expected) == pytest.approx(0.1)
+    assert error(expected / 1e3 + [0, 0.5], expected / 1e3) == pytest.approx(0.5)
+    assert error(expected / 1e3 + [0, 0.5], expected / 1e3, [1, 0.1]) == pytest.approx(5)
+
+
+def test_made_up_inputs_are_in_the_range_of_the_data() -> None:
+    """Parity of what no client sends says little: values lie around the data's mean, and chords have four notes."""
+    model = in_units(0, 1)
+    model.x_mean[:], model.x_std[:] = torch.arange(6.0) * 100, 2
+    values = synthetic_inputs(model, 5, 200, 1)
+    np.testing.assert_allclose(values.mean(axis=(0, 1)), np.arange(6) * 100, atol=0.5)
+    np.testing.assert_allclose(values.std(axis=(0, 1)), 2, atol=0.2)
+    chords = synthetic_inputs(RecurrentModel(ModelConfig("gru", 88, 88, "bernoulli", hidden=5)), 5, 200, 1)
+    assert set(np.unique(chords)) == {0, 1}
+    assert chords.sum(axis=-1).mean() == pytest.approx(4, abs=0.5)
 
 
 def test_the_operator_is_one_node_for_the_whole_unit() -> None:

@@ -325,6 +325,21 @@ def test_a_preset_is_what_one_would_have_typed(
     assert run.result is not None
 
 
+def test_a_file_of_options_wins_over_a_preset_wherever_it_stands(tmp_path: Path) -> None:
+    """Before it on the line, or behind."""
+    (tmp_path / "mine.json").write_text('{"clip": 0.7}')
+    read = [
+        lambda context: options.preset(context, "jsb-best"),
+        lambda context: options.from_file(context, tmp_path / "mine.json"),
+    ]
+    for order in (read, read[::-1]):
+        context = typer.Context(typer.main.get_command(cli.app).commands["fit"])  # type: ignore[attr-defined]
+        for each in order:
+            each(context)
+        assert context.default_map is not None
+        assert (context.default_map["clip"], context.default_map["run"]) == (0.7, "runs/jsb-best")
+
+
 def test_an_unknown_preset_is_refused() -> None:
     """The message lists the known ones."""
     with pytest.raises(TrainingError, match="unknown preset 'x': choose one of jsb-best, nottingham-best"):

@@ -67,6 +67,7 @@ def test_the_first_guess_is_the_usual_change(tmp_path: Path) -> None:
     data = own.load("csv", path, targets=("b", "a"), horizon=5)
     model = RecurrentModel(configure(data, "gru", hidden=4))
     torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
     set_normalisation(model, data)
     inputs = torch.from_numpy(data.splits["train"].items[0][0])[None]
     mean = model.predict(model(inputs)[0])[0][0]
@@ -111,3 +112,19 @@ def test_what_is_not_said_is_as_the_kind_of_file_has_it(kind: str, usual: dict[s
     model, train = options.settings_for(info, {"weight_decay": None, "rate": 0.01})
     assert {**vars(train), **model}.items() >= (usual | {"rate": 0.01}).items()
     assert options.settings_for(info, {"weight_decay": 0.5})[1].weight_decay == 0.5
+
+
+def test_what_is_nothing_is_an_answer_too(csv: Path) -> None:
+    """No season, no filled gap, no times, no penalty: said, it is not what is usual."""
+    asked = {"targets": "a", "season": 0, "max_gap": 0, "time": "", "horizon": None}
+    info = options.data_set(None, {"csv": csv, "text": None}, asked).info
+    assert {key: info.own[key] for key in asked} == asked | {"targets": ["a"], "horizon": 1}
+    assert options.settings_for(info, {"weight_decay": 0.0})[1].weight_decay == 0
+
+
+def test_a_run_finds_its_file_from_any_folder(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it was named where the run was made."""
+    monkeypatch.chdir(csv.parent)
+    monkeypatch.setenv("HOME", str(csv.parent))
+    for path in ("waves.csv", "~/waves.csv"):
+        assert own.load("csv", Path(path), targets=("a",)).info.own["path"] == str(csv)

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
@@ -60,6 +63,8 @@ def test_every_unit_and_seed_is_a_record(whole: list[Record], tiny: DataSet, tmp
         assert len(record.curve) == record.epochs == 3
         assert min(record.curve) == record.curve[record.best_epoch - 1] == pytest.approx(record.valid, abs=1e-4)
     assert whole[0].parameters == 3 * (6 * 4 + 16 + 4)
+    assert whole[0].weights == whole[0].parameters + 6 * 4 + 6
+    assert whole[0].best_epoch == 1 + int(np.argmin(whole[0].curve))
     assert list(reproduce.load(tmp_path / "whole.json").values()) == whole
 
 
@@ -242,6 +247,34 @@ def test_a_curve_of_one_epoch_can_be_seen(tiny: DataSet, tmp_path: Path, monkeyp
     ]
 
 
+def points(axes: Axes) -> list[tuple[float, ...]]:
+    """Where the means of a panel are."""
+    lines = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
+    return [tuple(point) for line in lines for point in np.stack([line.get_xdata(), line.get_ydata()], axis=1).tolist()]
+
+
+def test_the_pictures_are_of_the_records(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean test scores by unit and over the recurrent layer's parameters, the papers' in the column of their unit,
+    curves from the first epoch on; where the arms have places on an axis, each unit's scores along it.
+    """
+    pictures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda picture, *_, **__: pictures.append(picture))
+    records = [fixed("gru", 1, 1.0), fixed("gru", 2, 2.0), fixed("mgu2", 1, 1.75, 40)]
+    experiment = small(tiny)
+    arm = replace(experiment.arms["scales"], papers={"Paper 2014": {"mgu2": 1.5, "TCN": 1.1}}, at=10.0)
+    findings.plot(tmp_path / "one.png", replace(experiment, arms={"scales": arm}), records)
+    bars, cloud, curves = pictures[0].axes
+    assert points(bars) == [(0, 1.5), (1, 1.75)]
+    assert points(cloud) == [(100, 1.5), (40, 1.75)]
+    (papers,) = (marks for marks in bars.collections if isinstance(marks, PathCollection))
+    assert papers.get_offsets().tolist() == [[1, 1.5]]
+    assert [list(line.get_xdata()) for line in curves.lines] == [[1, 2, 3]] * 3
+    arms = {"scales": arm, "more": replace(arm, at=100.0)}
+    along = replace(experiment, arms=arms, along="size")
+    findings.plot(tmp_path / "two.png", along, [*records, replace(records[0], arm="more", test=4.0)])
+    assert points(pictures[1].axes[0]) == [(10, 1.5), (100, 4), (10, 1.75)]
+
+
 def test_what_is_left_is_told_by_what_was_run(tiny: DataSet) -> None:
     """Seconds of an epoch are the unit's, or the arm's, or the table's; epochs those of runs that were not reduced."""
     gru = replace(fixed("gru", 1, 1.0), seconds=300.0, epochs=5)
@@ -277,6 +310,11 @@ def test_a_seed_that_is_named_twice_is_run_once(tiny: DataSet) -> None:
     """Two runs at a time must not have one folder."""
     runs = Choice(cells=("gru",), seeds=(2, 1, 2)).of(small(tiny))
     assert [train.seed for _, _, train in runs] == [2, 1]
+
+
+def test_no_run_is_longer_than_the_tables(tiny: DataSet) -> None:
+    """However many epochs are asked for: its score would not be one of the table."""
+    assert [{train.max_epochs for _, _, train in Choice(epochs=few).of(small(tiny))} for few in (2, 500)] == [{2}, {3}]
 
 
 def test_a_wrong_name_is_refused_with_the_list(

@@ -12,6 +12,7 @@ from training.checkpoint import Run, load_tensors
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError, DivergedError
+from training.reproduce import curve
 from training.sweep import Space, folder_of, sweep
 from training.trainer import fit
 
@@ -129,3 +130,32 @@ def test_layers_are_tried_too(tiny: DataSet, tmp_path: Path) -> None:
     """The run has as many as its point."""
     (trial,) = sweep(tiny, replace(SPACE, layers=(2, 2)), {}, CONFIG, tmp_path, trials=1)
     assert Run.load(folder_of(tmp_path, trial.params)).model.layers == 2
+
+
+def test_every_epoch_is_told_to_the_pruner(tiny: DataSet, tmp_path: Path) -> None:
+    """Its valid loss by its number: else no trial would ever be worse than most."""
+    for trial in sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=2):
+        told = sorted(trial.intermediate_values.items())
+        assert [epoch for epoch, _ in told] == [0, 1]
+        assert [loss for _, loss in told] == pytest.approx(curve(folder_of(tmp_path, trial.params)), abs=1e-4)
+
+
+def test_a_stopped_point_waits_once() -> None:
+    """However often it was stopped, and whether or not it waits already; one that is done does not wait at all."""
+    study, space = optuna.create_study(), {"rate": optuna.distributions.FloatDistribution(0, 1)}
+    for rate in (0.25, 0.5, 0.5, 0.75):
+        study.enqueue_trial({"rate": rate})
+        trial = study.ask(space)
+        if rate == 0.25:
+            study.tell(trial, 1.0)
+    for _ in range(2):
+        module.take_up(study)
+        waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+        assert [trial.system_attrs["fixed_params"] for trial in waiting] == [{"rate": 0.5}, {"rate": 0.75}]
+
+
+def test_what_is_beyond_the_space_is_every_trials(tiny: DataSet, tmp_path: Path) -> None:
+    """And sizes and rates are drawn by their logarithms, so that small ones are tried as often as large ones."""
+    (trial,) = sweep(tiny, SPACE, {"skip": True}, CONFIG, tmp_path, trials=1)
+    assert Run.load(folder_of(tmp_path, trial.params)).model.skip
+    assert {name for name, drawn in trial.distributions.items() if getattr(drawn, "log", False)} == {"hidden", "rate"}

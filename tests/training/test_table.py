@@ -1,5 +1,6 @@
 """A CSV becomes a table of numbers, or an error that names file, line and column."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,11 @@ def test_columns_are_told_apart(tmp_path: Path) -> None:
 def test_separators_and_byte_order_marks_are_found(tmp_path: Path, separator: str) -> None:
     """Comma, semicolon and tab, with the mark that spreadsheets write, and quoted cells of several lines."""
     text = 'a,b,c\r\n1,2,"two\r\nlines"\r\n\r\n3,4,x\r\n'.replace(",", separator)
-    table = read(written(tmp_path, text, "utf-8-sig"))
+    path = written(tmp_path, text, "utf-8-sig")
+    table = read(path)
     np.testing.assert_array_equal(table.values, [[1, 2], [3, 4]])
     assert table.lines.tolist() == [3, 5]
+    assert table.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()  # of the file, with all of that in it
 
 
 def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
@@ -55,6 +58,7 @@ def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
         ('a,b\n1,2\n3,"3,5"\n5,6\n', "line 3, column 'b': '3,5' is not a number"),
         ("a,b\n1,2\n3,inf\n", "line 3, column 'b': 'inf' is too large"),
         ("a,b\n1,2\n3,1e39\n", "line 3, column 'b': '1e39' is too large"),
+        ("a,b\n1,2\n3,-1e39\n", "line 3, column 'b': '-1e39' is too large"),
         ("a,b\n1,2\n3\n", "line 3: 1 cells where the header has 2"),
         ("a,b\n1,2\n3,4\n5,1_000\n", "line 4, column 'b': '1_000' is not a number"),
         ('a,b\n1,"2\n3,4\n', "line 3: unexpected end of data"),
@@ -132,6 +136,8 @@ def test_a_date_may_be_missing_in_the_first_row(tmp_path: Path) -> None:
     [
         (["837", "764", "1.207"], "'1.207'"),
         (["1,243", "902", "1,068"], "'1,243'"),
+        (["-837", "-1.207"], "'-1.207'"),
+        (["37", "1.207"], None),
         (["1.243", "0.902", "1.068"], None),
         (["1200", "1.207"], None),
         (["100", "99.875", "101.1"], None),
@@ -239,3 +245,16 @@ def test_a_missing_cell_has_many_names(tmp_path: Path, cell: str) -> None:
     """Those of spreadsheets, databases and statisticians."""
     table = read(written(tmp_path, f"a,b\n1,2\n{cell},3\n4,5\n"), wanted=("a",))
     np.testing.assert_array_equal(table.values, [[1, 2], [np.nan, 3], [4, 5]])
+
+
+def test_a_time_of_the_day_beside_whole_dates_is_text(tmp_path: Path) -> None:
+    """Only a date without one takes it."""
+    table = read(written(tmp_path, "when,until,a\n2026-01-01 00:00,18:30,1\n2026-01-01 01:00,18:30,2\n"))
+    assert table.seconds is not None
+    assert table.seconds.tolist() == [1767225600, 1767229200]
+    assert table.ignored == ("until (text)",)
+
+
+def test_a_column_that_is_half_text_is_text(tmp_path: Path) -> None:
+    """Unless somebody wants it; one word more or less does not make it numbers."""
+    assert read(written(tmp_path, "a,b\n1,1\nx,2\n")).ignored == ("a (text)",)

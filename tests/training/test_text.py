@@ -1,5 +1,6 @@
 """The next character: ids of an alphabet, split by place, beside what counting gives."""
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,14 @@ def test_an_alphabet_has_an_end(tmp_path: Path) -> None:
     assert len(names) == text.LARGEST_ALPHABET
     assert {"a", "b", "\n"} <= set(names)
     assert "\r" not in names
+
+
+def test_a_text_may_hold_the_sign_of_what_is_unknown(tmp_path: Path) -> None:
+    """It is one character of the alphabet all the same, and what stands in the manifest is the file's own sha256."""
+    path = written(tmp_path, f"\N{BYTE ORDER MARK}ab{text.UNKNOWN}\r\n" * 50)
+    data = text.load(path, Options())
+    names = [name for name, _ in data.info.outputs]
+    assert names.count(text.UNKNOWN) == 1
+    assert names[-1] == text.UNKNOWN
+    assert data.info.vocabulary == len(names)
+    assert data.info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -36,6 +36,7 @@ def test_numbers_are_seconds_since_1970() -> None:
     assert times.seconds(["10", "20.5"]).tolist() == [10, 20.5]
     for zeros in ("", "000", "000000", "000000000"):
         assert times.seconds([f"1700000000{zeros}", f"1700000060{zeros}"]).tolist() == [1700000000, 1700000060]
+    assert times.seconds(["-200000060000", "-200000000000"]).tolist() == [-2e8 - 60, -2e8]  # before 1970
     assert times.seconds(["19700102"]).tolist() == [86400]
     assert times.seconds(["197001020059", "197001020100"]).tolist() == [86400 + 59 * 60, 86400 + 3600]
     assert times.seconds(["19700102005959", "19700102010000"]).tolist() == [86400 + 3599, 86400 + 3600]
@@ -50,6 +51,8 @@ def test_numbers_are_seconds_since_1970() -> None:
         (["2026-01-01", "2026-01-02", "soon"], 2, "'soon' is not a time such as 2026-01-31 14:00"),
         (["31/12/2026", "31/12/2026"], 1, "31/12/2026 repeats the time of the row above: .* with --time ''"),
         (["12.12.2026", "11.12.2026"], 1, "is before the time of the row above: sort the rows by time"),
+        (["02-03-2026", "03-04-2026"], 0, "'02-03-2026' may name the day first or the month; --time-format says which"),
+        (["01/02/26", "02/03/26"], 0, "'01/02/26' may name the day first or the month; --time-format says which"),
         (["01/02/2026", "02/03/2026"], 0, "'01/02/2026' may name the day first or the month; --time-format says which"),
         (["Tuesday"], 0, "'Tuesday' is not a time such as .*; --time-format says how times are written"),
     ],

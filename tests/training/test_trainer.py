@@ -677,3 +677,10 @@ def test_what_changes_by_rounding_alone_is_not_blown_up() -> None:
     values = torch.tensor([[1000.0, 0.001], [1000.0001, 0.003], [1000.0, 0.002]])
     assert values[0, 0] != values[1, 0]
     torch.testing.assert_close(deviation(values), torch.tensor([1.0, 0.001]))
+
+
+def test_the_best_model_drops_nothing(tiny: DataSet, tmp_path: Path) -> None:
+    """Whatever it was trained with: scores of the same weights are the same."""
+    run = fit(tiny, model_for(tiny, head_dropout=0.5), replace(CONFIG, max_epochs=1), tmp_path)
+    model, epoch = run.best_model(tmp_path)
+    assert (epoch, model.training, any(module.training for module in model.modules())) == (1, False, False)

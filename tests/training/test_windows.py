@@ -33,6 +33,8 @@ def test_windows_begin_at_all_hours() -> None:
 def test_windows_that_nothing_is_asked_of_are_left_out() -> None:
     """They would only cost time."""
     assert len(training_windows(counted(100, slice(95, None)), 8)) < 4
+    (piece,) = scoring_pieces(counted(200, slice(60)), 8)  # the next one begins early enough to see some of these
+    assert piece[2].sum() == 60
 
 
 @pytest.mark.parametrize("steps", [1, 64, 65, 200])
