@@ -45,11 +45,11 @@ class Folding:
         if self.poison is not None and (inputs == self.poison).any():
             raise InferenceFailed("poison")
         columns, h = [], state[0]
-        for t in range(inputs.shape[1]):
-            h = 10 * h + inputs[:, t]
-            columns.append(h)
-        stacked = np.stack(columns, axis=1)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):  # a caller's own is not that of the batcher's task
+            for t in range(inputs.shape[1]):
+                h = 10 * h + inputs[:, t]
+                columns.append(h)
+            stacked = np.stack(columns, axis=1)
             named = {"y": stacked, "inverse": 1 / stacked, "nothing": 0 * inputs}
         return {name: named[name] for name in outputs}, [h]
 

@@ -145,6 +145,7 @@ async def test_a_row_that_leaves_the_numbers_fails_alone(metrics: Metrics) -> No
     async with serving(bench):
         await bench.step(big, 1e308)
         results = await asyncio.gather(bench.step(big, 1), bench.step(fine, 1), return_exceptions=True)
+    assert bench.runner.runs == [(1, 1), (2, 1)]
     assert isinstance(results[0], InferenceFailed)
     assert (bench.state(big), bench.slab.step(big)) == (1e308, 1)
     assert (bench.state(fine), bench.slab.step(fine)) == (1, 1)
@@ -156,7 +157,7 @@ async def test_a_state_that_leaves_the_numbers_is_refused_whatever_the_outputs_s
     slot = bench.acquire()
     async with serving(bench):
         await bench.step(slot, 1e308)
-        with np.errstate(over="ignore"), pytest.raises(InferenceFailed):
+        with pytest.raises(InferenceFailed, match="not finite"):
             await bench.step(slot, 1, outputs=("nothing",))
     assert (bench.state(slot), bench.slab.step(slot)) == (1e308, 1)
 
@@ -569,6 +570,26 @@ async def test_who_waits_outside_a_full_queue_takes_no_room_in_it(metrics: Metri
         await asyncio.gather(*[call(slot) for slot in slots])
     assert [bench.state(slot) for slot in slots] == [11111] * 30
     assert tries < 30 * 5 * 10
+
+
+async def test_room_is_waited_for_in_bytes_too(metrics: Metrics) -> None:
+    """Who was refused for what the waiting inputs weigh is let in when there is less of it, and does not spin."""
+    bench = Bench(metrics, max_queue_bytes=16)
+    entered, go = bench.hold()
+    slots = [bench.acquire() for _ in range(2)]
+    async with serving(bench):
+        first = bench.step(slots[0], 1, 2)
+        await asyncio.to_thread(entered.wait, 10)
+        with pytest.raises(Overloaded):
+            bench.step(slots[1], 3)
+        outside = asyncio.ensure_future(bench.batcher.room(slots[1]))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not outside.done()
+        go.set()
+        await first
+        await asyncio.wait_for(outside, 5)
+        assert last(await bench.step(slots[1], 3)) == 3
 
 
 async def test_who_was_let_in_and_has_gone_keeps_nobody_out(metrics: Metrics) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.errors import Draining, InferenceFailed, InvalidInput, SessionNotFound, StepConflict
+from service.errors import Draining, InferenceFailed, InvalidInput, Overloaded, SessionNotFound, StepConflict
 from service.metrics import Metrics
 from service.slab import Slot
 from service.wire import Block
@@ -223,6 +223,34 @@ async def test_a_bad_row_of_a_block_harms_no_other_row(
     assert (bench.value("queue_depth"), bench.value("steps_total")) == (0, 7)
 
 
+async def test_a_state_of_a_block_that_leaves_the_numbers_is_refused_whatever_the_outputs_say(metrics: Metrics) -> None:
+    """Outputs that look well do not let an infinite state in; the block is taken apart."""
+    bench = Bench(metrics)
+    slots = [bench.acquire() for _ in range(2)]
+    async with serving(bench):
+        await bench.block(slots, [[1e308], [1]])
+        assert await bench.block(slots, [[1], [2]], outputs=("nothing",)) == [InferenceFailed, 0]
+    assert standing(bench, slots) == [(1e308, 1), (12, 2)]
+
+
+async def test_what_a_block_weighed_is_room_again(metrics: Metrics) -> None:
+    """Whether it has run or was taken apart: its inputs count as long as they wait, once, and no less is refused."""
+    bench = Bench(metrics, max_queue_bytes=32)
+    bench.runner.poison = 7
+    slots = [bench.acquire() for _ in range(2)]
+    async with serving(bench):
+        for digit, fate in ((0, 0), (7, InferenceFailed)) * 3:
+            block = bench.block(slots, [[digit], [0]])
+            assert block.taken
+            assert await block == [fate, 0]
+        _, go = bench.hold()
+        waiting = [bench.step(slot, 0) for slot in (*slots, *slots)]
+        with pytest.raises(Overloaded, match="32 bytes"):
+            bench.step(slots[0], 0)
+        go.set()
+        await asyncio.gather(*waiting)
+
+
 @pytest.mark.parametrize("when", ["waiting", "running", "running, then taken apart"])
 async def test_a_slot_released_inside_a_block_leaks_nowhere(metrics: Metrics, when: str) -> None:
     """Its request is refused, the next owner of its row starts at zero, and the others of the block are applied."""
@@ -269,9 +297,10 @@ async def test_stopping_answers_every_row_of_a_block(metrics: Metrics) -> None:
         await asyncio.to_thread(entered.wait, 10)
         waiting = bench.block(slots[2:], [[3], [4]])
         after = bench.block(slots[:2], [[5], [6]])
+        last_of_all = bench.block(slots[1:3], [[7], [8]])  # in line only when both before it are through
         behind = [bench.step(slots[0], 5), bench.turn(slots[3])]
     go.set()
-    assert await running == await waiting == await after == [Draining, Draining]
+    assert await running == await waiting == await after == await last_of_all == [Draining, Draining]
     for each in behind:
         with pytest.raises(Draining):
             await each

@@ -420,6 +420,22 @@ def test_a_step_that_was_interrupted_may_be_repeated() -> None:
     assert {len(each.applied) for each in hub.sums.values()} == {2}
 
 
+def test_a_step_in_parts_that_was_interrupted_says_how_far_it_got() -> None:
+    """`at` is where the last part that was answered ends, and the rows behind it go on from there."""
+    hub = Hub()
+    session = hub.session("s")
+    group = GroupLogic(hub.client, None)
+    stepped(hub, group, {session: [0.0]})
+    rows = np.ones((REPLY_BYTES // 4 + 1, 1), np.float32)
+    interrupted = group.step([(session, rows)])
+    interrupted.send(hub._perform(next(interrupted)))
+    del interrupted
+    assert session.at == len(hub.sums["s"].applied) == len(rows)
+    (reply,) = stepped(hub, group, {session: rows[-1:]})
+    assert isinstance(reply, Reply)
+    assert (reply.step, reply["y"].tolist()) == (len(rows) + 1, [[len(rows)]])
+
+
 def test_a_session_of_another_model_is_not_stepped() -> None:
     """Its rows may have another size, and then the frames behind its own would be taken for its rows."""
     hub = Hub()
@@ -442,6 +458,17 @@ def test_nobody_waits_for_a_session_that_does_not_answer() -> None:
     assert [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Reply)] == [3]
     assert isinstance(outcomes[3], PatienceExhausted)
     assert outcomes[3].unacknowledged == range(1, 2)
+
+
+def test_nobody_waits_for_a_message_full_of_sessions_that_do_not_answer() -> None:
+    """What they have spoilt once, they spoil no more for the one behind them."""
+    hub = Hub()
+    sessions = [hub.session(str(i)) for i in range(SESSIONS_AT_ONCE + 1)]
+    hub.refusals = {session.info.id: deque(["silent"] * 1000) for session in sessions[:-1]}
+    hub.takes = 0.01
+    outcomes = stepped(hub, GroupLogic(hub.client, None), {session: [1.0] for session in sessions})
+    assert {type(outcome) for outcome in outcomes[:-1]} == {PatienceExhausted}
+    assert isinstance(outcomes[-1], Reply)
 
 
 def test_patience_is_the_time_without_an_answer() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import Draining, InferenceFailed
+from service.errors import Draining, InferenceFailed, SessionNotFound
 from service.ledger import Ledger, StoredSlot, packed
 from service.metrics import Metrics
 from service.stores import Save, Saved
@@ -189,3 +189,52 @@ async def test_who_was_overtaken_at_the_end_is_told(metrics: Metrics) -> None:
         await asyncio.wait_for(step, 5)
     assert not bench.batcher.is_busy(slot)
     await bench.ledger.close()
+
+
+async def test_what_waits_for_a_save_when_the_ledger_closes_is_saved(metrics: Metrics) -> None:
+    """Behind the group commit that is under way: it was run, and its caller is still there."""
+    bench = StoredBench(metrics)
+    slots = [await bench.create(name) for name in "ab"]
+    bench.ledger.start()
+    bench.store.open.clear()
+    async with serving(bench):
+        steps = []
+        for slot in slots:
+            steps.append(bench.step(slot, 1))
+            for _ in range(10):
+                await asyncio.sleep(0)
+        closing = asyncio.create_task(bench.ledger.close())
+        await asyncio.sleep(0)
+        bench.store.open.set()
+        await closing
+        assert [(await asyncio.wait_for(step, 5)).step for step in steps] == [1, 1]
+    assert bench.store.saves == [1, 1]
+    assert [(await bench.store.load(name)).step for name in "ab"] == [1, 1]
+
+
+async def test_who_leaves_while_a_move_is_saved_leaves_no_copy_in_doubt(metrics: Metrics) -> None:
+    """It may be done: who waits behind it is told, and the next call loads the session as it is."""
+    bench = StoredBench(metrics)
+    slot = await bench.create("a")
+    dropped: list[StoredSlot] = []
+    bench.ledger.on_drop = dropped.append
+
+    async def reset() -> None:
+        async with bench.batcher.hold(slot) as committer:
+            await committer.move(slot, SNAPSHOTS.start({}))
+
+    async with stored(bench):
+        await bench.step(slot, 1)
+        bench.store.open.clear()
+        moving = asyncio.create_task(reset())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        behind = bench.step(slot, 2)
+        moving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await moving
+        with pytest.raises(SessionNotFound):
+            await asyncio.wait_for(behind, 5)
+        bench.store.open.set()
+    assert (slot.is_live, dropped) == (False, [slot])
+    assert (await bench.store.load("a")).step == 0

@@ -377,6 +377,22 @@ def test_two_models_share_a_socket(server: Server) -> None:
     assert [r.rows("f4", 2).tolist() for r in by_channel[2]] == [[[9.5, 9.5], [13.5, 13.5]], [[14.5, 14.5]]]
 
 
+def test_a_session_on_two_channels_takes_a_frame_of_each(server: Server) -> None:
+    """In one message, which is no block then: the second goes on from where the first has left it."""
+    session, rows = server.create(), inputs(4)
+    expected = post(server, server.create(), rows)
+    with many(server) as client:
+        for channel in (1, 2):
+            client.open(channel, session)
+        got = []
+        for start in (0, 2):
+            client.send(peer.step(1, rows[start : start + 1]), peer.step(2, rows[start + 1 : start + 2]))
+            got += client.take(2)
+    assert [(r.kind, r.channel, r.first) for r in got] == [(STEPPED, 1 + i % 2, 1 + i) for i in range(4)]
+    assert np.concatenate([r.rows("f4", 4) for r in got]).tolist() == expected.tolist()
+    assert at(server, session) == 4
+
+
 def test_frames_of_one_channel_in_a_message_run_in_order(server: Server) -> None:
     """Several steps of one session, numbered, beside steps of another, an OPEN and an error: order is kept."""
     one, two = server.create(), server.create()

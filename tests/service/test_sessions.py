@@ -17,10 +17,12 @@ from service.errors import (
     SessionExists,
     SessionExpired,
     SessionNotFound,
+    SnapshotInvalid,
 )
 from service.metrics import Metrics
 from service.registry import scan
 from service.sessions import IdleLimits, SessionManager
+from service.snapshot import snapshot
 from service.stores.memory import MemoryStore
 from service.wire import StepRequest
 from tests.service import toys
@@ -378,3 +380,17 @@ async def test_a_prediction_is_none_too_many_for_a_short_queue(repository: Path,
     manager = SessionManager(engines, MemoryStore(max_expired_ids=10), idle=limits, metrics=metrics)
     assert len(await manager.predict(engine, [ones()] * 10)) == 10
     await engine.close()
+
+
+async def test_no_session_goes_to_a_step_that_is_beyond_all_use(manager: SessionManager) -> None:
+    """A snapshot of one is refused, whether the session is there or is to be made; what is there stays."""
+    session, _ = await manager.create("toy", session_id="a")
+    codec = session.engine.snapshots
+    beyond = snapshot(session.engine.slab, session)._replace(step=2**53 + 1)
+    [body], [header] = codec.pack(*beyond.commits(session))
+    for name in ("a", "b"):
+        with pytest.raises(SnapshotInvalid, match="at most"):
+            await manager.restore(name, header + body)
+    assert (await manager.find("a")).step == 0
+    with pytest.raises(SessionNotFound):
+        await manager.find("b")

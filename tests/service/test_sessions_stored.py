@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.routers.sockets import Shared
-from service.routers.steps import StepDoor
+from service.routers.steps import Answer, StepDoor
 from service.routers.stream import StreamDoor
 from service.sessions import IdleLimits, SessionManager
 from service.snapshot import snapshot
@@ -141,6 +141,42 @@ async def test_a_call_by_id_means_the_session_that_is_there(replicas: list[Repli
     await asyncio.sleep(0.001)  # the clock of creation has moved on
     await there.manager.create("counter", session_id="a")
     assert b'"step":1' in await answer(door, b'{"inputs": [2], "step": 1}')
+    assert (await there.manager.inspect("a")).step == 1
+
+
+class Call:
+    """A step that came past ASGI (`Plain`)."""
+
+    session_id, kind, query = "a", "application/json", b""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def reply(self, answer: Answer) -> None:
+        """See `Plain`."""
+        self.answer.set_result(answer)
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """See `Plain`."""
+        self.tasks.append(asyncio.create_task(work))
+
+
+@pytest.mark.parametrize(("model", "row"), [("counter", b"2"), ("toy", b"[1, 2, 3]")])
+async def test_a_call_past_asgi_means_the_session_that_is_there(
+    replicas: list[Replica], model: str, row: bytes
+) -> None:
+    """Whatever model the copy here is of: the step is the new session's."""
+    here, there = replicas
+    door = StepDoor(here.manager, here.metrics, max_body_bytes=10**6, max_steps=100)
+    await here.manager.create("counter", session_id="a")
+    await there.manager.delete("a")
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.manager.create(model, session_id="a")
+    call = Call()
+    door.take(call, b'{"inputs": [' + row + b'], "step": 1}')
+    answered = await asyncio.wait_for(call.answer, 5)
+    assert (answered.status, len(call.tasks)) == (200, 1)
     assert (await there.manager.inspect("a")).step == 1
 
 
@@ -989,6 +1025,40 @@ async def test_a_hello_is_of_the_session_that_has_the_id_now(
     await client.until(lambda: client.wire.received)
     hello = json.loads(client.wire.received[0])
     assert (hello["type"], hello.get("step")) == ("hello", 1)
+    client.leave()
+    await client.task
+
+
+async def test_a_channel_steps_no_session_that_was_made_anew_under_it(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this process has found that out already, too: an unnumbered step was meant for the old one."""
+    load = SharedStore.load
+
+    async def timed(self: SharedStore, name: str) -> Stored:
+        return msgspec.structs.replace(await load(self, name), time_left=5.0)
+
+    monkeypatch.setattr(SharedStore, "load", timed)
+    here, there = (replica.manager for replica in replicas)
+    old, _ = await here.create("toy", session_id="a")
+    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
+    door = StreamDoor(Shared(here, replicas[0].metrics, **limits, slow_reader=60))
+    client = Client(door, "/v1/stream", "latch.binary")
+    client.send(frames.notice(Kind.OPEN, 3, {"session": "a"}))
+    await client.until(lambda: client.wire.received)
+    client.wire.received.clear()
+    await there.delete("a")
+    with pytest.raises(SessionNotFound):
+        await here.turn(old)
+    await asyncio.sleep(0.001)  # the clock of creation has moved on
+    await there.create("toy", session_id="a")
+    assert (await here.find("a")) is not old
+    client.send(frames.step(3, ones().data, 1, 0))
+    await client.until(lambda: client.wire.received)
+    (answer,) = frames.read_answers(client.wire.received.pop(), lambda _: 16)
+    assert answer.kind == Kind.ERROR
+    assert json.loads(answer.payload)["code"] == "session_not_found"
+    assert (await store(replicas).load("a")).step == 0
     client.leave()
     await client.task
 

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from service.errors import (
 )
 from service.stores import Save, SessionStore, open_store, redis_scripts
 from service.stores.redis import RedisStore
-from service.stores.redis_link import Call
+from service.stores.redis_link import Call, Link
 from service.stores.redis_scripts import session_key
 from tests.service.servers import RedisServer, cluster, cluster_url, free_port, is_whole, running, until
 from tests.service.test_stores import Record, made, saved, token
@@ -451,6 +452,67 @@ async def test_who_idled_out_where_no_service_has_it_leaves_its_state(server: Re
     assert await store.save([Save("a", token(2), token(3), saved(2))]) == [False]
     assert (await store.load("b")).saved == saved(0)
     await store.close()
+
+
+async def test_who_takes_the_id_of_one_that_idled_out_has_nothing_of_it(server: RedisServer) -> None:
+    """Nor what was kept of it, which no sweep has taken yet."""
+    store = opened(server.url + PATIENT, keep_steps=2)
+    await made(store, "a")
+    await store.save([Save("a", token(1), token(2), saved(1))])
+    server("PEXPIRE", session_key("a"), str(redis_scripts.REMEMBERED - 1))
+    await store.create(Record("a"), token(3), saved(0))
+    assert (await store.load("a")).token == token(3)
+    assert not await store.earlier("a")
+    await store.close()
+
+
+async def test_a_sweep_goes_on_where_the_last_one_ended(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through all ids of a shard, a few at a time, and from the first again."""
+    monkeypatch.setattr("service.stores.redis._TRIMMED", 2)
+    store = opened(server.url + PATIENT)
+    names = [name for name in (f"s{i:03}" for i in range(999)) if redis_scripts.shard_of(name) == 0][:5]
+    await made(store, *names)
+    for name in (names[4], names[0]):
+        server("PEXPIRE", session_key(name), str(redis_scripts.REMEMBERED - redis_scripts._UNHEARD - 1))
+        for _ in range(3):
+            await store.sweep()
+        assert server("HGET", session_key(name), "snapshot") is None
+    assert [each.id for each in await store.page(None, "", 9)] == names[1:4]
+    await store.close()
+
+
+async def test_connections_that_died_without_a_word_leave_time_for_a_fresh_one(server: RedisServer) -> None:
+    """All that were there before, of which a call meets one: between them a firewall has forgotten them, say."""
+    host, _, port = server.url.removeprefix("redis://").partition(":")
+    ages: list[int] = []
+    age = 0
+    ends: list[asyncio.StreamWriter] = []
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, born: int) -> None:
+        while data := await source.read(2**16):
+            if born == age:
+                sink.write(data)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ages.append(age)
+        there, back = await asyncio.open_connection(host, int(port))
+        ends.extend((writer, back))
+        with suppress(ConnectionError):
+            await asyncio.gather(pump(reader, back, age), pump(there, writer, age))
+
+    between = await asyncio.start_server(relay, "127.0.0.1", 0)
+    link = Link(f"redis://127.0.0.1:{between.sockets[0].getsockname()[1]}?timeout_ms=3000")
+    calls = [Call([redis_scripts.ids_key(0)])]
+    await asyncio.gather(*[link.run(redis_scripts.PING, calls) for _ in range(3)])
+    age = 1
+    assert await link.run(redis_scripts.PING, calls) == [1]
+    assert ages == [0, 0, 0, 1]
+    await link.close()
+    between.close()
+    for end in ends:
+        end.close()
+        with suppress(ConnectionError):
+            await end.wait_closed()
 
 
 async def test_fewer_steps_may_be_kept_after_a_restart(server: RedisServer) -> None:

@@ -53,6 +53,20 @@ async def test_fewer_steps_may_be_kept_after_a_restart(path: Path) -> None:
     await store.close()
 
 
+async def test_a_move_where_none_are_kept_forgets_those_that_were(path: Path) -> None:
+    """A later start that keeps some finds none from before it."""
+    store = opened(path)
+    await made(store, "a")
+    await store.save([Save("a", token(1), token(2), saved(1))])
+    await store.close()
+    store = opened(path, keep_steps=0)
+    await store.save([Save("a", token(2), token(3), saved(0), earlier=0)])
+    await store.close()
+    store = opened(path)
+    assert await store.earlier("a") == []
+    await store.close()
+
+
 async def test_what_was_saved_is_there_after_a_restart(path: Path) -> None:
     """Sessions, their earlier saves, and who expired."""
     store = opened(path)
