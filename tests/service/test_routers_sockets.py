@@ -234,6 +234,17 @@ async def test_a_message_of_many_frames_holds_nobody_up(house: House, frame: byt
     assert house.at("b") == turns
 
 
+@pytest.mark.parametrize("subprotocol", [JSON, BINARY])
+async def test_a_socket_that_comes_when_the_service_stops_is_told_to_go(house: House, subprotocol: str) -> None:
+    """It was on its way when the others were told."""
+    name = await house.session("a")
+    assert house.shared.go_away() == 0
+    client = Client(house.door, f"/v1/sessions/{name}/stream", subprotocol)
+    await client.until(lambda: client.closed)
+    assert client.closed["code"] == 1012
+    assert b"draining" in client.wire.received[-1]
+
+
 async def test_long_messages_of_many_sockets_take_turns(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each of them is given its time, all of them are none too long for the others."""
     monkeypatch.setattr("service.routers.binary_socket._SECONDS", 0.0)
