@@ -24,6 +24,7 @@ Values = TypeVar("Values")
 _FLOAT32_OVERFLOW = 2.0**128 - 2.0**103  # from here on a number rounds to infinity in float32
 _LARGE = 2**16  # bytes of a body, above which it is looked at for what no request has before any of it is read
 _EXPLAINED = 2**20  # bytes, beyond which a second look takes too long: 16 MiB a quarter of a second
+_LONGEST_ID = 128
 _MOST_COLONS = 256  # five fields and a session's id have fewer
 _PART = 2**13  # values that are written in one go: 8,192 take half a millisecond
 _NO_OUTPUTS = b'"outputs":{}'
@@ -44,9 +45,6 @@ class _NamedStep(_Step[Values], Generic[Values], forbid_unknown_fields=True):
 class _Predict(msgspec.Struct, Generic[Values], forbid_unknown_fields=True):
     sequences: list[Values]
     outputs: list[str] | None = None
-
-
-_LONGEST_ID = 128
 
 
 class Envelope(msgspec.Struct):
