@@ -143,7 +143,7 @@ def create_app(settings: Settings) -> FrontDoor:
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
-    """What it was about it has undone."""
+    """Cancels it, and waits until it has put back what it could not finish."""
     task.cancel()
     await asyncio.wait([task])
 

@@ -58,6 +58,23 @@ def store(replicas: list[Replica]) -> SharedStore:
     return found
 
 
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store counts time, as those do that replicas share: five seconds are left of every session."""
+    load = SharedStore.load
+
+    async def timed(self: SharedStore, name: str) -> Stored:
+        return msgspec.structs.replace(await load(self, name), time_left=5.0)
+
+    monkeypatch.setattr(SharedStore, "load", timed)
+
+
+def sockets(replica: Replica) -> StreamDoor:
+    """Its door for WebSockets."""
+    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
+    return StreamDoor(Shared(replica.manager, replica.metrics, **limits, slow_reader=60))
+
+
 def ones(steps: int = 1, first: int | None = None) -> StepRequest:
     """Steps for `toy`."""
     return StepRequest(np.ones((steps, toys.INPUTS), np.float32).tobytes(), steps, ("y",), first)
@@ -658,23 +675,15 @@ async def test_a_fork_has_the_time_of_its_session_wherever_that_was_made(reposit
     await here.close()
 
 
-async def test_outputs_are_those_of_the_session_that_has_the_id_now(
-    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("timed")
+async def test_outputs_are_those_of_the_session_that_has_the_id_now(replicas: list[Replica]) -> None:
     """Where the copy here is of one of another model; what that session does not have either is refused."""
-    load = SharedStore.load
-
-    async def timed(self: SharedStore, name: str) -> Stored:
-        return msgspec.structs.replace(await load(self, name), time_left=5.0)
-
-    monkeypatch.setattr(SharedStore, "load", timed)
     here, there = (replica.manager for replica in replicas)
     await here.create("counter", session_id="a")
     await there.delete("a")
     await asyncio.sleep(0.001)  # the clock of creation has moved on
     await there.create("toy", session_id="a")
-    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
-    door = StreamDoor(Shared(here, replicas[0].metrics, **limits, slow_reader=60))
+    door = sockets(replicas[0])
     client = Client(door, "/v1/stream", "latch.binary")
     for outputs in (["y", "z"], ["nothing"]):
         client.send(frames.notice(Kind.OPEN, 3, {"session": "a", "outputs": outputs}))
@@ -967,18 +976,11 @@ async def test_a_session_whose_creation_was_known_before_it_was_loaded_is_the_on
     assert (len(engine.slab), engine.sessions) == (1, 1)
 
 
-async def test_a_session_that_is_loaded_has_the_time_that_it_had(
-    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("timed")
+async def test_a_session_that_is_loaded_has_the_time_that_it_had(replicas: list[Replica]) -> None:
     """Loading is no use: what is told of its end is what the store will have it be."""
     here, there = (replica.manager for replica in replicas)
     await there.create("toy", session_id="a")
-    load = SharedStore.load
-
-    async def timed(self: SharedStore, name: str) -> Stored:
-        return msgspec.structs.replace(await load(self, name), time_left=5.0)
-
-    monkeypatch.setattr(SharedStore, "load", timed)
     session = await here.find("a")
     assert 0 < session.time_left <= 5
     assert session.idle_ttl == 60
@@ -1002,16 +1004,9 @@ async def test_a_fork_that_takes_the_row_of_its_session_stands_where_that_stood(
     assert [values.tobytes() for values in here.state] == [values.tobytes() for values in there.state]
 
 
-async def test_a_hello_is_of_the_session_that_has_the_id_now(
-    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("timed")
+async def test_a_hello_is_of_the_session_that_has_the_id_now(replicas: list[Replica]) -> None:
     """And not of the copy that is here of one that was deleted elsewhere."""
-    load = SharedStore.load
-
-    async def timed(self: SharedStore, name: str) -> Stored:
-        return msgspec.structs.replace(await load(self, name), time_left=5.0)
-
-    monkeypatch.setattr(SharedStore, "load", timed)
     here, there = (replica.manager for replica in replicas)
     old, _ = await here.create("toy", session_id="a")
     await here.step(old, ones(3))
@@ -1019,8 +1014,7 @@ async def test_a_hello_is_of_the_session_that_has_the_id_now(
     await asyncio.sleep(0.001)  # the clock of creation has moved on
     new, _ = await there.create("toy", session_id="a")
     await there.step(new, ones())
-    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
-    door = StreamDoor(Shared(here, replicas[0].metrics, **limits, slow_reader=60))
+    door = sockets(replicas[0])
     client = Client(door, "/v1/sessions/a/stream", "latch.json")
     await client.until(lambda: client.wire.received)
     hello = json.loads(client.wire.received[0])
@@ -1029,20 +1023,12 @@ async def test_a_hello_is_of_the_session_that_has_the_id_now(
     await client.task
 
 
-async def test_a_channel_steps_no_session_that_was_made_anew_under_it(
-    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("timed")
+async def test_a_channel_steps_no_session_that_was_made_anew_under_it(replicas: list[Replica]) -> None:
     """Where this process has found that out already, too: an unnumbered step was meant for the old one."""
-    load = SharedStore.load
-
-    async def timed(self: SharedStore, name: str) -> Stored:
-        return msgspec.structs.replace(await load(self, name), time_left=5.0)
-
-    monkeypatch.setattr(SharedStore, "load", timed)
     here, there = (replica.manager for replica in replicas)
     old, _ = await here.create("toy", session_id="a")
-    limits = {"max_waiting": 8, "max_waiting_many": 20, "max_unsent_bytes": 10**6, "max_steps": 100}
-    door = StreamDoor(Shared(here, replicas[0].metrics, **limits, slow_reader=60))
+    door = sockets(replicas[0])
     client = Client(door, "/v1/stream", "latch.binary")
     client.send(frames.notice(Kind.OPEN, 3, {"session": "a"}))
     await client.until(lambda: client.wire.received)
