@@ -10,7 +10,7 @@
         replies = group.step(dict(zip(motors, rows)))  # one row of each, over one socket
 
 `AsyncClient` is the same for asyncio. Steps are numbered, tried again and resumed by the client; what is refused for
-good is raised as the class of its code in `service.errors`.
+good is raised as the class of its code in `service.errors`, of which those that one meets are here, too.
 
 Rule: it needs the service's addresses and its packed rows, and imports none of the service's inside.
 """
@@ -19,6 +19,7 @@ from service.client.asynchronous import AsyncClient, AsyncGroup, AsyncSession
 from service.client.blocking import Client, Group, Session
 from service.client.errors import LostSteps, NotAllStepped, NotLatch, OutputsNotKept, PatienceExhausted
 from service.client.protocol import Reply
+from service.errors import InvalidInput, LatchError, SessionExpired, SessionNotFound, StepConflict
 
 __all__ = [
     "AsyncClient",
@@ -26,6 +27,8 @@ __all__ = [
     "AsyncSession",
     "Client",
     "Group",
+    "InvalidInput",
+    "LatchError",
     "LostSteps",
     "NotAllStepped",
     "NotLatch",
@@ -33,4 +36,7 @@ __all__ = [
     "PatienceExhausted",
     "Reply",
     "Session",
+    "SessionExpired",
+    "SessionNotFound",
+    "StepConflict",
 ]

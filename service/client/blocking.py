@@ -66,7 +66,8 @@ class Client:
             session_id: yours to choose; None makes one up.
             model: what to create it with, at step 0, where there is none (any more); None only finds.
             version: of the model; the service's default when None.
-            idle_ttl: seconds without a step after which it is gone; the service's default when None.
+            idle_ttl: seconds without a step after which it is gone, where it is made now; the service's default when
+                None. One that is there keeps its own, which `Session.idle_ttl` tells.
             metadata: names and values of your own.
             state: arrays or nested lists by name, where a new one does not begin in the model's initial state.
         """

@@ -35,6 +35,7 @@ class Info(msgspec.Struct, frozen=True):
     model: str
     version: str
     step: int
+    idle_ttl_ms: int
 
 
 class Hello(msgspec.Struct):
@@ -109,6 +110,11 @@ class Standing:
     def version(self) -> str:
         """The version of its model."""
         return self._logic.info.version
+
+    @property
+    def idle_ttl(self) -> float:
+        """Seconds without a step after which it is gone, as the service has it."""
+        return self._logic.info.idle_ttl_ms / 1000
 
     @property
     def at(self) -> int:

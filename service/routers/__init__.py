@@ -22,6 +22,7 @@ from service.wire import native
 JSON, PACKED = "application/json", "application/octet-stream"
 KINDS = {JSON.encode(): JSON, PACKED.encode(): PACKED}  # as most clients spell them
 BYTES = {"type": "string", "format": "binary"}  # in OpenAPI
+ROW = [41.2, 48.0, 2.1, 9.8, 22.4]  # of `sensors`, which is shipped: the examples in OpenAPI may be sent as they are
 
 _CONTROL_BYTES = 262_144
 
@@ -137,6 +138,7 @@ class ErrorInfo(BaseModel):
     retryable: bool
 
 
+LOCATION = {"Location": {"schema": {"type": "string"}, "description": "The session's address"}}
 # For every route, and instead of FastAPI's own 422.
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorInfo, "description": "Refused; nothing has changed"},

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from service.engine import Engine
 from service.errors import InvalidInput
-from service.routers import JSON, Body, BoundedRoute, Manager, Models, documented, in_turns
+from service.routers import JSON, ROW, Body, BoundedRoute, Manager, Models, documented, in_turns
 from service.sessions import SessionManager
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
@@ -124,6 +124,7 @@ class Predictions(BaseModel):
             "type": "object",
             "additionalProperties": False,
             "required": ["sequences"],
+            "examples": [{"sequences": [[ROW, ROW], [ROW]]}],
             "properties": {
                 "sequences": {
                     "type": "array",

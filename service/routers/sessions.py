@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import BYTES, JSON, PACKED, ControlRoute, Manager, SessionId
+from service.routers import BYTES, JSON, LOCATION, PACKED, ROW, ControlRoute, Manager, SessionId
 from service.sessions import Session, SessionManager
 from service.stores import Stored
 from service.wire import native
@@ -22,7 +22,11 @@ Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_l
 class CreateSession(BaseModel):
     """Which model the session runs, and for how long it may be idle."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"model": "sensors", "idle_ttl_ms": 86_400_000}]},
+    )
 
     model: str
     version: str | None = Field(None, description="The default version when absent")
@@ -57,6 +61,7 @@ _STEP_BODY = {
     "type": "object",
     "required": ["inputs"],
     "additionalProperties": False,
+    "examples": [{"inputs": [ROW], "step": 1}],
     "properties": {
         "inputs": {"type": "array", "items": {}, "description": "T rows, each of the shape of the model's input"},
         "step": {
@@ -83,7 +88,7 @@ STEP_CALL = {
 }
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses={201: {"headers": LOCATION}})
 async def create_session(body: CreateSession, response: Response, manager: Manager) -> SessionInfo:
     """A new session with an id of the server's."""
     session, _ = await _create(manager, body, None)

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.routers import BYTES, PACKED, Body, ControlRoute, Manager, PackedRoute, SessionId, documented
+from service.routers import BYTES, LOCATION, PACKED, Body, ControlRoute, Manager, PackedRoute, SessionId, documented
 from service.routers.sessions import Metadata, SessionInfo, session_info
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], route_class=ControlRoute)
@@ -19,7 +19,7 @@ NewIdleTtl = Annotated[
 class Fork(BaseModel):
     """What the new session has of its own."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"id": "motor-7-what-if"}]})
 
     id: str | None = Field(default=None, description="The server's choice when absent")
     idle_ttl_ms: int | None = Field(default=None, ge=1, le=10**12, description="That of the session when absent")
@@ -29,12 +29,12 @@ class Fork(BaseModel):
 class Rollback(BaseModel):
     """Where to return to."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"step": 1}]})
 
     step: int = Field(ge=0, description="A step that one of the last requests ended at; LATCH_KEEP_STEPS are kept")
 
 
-@router.post("/fork", status_code=201)
+@router.post("/fork", status_code=201, responses={201: {"headers": LOCATION}})
 async def fork(session_id: SessionId, manager: Manager, response: Response, body: Fork | None = None) -> SessionInfo:
     """A new session that stands where this one does, after the requests that it has waiting."""
     wish = body or Fork()

@@ -208,9 +208,10 @@ class NativeCodec:
         ):
             if count > limit:
                 raise PayloadTooLarge(
-                    f"{count} {what}: {self._max_steps} steps, as many as one request may carry, have at most {limit}",
+                    f"{count} {what}: one request may carry {self._max_steps} steps, which have at most {limit}; "
+                    "send them in parts",
                     path="$",
-                    limit=limit,
+                    limit=self._max_steps,
                 )
 
     def _explain(self, body: bytes | str) -> LatchError | None:

@@ -13,7 +13,7 @@ from service import app
 from service.app import create_app
 from service.errors import InferenceFailed, ManifestInvalid, SettingsInvalid
 from service.settings import load_settings
-from tests.service.conftest import Server
+from tests.service.conftest import Server, serving
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,27 @@ def test_openapi_documents_every_call(server: Server) -> None:
             assert call["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorInfo")
             assert "422" not in call["responses"]
     assert "/v1/sessions/{id}/stream" in server.http.get("/openapi.json").json()["info"]["description"]
+
+
+def test_the_examples_in_openapi_can_be_sent_as_they_are() -> None:
+    """Every call that takes JSON has one, for the shipped models: what the page of all calls begins with."""
+    with serving(Path(__file__).parents[2] / "models") as server:
+        calls = [
+            (method, path, call["requestBody"]["content"]["application/json"]["schema"])
+            for path, methods in server.http.get("/openapi.json").json()["paths"].items()
+            for method, call in methods.items()
+            if "application/json" in call.get("requestBody", {}).get("content", {})
+        ]
+        schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+        order = ("put", "steps", "rollback")  # the session is made, and then moved
+        calls.sort(key=lambda call: next((i for i, word in enumerate(order) if word in call[0] + call[1]), len(order)))
+        assert len(calls) == 6
+        for method, path, schema in calls:
+            named = schema.get("$ref") or schema.get("anyOf", [{}])[0].get("$ref")
+            body = (schemas[named.rpartition("/")[2]] if named else schema)["examples"][0]
+            path = path.format(session_id="motor-7", model="sensors")
+            reply = server.http.request(method, path, json=body)
+            assert reply.status_code in (200, 201), (path, reply.text)
 
 
 def test_what_cannot_start_says_why(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

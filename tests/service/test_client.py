@@ -100,8 +100,9 @@ def test_a_session_is_made_found_and_stepped(server: Server, client: Callable[..
     session = latch.session("found-again", model="toy", idle_ttl=60, metadata={"line": "4"})
     reply = session.step(ROWS[:3], outputs=["y", "h"])
     assert (reply.step, reply["y"].dtype, reply["h"].shape) == (3, np.float32, (3, 4))
-    again = latch.session("found-again")
+    again = latch.session("found-again", model="toy", idle_ttl=7)  # which it keeps as it was made
     assert (again.id, again.model, again.version, again.at) == ("found-again", "toy", "1", 3)
+    assert (again.idle_ttl, session.idle_ttl) == (60, 60)
     assert (again.step(ROWS[3])["y"] == expected(latch)[3]).all()
     page = server.http.get("/v1/sessions/found-again").json()
     assert (page["idle_ttl_ms"], page["metadata"]) == (60_000, {"line": "4"})

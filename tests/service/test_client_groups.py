@@ -88,7 +88,7 @@ class Hub:
     def session(self, name: str) -> SessionLogic:
         """One that is there now, as a client finds it."""
         found = self.sums.setdefault(name, Sum())
-        return SessionLogic(self.client, Info(name, "sum", "1", len(found.applied)), ROW)
+        return SessionLogic(self.client, Info(name, "sum", "1", len(found.applied), 900_000), ROW)
 
     def run(self, work: Work[Any]) -> Any:
         """Performs as a shell does."""

@@ -100,7 +100,14 @@ class Latch:
 
     def info(self) -> dict[str, Any]:
         """The session's page."""
-        return {"id": "s", "model": "sum", "version": "1", "step": len(self.applied), "metadata": {}}
+        return {
+            "id": "s",
+            "model": "sum",
+            "version": "1",
+            "step": len(self.applied),
+            "idle_ttl_ms": 900_000,
+            "metadata": {},
+        }
 
     def apply(self, first: int, data: bytes, outputs: tuple[str, ...]) -> StepReply:
         """As the service: the step table, then the step. Raises StepConflict."""

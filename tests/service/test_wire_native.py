@@ -162,8 +162,9 @@ def test_a_body_of_what_no_request_has_is_refused_before_it_is_read(
     body = body.replace("@", many * 70_000)
     for decode in (toy.decode_step, toy.decode_predict):
         for form in (body, body.encode()):
-            with pytest.raises(PayloadTooLarge, match="100 steps, as many as one request may carry, have at most"):
+            with pytest.raises(PayloadTooLarge, match="one request may carry 100 steps, which have at most") as caught:
                 decode(form)  # type: ignore[arg-type]
+            assert caught.value.extras["limit"] == 100
 
 
 def test_the_largest_request_is_within_the_counts(repository: Path) -> None:
