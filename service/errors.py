@@ -13,7 +13,7 @@ class LatchError(Exception):
     Attributes:
         code: stable machine-readable name, the same on every door.
         http_status: status of an HTTP reply.
-        ws_close: close code where the error ends a WebSocket; None where the socket stays open.
+        ws_close: close code where the error ends a session's own WebSocket; None where the socket stays open.
         retryable: True when the same call may succeed later, unchanged.
         extras: further JSON fields, such as `expected_step` or `path`.
     """

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from service import errors
+from service.metrics import Metrics
 from service.settings import PREFIX, Settings
 from tests.service.conftest import Server, serving
 
@@ -122,6 +125,40 @@ def test_every_setting_is_in_the_table() -> None:
     assert table("settings") == rows
 
 
+def test_every_metric_is_in_the_table() -> None:
+    """Names as Prometheus has them, labels and meanings, in the order of the code."""
+    rows = []
+    for instrument in vars(Metrics(CollectorRegistry())).values():
+        if isinstance(instrument, CollectorRegistry):
+            continue
+        [family] = instrument.describe()
+        labels = getattr(instrument, "_labels", None) or getattr(instrument, "_labelnames", ())
+        name = family.name + ("_total" if family.type == "counter" else "")
+        rows.append(f"| `{name}` | {', '.join(labels)} | {family.documentation} |")
+    assert table("metrics") == rows
+
+
+def test_a_graph_made_elsewhere_is_adopted_as_the_readme_says(tmp_path: Path) -> None:
+    """The program exports it, the command makes a version of it, and the service serves that."""
+    marker = "<!-- tested: adopted -->"
+    command = shlex.split(block("sh", marker), comments=True)
+    for arguments in (["-c", block("python", marker)], ["-m", "training", *command[1:]]):
+        run = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+    with serving(tmp_path / "models") as server:
+        assert server.http.put("/v1/sessions/a", json={"model": "mine"}).status_code == 201
+        reply = server.http.post("/v1/sessions/a/steps", json={"inputs": [[1, 2, 3, 4, 5]]}).json()
+        assert (len(reply["outputs"]["y"][0]), reply["step"]) == (2, 1)
+
+
 def test_every_error_a_client_can_meet_is_in_the_table() -> None:
     """Code, status, close code, whether to retry, and what it means, in the order of the code."""
     rows = []
@@ -149,6 +186,10 @@ def test_every_shipped_unit_is_in_the_table() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    """Files that the README points at exist."""
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    """Files that the README points at exist, and headings in them."""
+    for target in re.findall(r"\]\(([^):]+)\)", README):
+        name, _, anchor = target.partition("#")
+        text = (ROOT / name).read_text() if anchor and name else README
+        assert (ROOT / name).exists(), target
+        heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"(?m)^#+ (.+)$", text)]
+        assert not anchor or anchor in heads, target
