@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import track
@@ -17,8 +16,8 @@ from service.app import create_app, engine_options
 from service.engine import load_engines
 from service.errors import LatchError
 from service.metrics import Metrics
-from service.registry import ModelKey, scan
-from service.server import listen, make_server
+from service.registry import ModelKey, load_all
+from service.server import Server, configure, listen
 from service.settings import PREFIX, Settings, load_settings
 
 cli = typer.Typer(
@@ -58,25 +57,19 @@ def serve(
     server.run(sockets=[listener])
 
 
-def build(settings: Settings) -> uvicorn.Server:
+def build(settings: Settings) -> Server:
     """The server around the app, as `latch serve` runs it."""
     app = create_app(settings)
-    return make_server(
-        app,
-        app.app.state.drain,
-        patience=settings.drain_ms / 1000,
-        delay=settings.drain_delay_ms / 1000,
-        host=settings.host,
-        port=settings.port,
-        max_message_bytes=settings.max_body_bytes,
-    )
+    config = configure(app, host=settings.host, port=settings.port, max_message_bytes=settings.max_body_bytes)
+    patience, delay = settings.drain_ms / 1000, settings.drain_delay_ms / 1000
+    return Server(config, app.app.state.drain, patience=patience, delay=delay)
 
 
 @cli.command()
 def check(models: ModelsOption = None) -> None:
     """Load every model and replay its golden vectors; exit with 1 if one does not give what was exported."""
     settings = load_settings(models=models)
-    found = scan(settings.models)
+    found = load_all(settings.models)
     table = Table(
         Column("model", overflow="fold"),
         "device",
@@ -107,13 +100,13 @@ def check(models: ModelsOption = None) -> None:
 def list_models(models: ModelsOption = None) -> None:
     """List the models of the repository: unit, sizes and scores, as their manifests say."""
     settings = load_settings(models=models)
-    found = scan(settings.models)
+    found = load_all(settings.models)
     table = Table(Column("model", overflow="fold"), "unit", "hidden", "parameters", "state bytes", "test score")
     for files in found.found:
         manifest, unit = files.manifest, files.manifest.unit or {}
         score = next((m for m in manifest.metrics if m["split"] == "test"), None)
         table.add_row(
-            f"{manifest.name}/{manifest.version}",
+            str(files.key),
             unit.get("cell", "-"),
             str(unit.get("hidden_size", "-")),
             str(manifest.parameters or "-"),

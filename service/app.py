@@ -31,7 +31,7 @@ from service.errors import (
 )
 from service.ledger import Ledger
 from service.metrics import Metrics
-from service.registry import scan, stamps
+from service.registry import load_all, stamps
 from service.repository import Repository
 from service.routers import ERRORS, error_response, models, ops, sessions, states, stream
 from service.routers.front import FrontDoor
@@ -67,9 +67,9 @@ def create_app(settings: Settings) -> FrontDoor:
         ManifestInvalid: the model repository is not a folder. A single broken model is only reported, in readiness.
     """
     metrics = Metrics(_registry())
+    seen, found = stamps(settings.models), load_all(settings.models)  # no folder: told before the store is held
     store = open_store(settings.store_url, keep_steps=settings.keep_steps, max_expired_ids=settings.max_expired_ids)
     ledger = Ledger(store, metrics) if store.is_durable or settings.keep_steps else None
-    seen, found = stamps(settings.models), scan(settings.models)
     options = engine_options(settings)
     engines = load_engines(found.found, found.broken, options, metrics, ledger=ledger)
     for engine in engines:

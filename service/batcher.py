@@ -32,7 +32,7 @@ from service.manifest import Array
 from service.metrics import ModelMetrics
 from service.queues import Answer, Queues, Ticket, deleted
 from service.slab import Slot, StateSlab
-from service.snapshot import SnapshotCodec
+from service.snapshot import Snapshot, SnapshotCodec
 from service.steps import decide
 from service.wire import Block, StepReply, StepRequest
 from service.wire.rows import RowFormat
@@ -161,7 +161,7 @@ class Batcher:
         return self._queues.put(Ticket(slot, answer, time.perf_counter(), error))
 
     @asynccontextmanager
-    async def hold(self, slot: Slot) -> AsyncIterator[Committer]:
+    async def hold(self, slot: Slot) -> AsyncIterator[None]:
         """Waits for the slot's turn and has everybody behind it wait; the slot is up to date, and may be moved.
 
         Raises:
@@ -173,7 +173,11 @@ class Batcher:
                 await self._committer.refresh(slot)
             if not slot.is_live:  # its turn came, and before its caller woke it was deleted
                 raise deleted()
-            yield self._committer
+            yield
+
+    async def move(self, slot: Slot, snapshot: Snapshot, earlier: int = 0) -> bool:
+        """Has a slot that is held stand elsewhere; see `Committer.move`."""
+        return await self._committer.move(slot, snapshot, earlier)
 
     async def room(self, slot: Slot) -> None:
         """Waits until another try is worth while for who met `Overloaded`: the slot's turn, or room for the model.

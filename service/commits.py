@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class MadeAnew(SessionNotFound):
     """There is a session of that id, but it is another one than the copy here was of."""
 
-    def __init__(self, message: str = "the session was deleted, and made anew: open it again") -> None:
-        super().__init__(message)
+    def __init__(self) -> None:
+        super().__init__("the session was deleted, and made anew: open it again")
 
 
 class Arrival(Protocol):

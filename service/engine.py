@@ -8,7 +8,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 from service.batcher import Batcher
@@ -74,7 +73,7 @@ class Engine:
         ledger: Ledger | None = None,
     ) -> None:
         self.manifest: Manifest = files.manifest
-        self.key = ModelKey(files.manifest.name, files.manifest.version)
+        self.key = files.key
         self.digest = files.digest
         self.sessions = 0
         self._runner = OrtRunner(files.manifest, files.graph, device=options.device, threads=options.intra_op_threads)
@@ -112,15 +111,15 @@ class Engine:
 
     def start(self) -> None:
         """Starts the batcher's task on the running loop."""
-        self._task = asyncio.create_task(self.batcher.serve(), name=f"batcher {self.key.name}/{self.key.version}")
+        self._task = asyncio.create_task(self.batcher.serve(), name=f"batcher {self.key}")
         self._task.add_done_callback(_report)
 
     async def close(self) -> None:
         """Ends the task; whoever still waits is told that the service is stopping."""
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])  # one that has failed was reported, and keeps nobody from ending
+            self._task = None  # what it ended by holds this engine
 
 
 def _report(task: asyncio.Task[None]) -> None:
@@ -154,29 +153,21 @@ class Engines:
         return list(self._draining.values())
 
     def live(self, name: str) -> list[Engine]:
-        """The live versions of a model, oldest first; there may be none."""
+        """The live versions of a model, oldest first, the last one being the default; there may be none."""
         return sorted((e for e in self._live.values() if e.key.name == name), key=lambda e: int(e.key.version))
 
-    def versions(self, name: str) -> list[Engine]:
-        """The live versions of a model, oldest first; its last one is the default.
+    def get(self, name: str, version: str | None = None) -> Engine:
+        """The engine that new sessions of a version, or of the default one, run on.
 
         Raises:
-            ModelNotFound: no such model.
-            ModelBroken: it is there, but no version of it loads.
+            ModelNotFound: no such model, or version of it.
+            ModelBroken: it is there, but does not load.
             ModelDraining: it takes no new sessions.
         """
-        if engines := self.live(name):
-            return engines
-        raise self._absent(name, None)
-
-    def get(self, name: str, version: str | None = None) -> Engine:
-        """The engine that new sessions of a version, or of the default one, run on. Raises as `versions`."""
-        if version is None:
-            return self.versions(name)[-1]
-        try:
-            return self._live[ModelKey(name, version)]
-        except KeyError:
-            raise self._absent(name, version) from None
+        for engine in reversed(self.live(name)):
+            if version in (None, engine.key.version):
+                return engine
+        raise self._absent(name, version)
 
     def serving(self, name: str, version: str) -> Engine:
         """The engine that the sessions of a version run on, live or draining. Raises as `get`."""
@@ -216,13 +207,13 @@ class Engines:
                 return _draining(key)
         for key, error in self.broken.items():
             if key.name == name and version in (None, key.version):
-                return ModelBroken(f"model {key.name}/{key.version} cannot be served: {error}", reason=error.code)
+                return ModelBroken(f"model {key} cannot be served: {error}", reason=error.code)
         what = name if version is None else f"{name}/{version}"
         return ModelNotFound(f"no model {what!r}; loaded: {', '.join(self.names()) or 'none'}")
 
 
 def _draining(key: ModelKey) -> ModelDraining:
-    return ModelDraining(f"model {key.name}/{key.version} is being removed: it takes no new sessions")
+    return ModelDraining(f"model {key} is being removed: it takes no new sessions")
 
 
 def load_engine(
@@ -266,5 +257,5 @@ def load_engines(
         except SettingsInvalid:
             raise
         except LatchError as error:
-            broken[ModelKey(files.manifest.name, files.manifest.version)] = error
+            broken[files.key] = error
     return Engines(live, broken)

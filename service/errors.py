@@ -32,13 +32,9 @@ class LatchError(Exception):
         return {"error": str(self), "code": self.code, "retryable": self.retryable, **self.extras}
 
 
-def by_code(root: type[LatchError] = LatchError) -> dict[str, type[LatchError]]:
+def by_code() -> dict[str, type[LatchError]]:
     """Every error of this module, by its code."""
-    found: dict[str, type[LatchError]] = {}
-    for kind in root.__subclasses__():
-        if kind.__module__ == __name__:
-            found |= {kind.code: kind} | by_code(kind)
-    return found
+    return {kind.code: kind for kind in LatchError.__subclasses__() if kind.__module__ == __name__}
 
 
 class Internal(LatchError):

@@ -120,19 +120,12 @@ class Queues(Generic[G]):
         if self._closed is not None:
             raise Draining
         queue = self._queues.get(slot)
-        if not (
-            self._depth >= self._max_queue
-            or self._bytes >= self._max_queue_bytes
-            or (queue is not None and len(queue) >= self._max_session_queue)
-        ):
-            return
-        limits = (
-            (len(queue or ()), self._max_session_queue, "requests wait for this session"),
-            (self._depth, self._max_queue, "requests wait for this model"),
-            (self._bytes, self._max_queue_bytes, "bytes of inputs wait for this model"),
-        )
-        waiting, limit, what = next(each for each in limits if each[0] >= each[1])
-        raise Overloaded(f"{waiting} {what}: send again later", limit=limit, retry_after_ms=100)
+        if queue is not None and len(queue) >= self._max_session_queue:
+            raise _full(len(queue), "requests wait for this session", self._max_session_queue)
+        if self._depth >= self._max_queue:
+            raise _full(self._depth, "requests wait for this model", self._max_queue)
+        if self._bytes >= self._max_queue_bytes:
+            raise _full(self._bytes, "bytes of inputs wait for this model", self._max_queue_bytes)
 
     def put(self, ticket: Ticket) -> Ticket:
         """Puts a ticket at the end of its session's queue. Raises Draining, SessionNotFound."""
@@ -319,6 +312,10 @@ class _Hold(Ticket, kw_only=True):
         self.answer, self.is_held = None, True
         resolve(self.future)
         return False
+
+
+def _full(waiting: int, what: str, limit: int) -> Overloaded:
+    return Overloaded(f"{waiting} {what}: send again later", limit=limit, retry_after_ms=100)
 
 
 def deliver(answer: Callable[[Any], Any], outcome: Any) -> None:

@@ -46,22 +46,27 @@ class ModelFiles:
     golden: dict[str, Array]
     digest: str
 
+    @property
+    def key(self) -> ModelKey:
+        """Which version it is."""
+        return ModelKey(self.manifest.name, self.manifest.version)
+
 
 @dataclass(frozen=True)
-class Scan:
-    """What one look at the repository found."""
+class Loaded:
+    """What there is to serve in the repository, and what cannot be."""
 
     found: list[ModelFiles] = field(default_factory=list)
     broken: dict[ModelKey, LatchError] = field(default_factory=dict)
 
 
-def scan(root: Path) -> Scan:
+def load_all(root: Path) -> Loaded:
     """Reads every `<name>/<version>/` under `root`, in order of name and version.
 
     Raises:
         ManifestInvalid: `root` itself is not a folder.
     """
-    result = Scan()
+    result = Loaded()
     for key in _keys(root):
         try:
             result.found.append(load(root / key.name / key.version))

@@ -142,7 +142,7 @@ class Repository:
             engine = self.engines.serving(name, version)
             if engine.sessions and not drain:
                 raise ModelInUse(
-                    f"model {name}/{version} has {engine.sessions} live sessions: end them, or ask with ?drain=true",
+                    f"model {engine.key} has {engine.sessions} live sessions: end them, or ask with ?drain=true",
                     sessions=engine.sessions,
                 )
             removal = self._drain(engine)
@@ -207,9 +207,7 @@ class Repository:
         """Has a version take no new sessions, and go when it has no rows."""
         if self.engines.is_live(engine):
             self.engines.drain(engine)
-            self._removals[engine.key] = asyncio.create_task(
-                self._remove(engine), name=f"removal {engine.key.name}/{engine.key.version}"
-            )
+            self._removals[engine.key] = asyncio.create_task(self._remove(engine), name=f"removal {engine.key}")
         return self._removals[engine.key]
 
     async def _remove(self, engine: Engine) -> None:

@@ -195,7 +195,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
         self.transport.abort()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Says where to look once it listens; when it is to stop, finishes what it has before it goes.
 
     A second SIGINT (Ctrl-C) makes the deadline now; a second SIGTERM, which some supervisors send, changes nothing.
@@ -263,6 +263,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.01)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, then the addresses."""
         await super().startup(sockets)
         calm_collector()
         out = Console(highlight=False, soft_wrap=True)
@@ -320,11 +321,3 @@ def configure(app: Any, *, host: str, port: int, max_message_bytes: int) -> uvic
         access_log=False,
         log_config=None,
     )
-
-
-def make_server(
-    app: Any, drain: Drain, *, patience: float, delay: float, host: str, port: int, max_message_bytes: int
-) -> uvicorn.Server:
-    """The server of `app`; see `_Server`."""
-    config = configure(app, host=host, port=port, max_message_bytes=max_message_bytes)
-    return _Server(config, drain, patience=patience, delay=delay)

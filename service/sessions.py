@@ -18,7 +18,7 @@ from math import inf
 from typing import Any, TypeGuard
 from uuid import uuid4
 
-from service.commits import Committer, MadeAnew
+from service.commits import MadeAnew
 from service.engine import Engine, Engines
 from service.errors import (
     CapacityExceeded,
@@ -204,7 +204,7 @@ class SessionManager:
             SessionExists: `fork_id` is taken.
             As `find` and `create`.
         """
-        async with self._held(session_id) as (session, _):
+        async with self._held(session_id) as session:
             standing = snapshot(session.engine.slab, session)
         # That of the session was in bounds where it was made, which may be a service with others.
         ttl = session.idle_ttl if idle_ttl is None else self._idle.chosen(idle_ttl)
@@ -213,7 +213,7 @@ class SessionManager:
 
     async def state(self, session_id: str) -> bytes:
         """The snapshot of a session, after what it has waiting. Raises as `find`."""
-        async with self._held(session_id) as (session, _):
+        async with self._held(session_id) as session:
             engine = session.engine
             [body], [header] = engine.snapshots.pack(*snapshot(engine.slab, session).commits(session))
             return header + body
@@ -311,7 +311,7 @@ class SessionManager:
         """The session of an id; where other replicas move it too, as the store has it, after what it has waiting."""
         if not self._store.is_shared:
             return await self.find(session_id)
-        async with self._held(session_id) as (session, _):
+        async with self._held(session_id) as session:
             return session
 
     async def inspect(self, session_id: str) -> Session | Stored:
@@ -514,21 +514,21 @@ class SessionManager:
         """
         while True:
             with suppress(MadeAnew):
-                async with self._held(session_id) as (session, committer):
+                async with self._held(session_id) as session:
                     place = await where(session)
-                    if place is not None and await committer.move(session, *place):
+                    if place is not None and await session.engine.batcher.move(session, *place):
                         return session
 
     @asynccontextmanager
-    async def _held(self, session_id: str) -> AsyncIterator[tuple[Session, Committer]]:
+    async def _held(self, session_id: str) -> AsyncIterator[Session]:
         """The session that has an id now, in its turn; see `Batcher.hold`. Raises as `find`."""
         async with AsyncExitStack() as stack:
             while True:
                 session = await self.find(session_id)
                 with suppress(MadeAnew):
-                    committer = await stack.enter_async_context(session.engine.batcher.hold(session))
+                    await stack.enter_async_context(session.engine.batcher.hold(session))
                     break
-            yield session, committer
+            yield session
 
     async def _restored(self, session_id: str) -> Session:
         """The session, loaded once for all who ask for it now."""
@@ -598,6 +598,7 @@ class SessionManager:
     async def _expire(self, sessions: Sequence[Session]) -> int:
         """Ends sessions that have idled out here; one that another process has moved since lives on."""
         tokens: dict[str, bytes] = {}
+        expired = self._metrics.expired.labels(*sessions[0].engine.key)  # before its version can be gone
         for session in sessions:
             if session.is_live and session.has_idled_out:
                 self._forget(session)
@@ -607,7 +608,6 @@ class SessionManager:
             tokens = {name: token for (name, token), is_used in zip(tokens.items(), used, strict=True) if not is_used}
         if not tokens:
             return 0
-        expired = self._metrics.expired.labels(*sessions[0].engine.key)  # before its version can be gone
         count = await self._store.expire(tokens)
         expired.inc(count)
         return count

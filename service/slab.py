@@ -174,7 +174,7 @@ class StateSlab:
         steps = self._step[rows]
         if rows.min() < 0 or ((first_steps != 0) & (first_steps != steps + 1)).any():
             return None
-        return steps.tolist(), [state[rows] for state in self._state]
+        return steps.tolist(), [state.take(rows, 0) for state in self._state]
 
     def gather(self, slots: Sequence[Slot]) -> list[Array]:
         """Copies of the rows, one [B, *shape] a state pair."""

@@ -24,6 +24,7 @@ from xxhash import xxh3_128_digest
 from service.errors import InvalidInput, SnapshotInvalid, SnapshotMismatch
 from service.manifest import Array, StatePair
 from service.slab import Commits, Kept, Slot, StateSlab
+from service.wire.native import nested
 
 FORMAT, VERSION = "latch-snapshot", 1
 _STATE = "state."
@@ -116,7 +117,7 @@ class SnapshotCodec:
             SnapshotInvalid: damaged, cut short, or no snapshot.
             SnapshotMismatch: of another model or version, by the hash of its graph.
         """
-        key, sha256 = origin(data)
+        key, sha256, tensors = _opened(data)
         if sha256 != self._sha256:
             model = "/".join(key)
             raise SnapshotMismatch(
@@ -124,7 +125,6 @@ class SnapshotCodec:
                 f"{self._sha256}: a state means nothing to another model",
                 model=model,
             )
-        tensors = load(data)
         step, first_step = _value(tensors, "position", np.int64, (2,)).tolist()
         if not 0 <= first_step <= step:
             raise SnapshotInvalid(f"the snapshot is at step {step}, and its last request began at {first_step}")
@@ -152,7 +152,7 @@ class SnapshotCodec:
             if pair.name in values:
                 path = f"$.state.{pair.name}"
                 try:
-                    given = msgspec.convert(values[pair.name], _nested(pair))
+                    given = msgspec.convert(values[pair.name], nested(pair.dtype, pair.shape))
                     with np.errstate(over="ignore"):  # infinite, then
                         value = np.array(given, pair.dtype)
                 except (ValueError, OverflowError) as error:  # msgspec's is a ValueError
@@ -189,24 +189,21 @@ class SnapshotCodec:
         return _Layout(np.frombuffer(data, np.uint8), data[: 8 + len(_header(data))], _places(data))
 
 
-def _nested(pair: StatePair) -> Any:
-    """The type of a state in JSON: no bool or text passes for a number, and no fraction for a whole one."""
-    values: Any = int if np.dtype(pair.dtype).kind in "iu" else bool if pair.dtype == "bool" else float
-    for _ in pair.shape:
-        values = list[values]
-    return values
-
-
 def origin(data: bytes) -> tuple[tuple[str, str], str]:
     """The model (name and version) that a snapshot is of, and the sha256 of its graph; checks that it is whole.
 
     Raises:
         SnapshotInvalid: damaged, cut short, of a newer version, or no snapshot.
     """
+    return _opened(data)[:2]
+
+
+def _opened(data: bytes) -> tuple[tuple[str, str], str, dict[str, Array]]:
+    """`origin`, and the tensors."""
     try:
         if int.from_bytes(data[:8], "little") > _MAX_HEADER:
             raise ValueError(f"its header has over {_MAX_HEADER} bytes")
-        load(data)
+        tensors = load(data)
         metadata = orjson.loads(_header(data))["__metadata__"]
         if metadata["format"] != FORMAT:
             raise KeyError(FORMAT)
@@ -222,7 +219,7 @@ def origin(data: bytes) -> tuple[tuple[str, str], str]:
         raise SnapshotInvalid(f"the snapshot has format {version}, this version of Latch knows up to {VERSION}")
     if xxh3_128_digest(data[: place.start] + bytes(16) + data[place.stop :]) != data[place]:
         raise SnapshotInvalid("the snapshot is damaged: its checksum differs; take it again, or another copy")
-    return (name, number), sha256
+    return (name, number), sha256, tensors
 
 
 def _value(tensors: Mapping[str, Array], name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Array:

@@ -50,7 +50,7 @@ class BlockReply(NamedTuple):
 
 
 class BlockWork(Group):
-    """Requests of many idle sessions that came together and run together, and go through as arrays.
+    """Requests of many sessions that came together and run together, and go through as arrays.
 
     `answer` is called when it ran; what of it cannot go with the rest is answered by `answers(index)` instead.
     """

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from service.engine import load_engines
 from service.metrics import Metrics
 from service.proof import prove_bits, replay_golden
-from service.registry import load, scan
+from service.registry import load, load_all
 from service.runtime import OrtRunner
 from tests.service.conftest import OPTIONS
 from tests.training import strangers
@@ -88,7 +88,7 @@ def test_a_unit_lowered_to_its_operator_is_served_without_a_loop(tmp_path: Path,
 def test_an_adopted_graph_is_served(tmp_path: Path, graph: Callable[[Path], Path], plan: Plan) -> None:
     """Branches, open shapes, constants and states of any axis: the engine loads it, proves its bits and its chunks."""
     adopt(graph(tmp_path / "graph.onnx"), tmp_path / "models", "stranger", plan)
-    found = scan(tmp_path / "models")
+    found = load_all(tmp_path / "models")
     assert not found.broken
     runner = OrtRunner(found.found[0].manifest, found.found[0].graph)
     assert prove_bits(runner, found.found[0])

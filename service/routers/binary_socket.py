@@ -39,12 +39,12 @@ class BinarySocket(Socket):
         super().__init__(*args)
         self._channels: dict[int, _Channel] = {}
 
-    async def greet(self, session: Session, channel: int = 0, outputs: list[str] | None = None) -> None:
+    async def greet(self, session: Session, channel: int, outputs: list[str] | None) -> None:
         """Binds the channel, then says hello on it."""
         bound = _Channel(channel, session, outputs)
         self._leave(channel, session.id)
         self._channels[channel] = bound
-        await super().greet(session, channel)
+        await super().greet(session, channel, outputs)
 
     def _leave(self, channel: int, session_id: str = "") -> None:
         """Unbinds a channel, for another session where one is named."""

@@ -165,7 +165,7 @@ class Socket:
         self._send = send
         self._wire: Wire = scope["extensions"]["latch.wire"]
         self.single: Session | None = None
-        self._channel: tuple[Any, ...] = ()  # what its greeting takes
+        self._outputs: list[str] | None = None  # of every step, where it has one session
         self._max_owed = shared.max_waiting_many
         self._said: list[bytes] = []
         self._owed = self._answered = 0
@@ -181,14 +181,14 @@ class Socket:
         self._going: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
-    async def run(self, session_id: str | None = None, *channel: Any) -> None:
+    async def run(self, session_id: str | None = None, outputs: list[str] | None = None) -> None:
         """Until the client leaves; or, raised: the one session of the socket is gone, the client does not read, or the
-        service ends. `channel` is what `greet` takes beside that session.
+        service ends. `outputs` is what comes back of every step of that session.
         """
         if session_id is not None:
             self.single = await self.manager.find(session_id)
             self._max_owed = self.shared.max_waiting
-            self._channel = channel
+            self._outputs = outputs
         self._wire.pause()
         self._behind = asyncio.create_task(self._start())
         self._wire.on_message, self._wire.on_full = self._on_message, self._watch
@@ -236,7 +236,7 @@ class Socket:
     async def _start(self) -> None:
         if self.single is not None:
             try:
-                self.single = await self.welcome(self.single.id, *self._channel)
+                self.single = await self.welcome(self.single.id, outputs=self._outputs)
             except Exception as error:  # noqa: BLE001 - deleted meanwhile, say: the socket ends and tells it
                 self.end(error)
                 return
@@ -306,7 +306,7 @@ class Socket:
     def _owes_too_much(self) -> bool:
         return self._owed >= self._max_owed or self._taken_bytes >= self.shared.max_unsent_bytes
 
-    async def greet(self, session: Session, channel: int = 0) -> None:
+    async def greet(self, session: Session, channel: int, outputs: list[str] | None) -> None:
         """Says where a session stands, after what it has waiting: go on from there."""
         step = await self.manager.turn(session)
         facts = {
@@ -321,7 +321,7 @@ class Socket:
         self._owed += 1
         self.say(self.hello(facts, channel))
 
-    async def welcome(self, session_id: str, *channel: Any) -> Session:
+    async def welcome(self, session_id: str, channel: int = 0, outputs: list[str] | None = None) -> Session:
         """Greets with the session of an id, whichever that is by now, after what an earlier socket has received for it.
         Raises as `SessionManager.find`.
         """
@@ -337,7 +337,7 @@ class Socket:
                 self._max_fed = 2 * len(self._fed) + _FED
             self._fed.add(session_id)
             try:
-                await self.greet(session, *channel)
+                await self.greet(session, channel, outputs)
                 return session
             except MadeAnew:
                 continue

@@ -1,6 +1,6 @@
 """`POST /v1/sessions/{id}/steps`: advance a session over HTTP, in JSON or in packed rows.
 
-Rule: the hot path of HTTP; raw ASGI, nothing per call that a step does not need.
+Rule: the hot path of HTTP, by plain calls (`take`) or raw ASGI (`serve`); nothing per call that a step does not need.
 """
 
 import asyncio

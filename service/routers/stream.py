@@ -32,7 +32,6 @@ Rule: the addresses and the agreement on a subprotocol; how a socket is read and
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
@@ -70,7 +69,7 @@ class StreamDoor:
                 before, _, session_id = path.removesuffix("/stream").rpartition("/")
                 if before != "/v1/sessions" or not path.endswith("/stream"):
                     raise NotFound(f"{path}: no such address; /v1/stream, or a session's /v1/sessions/<id>/stream")
-                await socket.run(session_id, *_channel(query, subprotocol))
+                await socket.run(session_id, _outputs(query, subprotocol))
         except LatchError as error:
             await socket.fail(error)
         except asyncio.CancelledError:  # as in the front door
@@ -80,13 +79,13 @@ class StreamDoor:
             await socket.fail(Internal("the service failed on this socket; its log says why"))
 
 
-def _channel(query: Mapping[str, list[str]], subprotocol: str | None) -> tuple[Any, ...]:
-    """What a socket of one session binds it to: number and outputs. Raises InvalidInput. Other names are left alone: a
-    token for a proxy, say, for which browsers have no other place.
+def _outputs(query: Mapping[str, list[str]], subprotocol: str | None) -> list[str] | None:
+    """What a socket of one session gives of every step. Raises InvalidInput. Other names are left alone: a token for a
+    proxy, say, for which browsers have no other place.
     """
     values = query.get("outputs")
     if values is None:
-        return ()
+        return None
     if subprotocol != BINARY:
         raise InvalidInput(f"a JSON step has `outputs` in its message; {BINARY} has them in the query", path="query")
-    return 0, [name for value in values for name in value.split(",") if name]
+    return [name for value in values for name in value.split(",") if name]

@@ -4,15 +4,12 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from math import inf
+from operator import attrgetter
 
 from sortedcontainers import SortedKeyList
 
 from service.errors import SessionExists
 from service.stores import Save, Saved, SessionRecord, Stored, missing
-
-
-def _id(record: SessionRecord) -> str:
-    return record.id
 
 
 class MemoryStore:
@@ -25,7 +22,7 @@ class MemoryStore:
     is_durable = is_shared = False
 
     def __init__(self, *, keep_steps: int = 0, max_expired_ids: int) -> None:
-        self._records: SortedKeyList[SessionRecord, str] = SortedKeyList(key=_id)
+        self._records: SortedKeyList[SessionRecord, str] = SortedKeyList(key=attrgetter("id"))
         self._saved: dict[str, tuple[bytes, Saved]] = {}
         self._earlier: dict[str, deque[Saved]] = {}
         self._keep_steps = keep_steps

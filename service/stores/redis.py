@@ -138,6 +138,8 @@ class RedisStore:
 
     async def page(self, model: str | None, after: str, limit: int) -> Sequence[Stored]:
         """Live sessions in order of id: of each shard as many as may be needed, then the first of all."""
+        if model == "":  # no model's name, and to the script that of all
+            return []
         found: list[Stored] = []
         afters = dict.fromkeys(range(SHARDS), after)
         counts = dict.fromkeys(range(SHARDS), 0)

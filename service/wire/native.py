@@ -74,9 +74,7 @@ class NativeCodec:
         self._format = rows
         self._dtype, self._shape = rows.input
         self._max_steps = max_steps
-        values: Any = int if self._dtype == "int64" else float
-        for _ in range(len(self._shape) + 1):
-            values = list[values]
+        values: Any = list[nested(self._dtype, self._shape)]  # type: ignore[misc]  # a type that is made here
         self._step = msgspec.json.Decoder(_Step[values])
         self._named_step = msgspec.json.Decoder(_NamedStep[values])
         self._predict = msgspec.json.Decoder(_Predict[values])
@@ -271,6 +269,14 @@ class NativeCodec:
             path=path,
             limit=self._max_steps,
         )
+
+
+def nested(dtype: str, shape: tuple[int, ...]) -> Any:
+    """The type of a value in JSON: no bool or text passes for a number, and no fraction for a whole one."""
+    values: Any = int if dtype == "int64" else float
+    for _ in shape:
+        values = list[values]
+    return values
 
 
 def read_envelope(text: str) -> Envelope:

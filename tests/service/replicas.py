@@ -13,7 +13,7 @@ from service.engine import load_engines
 from service.errors import StoreUnavailable
 from service.ledger import Ledger
 from service.metrics import Metrics
-from service.registry import scan
+from service.registry import load_all
 from service.sessions import IdleLimits, SessionManager
 from service.stores import Save, Saved, SessionRecord, SessionStore, Stored
 from service.stores.memory import MemoryStore
@@ -89,7 +89,9 @@ class Replica:
         metrics = Metrics(CollectorRegistry())
         self.metrics = metrics
         self.ledger = Ledger(store, metrics)
-        self.engines = load_engines(scan(repository).found, {}, replace(OPTIONS, **limits), metrics, ledger=self.ledger)
+        self.engines = load_engines(
+            load_all(repository).found, {}, replace(OPTIONS, **limits), metrics, ledger=self.ledger
+        )
         self.manager = SessionManager(
             self.engines, store, ledger=self.ledger, idle=IdleLimits(60.0, 0.001, 100.0), metrics=metrics
         )

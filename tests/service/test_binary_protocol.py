@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from service.engine import load_engines
 from service.metrics import Metrics
-from service.registry import scan
+from service.registry import load_all
 from service.routers.sockets import Shared
 from service.routers.stream import StreamDoor
 from service.sessions import IdleLimits, SessionManager
@@ -40,7 +40,7 @@ class World:
     def __init__(self, repository: Path) -> None:
         self.loop = asyncio.new_event_loop()
         metrics = Metrics(CollectorRegistry())
-        found = [files for files in scan(repository).found if files.manifest.name == "counter"]
+        found = [files for files in load_all(repository).found if files.manifest.name == "counter"]
         limits = {"max_session_queue": 3, "max_run_steps": 4, "max_steps": MAX_STEPS, "keep_reply_bytes": KEEP_BYTES}
         self.engines = load_engines(found, {}, replace(OPTIONS, **limits), metrics)
         idle = IdleLimits(60.0, 1.0, 100.0)

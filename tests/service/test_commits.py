@@ -220,8 +220,8 @@ async def test_who_leaves_while_a_move_is_saved_leaves_no_copy_in_doubt(metrics:
     bench.ledger.on_drop = dropped.append
 
     async def reset() -> None:
-        async with bench.batcher.hold(slot) as committer:
-            await committer.move(slot, SNAPSHOTS.start({}))
+        async with bench.batcher.hold(slot):
+            await bench.batcher.move(slot, SNAPSHOTS.start({}))
 
     async with stored(bench):
         await bench.step(slot, 1)

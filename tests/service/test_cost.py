@@ -25,7 +25,7 @@ import pytest
 
 from service.engine import load_engines
 from service.metrics import Metrics
-from service.registry import scan
+from service.registry import load_all
 from service.routers.front import FrontDoor
 from service.routers.sockets import Shared
 from service.routers.steps import StepDoor
@@ -204,7 +204,7 @@ async def turns() -> None:
 @pytest.fixture
 async def doors(repository: Path, metrics: Metrics) -> AsyncIterator[Doors]:
     """A service whose model costs nothing."""
-    found = [files for files in scan(repository).found if files.manifest.name == "toy"]
+    found = [files for files in load_all(repository).found if files.manifest.name == "toy"]
     engines = load_engines(found, {}, OPTIONS, metrics)
     for engine in engines:
         engine.batcher._runner = Still()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from service.errors import ManifestInvalid
-from service.registry import ModelKey, load, scan, stamps
+from service.registry import ModelKey, load, load_all, stamps
 from tests.service import toys
 
 
@@ -19,7 +19,7 @@ def test_versions_come_in_order_of_name_and_number(tmp_path: Path) -> None:
     for version in ("10", "9", "1"):
         toys.save_leaky(tmp_path, version=version)
     toys.save_counter(tmp_path)
-    found = scan(tmp_path)
+    found = load_all(tmp_path)
     keys = [(f.manifest.name, f.manifest.version) for f in found.found]
     assert keys == [("counter", "1"), ("toy", "1"), ("toy", "9"), ("toy", "10")]
     assert found.broken == {}
@@ -28,7 +28,7 @@ def test_versions_come_in_order_of_name_and_number(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_says_which_setting(tmp_path: Path) -> None:
     """The operator learns what to set."""
     with pytest.raises(ManifestInvalid, match="LATCH_MODELS"):
-        scan(tmp_path / "nope")
+        load_all(tmp_path / "nope")
 
 
 def flip_a_byte(folder: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_damaged_version_is_reported_beside_the_good_one(
     """The damaged version is named with the reason; the other one is found as before."""
     damage(toys.save_leaky(tmp_path))
     toys.save_counter(tmp_path)
-    found = scan(tmp_path)
+    found = load_all(tmp_path)
     assert [f.manifest.name for f in found.found] == ["counter"]
     assert list(found.broken) == [ModelKey("toy", "1")]
     assert message in str(found.broken[ModelKey("toy", "1")])
@@ -156,7 +156,7 @@ def test_a_damaged_version_is_reported_beside_the_good_one(
 def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
     """A folder may be called what UTF-8 has no letter for; whoever reports it must not fail over that."""
     (toys.save_leaky(tmp_path).parent).rename(os.fsdecode(bytes(tmp_path) + b"/to\xff"))
-    [(key, error)] = scan(tmp_path).broken.items()
+    [(key, error)] = load_all(tmp_path).broken.items()
     assert str(key) == "to\\udcff/1"
     assert "lies in to\\udcff/1" in str(error)
     assert list(stamps(tmp_path)) == [key]
@@ -182,7 +182,7 @@ def test_hidden_folders_are_no_models(tmp_path: Path) -> None:
     toys.save_leaky(tmp_path)
     (tmp_path / "toy" / ".2.partial").mkdir()
     (tmp_path / ".git" / "hooks").mkdir(parents=True)
-    assert scan(tmp_path).broken == {}
+    assert load_all(tmp_path).broken == {}
 
 
 def test_a_stamp_tells_whether_files_were_written(tmp_path: Path) -> None:
@@ -226,4 +226,4 @@ def test_a_folder_that_may_not_be_read_is_no_model(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "iterdir", guarded)
     assert list(stamps(tmp_path)) == [ModelKey("toy", "1")]
-    assert scan(tmp_path).broken == {}
+    assert load_all(tmp_path).broken == {}

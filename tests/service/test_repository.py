@@ -28,7 +28,7 @@ from service.errors import (
 )
 from service.ledger import Ledger
 from service.metrics import Metrics
-from service.registry import ModelFiles, ModelKey, scan, stamps
+from service.registry import ModelFiles, ModelKey, load_all, stamps
 from service.repository import Repository
 from service.sessions import IdleLimits, Session, SessionManager
 from service.stores import SessionStore
@@ -48,7 +48,7 @@ class Watched:
         self.root, self.metrics = root, metrics
         self.ledger = None if store is None else Ledger(store, metrics)
         toys.save_leaky(root)
-        seen, found = stamps(root), scan(root)
+        seen, found = stamps(root), load_all(root)
         self.options = replace(OPTIONS, max_sessions=100)
         self.engines = load_engines(found.found, found.broken, self.options, metrics, ledger=self.ledger)
         self.made: list[weakref.ref[Any]] = []

@@ -16,7 +16,7 @@ import pytest
 from service.engine import load_engines
 from service.errors import SessionNotFound, SlowReader
 from service.metrics import Metrics
-from service.registry import scan
+from service.registry import load_all
 from service.routers import sockets, stream
 from service.routers.binary_socket import BinarySocket
 from service.routers.json_socket import JsonSocket
@@ -135,7 +135,7 @@ async def house(repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stream, "BinarySocket", WatchedBinary)
     monkeypatch.setattr(stream, "JsonSocket", WatchedJson)
     Watched.alive.clear()
-    found = [files for files in scan(repository).found if files.manifest.name == "toy"]
+    found = [files for files in load_all(repository).found if files.manifest.name == "toy"]
     engines = load_engines(found, {}, replace(OPTIONS, max_session_queue=4), metrics)
     limits = IdleLimits(60.0, 1.0, 100.0)
     for engine in engines:

@@ -20,7 +20,7 @@ from service.errors import (
     SnapshotInvalid,
 )
 from service.metrics import Metrics
-from service.registry import scan
+from service.registry import load_all
 from service.sessions import IdleLimits, SessionManager
 from service.snapshot import snapshot
 from service.stores.memory import MemoryStore
@@ -51,7 +51,7 @@ def clock() -> Clock:
 @pytest.fixture
 async def manager(repository: Path, metrics: Metrics, clock: Clock) -> AsyncIterator[SessionManager]:
     """A manager of the toys with room for three sessions a model; idle after 60 s, 10 to 100 may be asked for."""
-    found = scan(repository)
+    found = load_all(repository)
     engines = load_engines(found.found, {}, replace(OPTIONS, max_sessions=3), metrics, clock)
     for engine in engines:
         engine.start()
@@ -373,7 +373,7 @@ async def test_who_leaves_before_its_turn_keeps_nobody_waiting(manager: SessionM
 
 async def test_a_prediction_is_none_too_many_for_a_short_queue(repository: Path, metrics: Metrics) -> None:
     """It takes the sequences of a call in as many parts as there is room for."""
-    engines = load_engines(scan(repository).found, {}, replace(OPTIONS, max_queue=4), metrics)
+    engines = load_engines(load_all(repository).found, {}, replace(OPTIONS, max_queue=4), metrics)
     engine = engines.get("toy")
     engine.start()
     limits = IdleLimits(60.0, 10.0, 100.0)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from starlette.types import Message
 
 from service.errors import (
@@ -784,6 +785,25 @@ async def test_an_id_of_a_model_that_is_gone_is_taken_all_the_same(replicas: lis
     with pytest.raises(ModelNotFound):
         await manager.create("toy", session_id="a")
     replicas[0].engines.add(engine)
+
+
+async def test_a_version_that_goes_while_its_last_session_expires_leaves_no_metrics(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is asked whether it was used elsewhere; meanwhile the version, without a session now, is removed."""
+    here = replicas[0]
+    session, _ = await here.manager.create("toy", session_id="a", idle_ttl=0.001)
+    await asyncio.sleep(0.005)
+    load = SharedStore.load
+
+    async def meanwhile(self: SharedStore, name: str) -> Stored:
+        here.metrics.forget("toy", "1")
+        return await load(self, name)
+
+    monkeypatch.setattr(SharedStore, "load", meanwhile)
+    assert await here.manager.sweep() == 1
+    assert not session.is_live
+    assert b'expired_total{model="toy"' not in generate_latest(here.metrics.registry)
 
 
 async def test_a_reset_of_who_is_deleted_meanwhile_is_no_success(

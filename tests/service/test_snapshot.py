@@ -18,7 +18,7 @@ from service.snapshot import Snapshot, SnapshotCodec, origin, snapshot
 PAIRS = [
     StatePair(name="h", input="h", output="h2", dtype="float32", shape=(2, 3), batch_axis=1),
     StatePair(name="count", input="c", output="c2", dtype="int64", shape=(), batch_axis=0),
-    StatePair(name="seen", input="s", output="s2", dtype="bool", shape=(5,), batch_axis=0, initial=(1, 0, 0, 0, 1)),
+    StatePair(name="seen", input="s", output="s2", dtype="int64", shape=(5,), batch_axis=0, initial=(1, 0, 0, 0, 1)),
 ]
 CODEC = SnapshotCodec("m/3", "a" * 64, PAIRS, keep_reply_bytes=100)
 
@@ -29,7 +29,7 @@ def rows(count: int, seed: int = 0) -> list[np.ndarray]:
     return [
         rng.normal(size=(count, 2, 3)).astype(np.float32),
         rng.integers(-(2**60), 2**60, count),
-        rng.random((count, 5)) < 0.5,
+        rng.integers(0, 2, (count, 5)),
     ]
 
 
@@ -216,7 +216,7 @@ def test_a_session_may_begin_somewhere_else() -> None:
     """Values by name; what is not given is the model's own."""
     start = CODEC.start({"h": [[1, 2, 3], [4, 5, 6]]})
     assert start[:2] == Snapshot(0, None, [])[:2]
-    assert [value.tolist() for value in start.state] == [[[1, 2, 3], [4, 5, 6]], 0, [True, False, False, False, True]]
+    assert [value.tolist() for value in start.state] == [[[1, 2, 3], [4, 5, 6]], 0, [1, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,6 @@ def test_a_session_may_begin_somewhere_else() -> None:
         ({"count": "7"}, r"\$\.state\.count is not int64.*got `str`"),
         ({"count": True}, r"\$\.state\.count is not int64.*got `bool`"),
         ({"h": [[1, 2, 3], [4, True, 6]]}, r"\$\.state\.h is not float32.*got `bool`"),
-        ({"seen": [1, 0, 0, 0, 1]}, r"\$\.state\.seen is not bool"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(values: dict[str, object], problem: str) -> None:

@@ -183,6 +183,7 @@ async def test_pages_are_in_order_and_complete(store: SessionStore) -> None:
     assert [r.id for r in await store.page(None, "", 4)] == ["s0", "s1", "s2", "s3"]
     assert [r.id for r in await store.page(None, "s3", 4)] == ["s4", "s5"]
     assert [r.id for r in await store.page("odd", "s1", 4)] == ["s3", "s5"]
+    assert [r.id for r in await store.page("", "", 4)] == []
 
 
 async def test_a_page_tells_what_a_session_is(store: SessionStore) -> None:
