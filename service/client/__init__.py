@@ -17,7 +17,7 @@ Rule: it needs the service's addresses and its packed rows, and imports none of 
 
 from service.client.asynchronous import AsyncClient, AsyncGroup, AsyncSession
 from service.client.blocking import Client, Group, Session
-from service.client.errors import LostSteps, NotAllStepped, NotLatch, OutputsNotKept, PatienceExhausted
+from service.client.errors import LostSteps, NotAllStepped, NotLatch, OtherProcess, OutputsNotKept, PatienceExhausted
 from service.client.protocol import Reply
 from service.errors import InvalidInput, LatchError, SessionExpired, SessionNotFound, StepConflict
 
@@ -32,6 +32,7 @@ __all__ = [
     "LostSteps",
     "NotAllStepped",
     "NotLatch",
+    "OtherProcess",
     "OutputsNotKept",
     "PatienceExhausted",
     "Reply",

@@ -15,14 +15,14 @@ from service.client.effects import Answer, Call, Dial, Effect, Exchange, Retry, 
 from service.client.groups import GroupLogic, replies_of
 from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing
 from service.client.streams import StreamLogic
-from service.client.transport import FAILURES, Target, failure
+from service.client.transport import FAILURES, Process, Target, failure
 from service.manifest import Array
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """As `Client`: close it, or use it in an `async with` block."""
+    """As `Client`: close it, or use it in an `async with` block. It is of the event loop in which it is first used."""
 
     def __init__(
         self, url: str, *, patience: float = 60.0, timeout: float = 10.0, headers: Mapping[str, str] | None = None
@@ -64,7 +64,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Lets go of the connections; sessions live on."""
-        await self._http.aclose()
+        if self._line.is_ours:
+            await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -193,8 +194,14 @@ class _Line:
     def __init__(self, http: httpx.AsyncClient, target: Target) -> None:
         self._http = http
         self._target = target
+        self._process = Process()
         self._dialled = AsyncExitStack()
         self._socket: ClientConnection | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its connections are this process's own."""
+        return self._process.is_this
 
     def another(self) -> "_Line":
         """One with a WebSocket of its own."""
@@ -202,6 +209,7 @@ class _Line:
 
     async def run(self, work: Work[T]) -> T:
         """Does what the work asks for until it has its result."""
+        self._process.check()
         try:
             effect = next(work)
             while True:
@@ -217,15 +225,21 @@ class _Line:
 
     async def hang_up(self) -> None:
         """Closes the WebSocket, if there is one."""
-        self._socket = None
-        await self._dialled.aclose()
+        socket, self._socket = self._socket, None
+        try:
+            await self._dialled.aclose()
+        except BaseException:
+            if socket is not None:  # interrupted: it would wait for the other end
+                socket.transport.abort()
+            raise
 
     async def _perform(self, effect: Effect) -> Any:
         match effect:
             case Sleep(seconds):
                 await asyncio.sleep(seconds)
             case Call():
-                reply = await self._http.request(**effect._asdict())
+                async with asyncio.timeout(effect.timeout):  # httpx's own limit is one for each read
+                    reply = await self._http.request(**effect._asdict())
                 return Answer(reply.status_code, reply.headers, reply.content)
             case Dial(path, timeout):
                 await self.hang_up()

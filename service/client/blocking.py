@@ -8,6 +8,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from itertools import islice
@@ -20,7 +21,7 @@ from service.client.effects import Answer, Call, Dial, Effect, Exchange, Retry, 
 from service.client.groups import GroupLogic, replies_of
 from service.client.protocol import ClientLogic, Reply, SessionLogic, Standing
 from service.client.streams import StreamLogic
-from service.client.transport import FAILURES, Target, failure
+from service.client.transport import FAILURES, Process, Target, failure
 from service.manifest import Array
 
 T = TypeVar("T")
@@ -96,7 +97,8 @@ class Client:
 
     def close(self) -> None:
         """Lets go of the connections; sessions live on."""
-        self._http.close()
+        if self._line.is_ours:
+            self._http.close()
 
     def __enter__(self) -> Self:
         return self
@@ -181,7 +183,9 @@ class Session(Standing):
         idle_ttl: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> "Session":
-        """Another session that goes on from here; this one stays as it is."""
+        """Another session that goes on from here; this one stays as it is. Raises SessionExists where the id is taken,
+        perhaps by an earlier try of this call whose answer was lost: `Client.session` finds it.
+        """
         return Session(self._line, self._run(self._logic.fork(session_id, idle_ttl, metadata)))
 
     def snapshot(self) -> bytes:
@@ -259,14 +263,31 @@ def _let_go(locks: list[Any]) -> None:
             _let_go(locks)
 
 
+def _close(process: Process, dialled: ExitStack) -> None:
+    """Closes a WebSocket, where it is this process's own."""
+    if process.is_this:
+        dialled.close()
+    else:
+        dialled.pop_all()
+
+
 class _Line:
     """Performs effects, over HTTP and over a WebSocket of its own."""
 
     def __init__(self, http: httpx.Client, target: Target) -> None:
         self._http = http
         self._target = target
+        self._process = Process()
         self._dialled = ExitStack()
         self._socket: ClientConnection | None = None
+        # At the end of the process, too, while threads still run: a stream that nobody has closed would wait for the
+        # one that reads its WebSocket for ever.
+        weakref.finalize(self, _close, self._process, self._dialled)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its connections are this process's own."""
+        return self._process.is_this
 
     def another(self) -> "_Line":
         """One with a WebSocket of its own."""
@@ -274,12 +295,15 @@ class _Line:
 
     def run(self, work: Work[T]) -> T:
         """Does what the work asks for until it has its result."""
+        self._process.check()
         try:
             effect = next(work)
             while True:
                 try:
                     outcome = self._perform(effect)
                 except FAILURES as error:
+                    if isinstance(effect, Sleep):  # of the caller's own, in the handler of a signal say
+                        raise
                     effect = work.throw(failure(error))
                 else:
                     effect = work.send(outcome)
@@ -290,15 +314,21 @@ class _Line:
     def hang_up(self) -> None:
         """Closes the WebSocket, if there is one."""
         self._socket = None
-        self._dialled.close()
+        _close(self._process, self._dialled)
 
     def _perform(self, effect: Effect) -> Any:
         match effect:
             case Sleep(seconds):
                 time.sleep(seconds)
             case Call():
-                reply = self._http.request(**effect._asdict())
-                return Answer(reply.status_code, reply.headers, reply.content)
+                end = time.monotonic() + effect.timeout  # httpx's own limit is one for each read
+                with self._http.stream(**effect._asdict()) as reply:
+                    body = []
+                    for part in reply.iter_bytes():
+                        body.append(part)
+                        if time.monotonic() > end:
+                            raise TimeoutError(f"the answer is not whole after {effect.timeout:g} s")
+                    return Answer(reply.status_code, reply.headers, b"".join(body))
             case Dial(path, timeout):
                 self.hang_up()
                 self._socket = self._dialled.enter_context(connect(**self._target.socket(path, timeout)))

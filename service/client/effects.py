@@ -8,11 +8,14 @@ import random
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from service.client.errors import PatienceExhausted
+from service.errors import InvalidInput
 
 FIRST_DELAY, LONGEST_DELAY = 0.05, 2.0  # seconds, of the back-off
+LONGEST_TIMEOUT = 86_400.0  # beyond some weeks, clocks of the system overflow
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -84,6 +87,15 @@ class Retry:
     clock: Callable[[], float] = time.monotonic
     jitter: Callable[[float, float], float] = random.uniform
 
+    def __post_init__(self) -> None:
+        for name, value, most in (("patience", self.patience, inf), ("timeout", self.timeout, LONGEST_TIMEOUT)):
+            if not (isinstance(value, int | float) and 0 < value <= most):
+                raise InvalidInput(f"{name} {value!r}: it is a number of seconds above 0, {most:g} at most", path=name)
+
+    def left(self, end: float) -> float:
+        """Seconds until a time of the clock, and never none."""
+        return max(0.001, end - self.clock())
+
     def until_done(self, attempt: Callable[[float], Work[T]], steps: range = range(0)) -> Work[T]:
         """Tries until it works or is refused for good.
 
@@ -99,12 +111,14 @@ class Retry:
         bound = FIRST_DELAY
         while True:
             try:
-                return (yield from attempt(max(0.001, min(self.timeout, deadline - self.clock()))))
+                return (yield from attempt(min(self.timeout, self.left(deadline))))
             except Later as later:
                 delay = max(later.after, self.jitter(0.0, bound))
                 if self.clock() + delay >= deadline:
                     problem = str(later.problem) or type(later.problem).__name__
                     unsure = f"; steps {steps[0]} to {steps[-1]} may or may not be applied" if steps else ""
+                    if later.after > self.patience:
+                        unsure += f"; another try would have to wait {later.after:g} s"
                     raise PatienceExhausted(
                         f"no success in {self.patience:g} s{unsure}; the last problem: {problem}", steps
                     ) from later.problem

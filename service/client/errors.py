@@ -30,6 +30,15 @@ class PatienceExhausted(LatchError):
         return type(self), (str(self), self.unacknowledged)
 
 
+class OtherProcess(LatchError):
+    """The client was made before this process was forked: both would write to the same connections, and read each
+    other's answers. Nothing was sent. Make a client in each process.
+    """
+
+    code = "other_process"
+    http_status = 500
+
+
 class LostSteps(LatchError):
     """The session is at a lower step than the service had acknowledged: a store lost data, or another client reset the
     session or rolled it back. Nothing was sent. `refresh()` goes on from where the session is now.

@@ -180,10 +180,11 @@ class GroupLogic:
                 raise NotLatch(f"an answer on channel {number}, on which nothing was asked")
             return owed[number]
 
+        end = self._client.retry.clock() + timeout
         message: bytes | None = b"".join([lane.frame() for lane in lanes])
         while owed:
             try:
-                received: bytes | str | None = yield Exchange(message, timeout)
+                received: bytes | str | None = yield Exchange(message, self._client.retry.left(end))
             except Later as later:
                 for lane in owed.values():
                     lane.is_slow = isinstance(later.problem, TimeoutError)

@@ -9,6 +9,7 @@ it kept, so that nothing is applied twice and no reply is missed, wherever the c
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 from uuid import uuid4
@@ -35,6 +36,7 @@ class Info(msgspec.Struct, frozen=True):
     model: str
     version: str
     step: int
+    created_at: datetime
     idle_ttl_ms: int
 
 
@@ -44,6 +46,7 @@ class Hello(msgspec.Struct):
     model: str
     version: str
     step: int
+    created_at: datetime
 
 
 class _Tensor(msgspec.Struct):
@@ -161,17 +164,19 @@ class ClientLogic:
                 raise InvalidInput("a session needs a model, or the id of one that exists", path="model")
             answer = yield from self.call("GET", _path(session_id))
         else:
-            ttl = None if idle_ttl is None else round(idle_ttl * 1000)
-            body = _json(model=model, version=version, idle_ttl_ms=ttl, metadata=metadata, state=state)
+            start = state and {name: _plain(value) for name, value in state.items()}
+            body = _json(
+                model=model, version=version, idle_ttl_ms=_milliseconds(idle_ttl), metadata=metadata, state=start
+            )
             # With an id of our own, a second try finds what the first one made.
-            answer = yield from self.call("PUT", _path(session_id or uuid4().hex), body)
+            answer = yield from self.call("PUT", _path(_own(session_id)), body)
         return (yield from self.opened(read(answer.body, Info)))
 
     def restore(self, snapshot: bytes, session_id: str | None, idle_ttl: float | None) -> "Work[SessionLogic]":
         """Makes a session of a snapshot, or has one stand there."""
-        ttl = "" if idle_ttl is None else f"?idle_ttl_ms={round(idle_ttl * 1000)}"
-        path = f"{_path(session_id or uuid4().hex)}/state{ttl}"
-        answer = yield from self.call("PUT", path, snapshot, PACKED)
+        ttl = "" if idle_ttl is None else f"?idle_ttl_ms={_milliseconds(idle_ttl)}"
+        path = f"{_path(_own(session_id))}/state{ttl}"
+        answer = yield from self.call("PUT", path, bytes(snapshot), PACKED)
         return (yield from self.opened(read(answer.body, Info)))
 
     def predict(
@@ -180,7 +185,7 @@ class ClientLogic:
         """Whole sequences, without a session."""
         names = None if outputs is None else list(outputs)
         try:
-            arrays = [np.ascontiguousarray(sequence) for sequence in sequences]
+            arrays = [_plain(np.asanyarray(sequence)) for sequence in sequences]
         except ValueError as error:
             raise InvalidInput(f"a sequence is no array: {error}", path="sequences") from error
         body = _json(sequences=arrays, outputs=names)
@@ -226,9 +231,13 @@ class SessionLogic:
             answer = yield from self.client.call("POST", f"{self.path}/steps?{query}", data, PACKED, steps)
         except StepConflict as error:
             raise self.conflict(error) from error
-        self.at = steps[-1]
+        if answer.headers.get("latch-step") != str(steps[-1]):
+            raise NotLatch(
+                f"{answer.status}, and not the answer to steps {steps[0]} to {steps[-1]}: {answer.body[:80]!r}"
+            )
         kept = "latch-already-applied" not in answer.headers
         outcome = self.unpack(answer.body, names, count) if kept else None
+        self.at = steps[-1]  # now that it is sure that the service has said so
         return Reply(outcome, steps[0], self.at, "latch-replayed" in answer.headers)
 
     def refresh(self) -> Work[None]:
@@ -247,9 +256,8 @@ class SessionLogic:
         self, session_id: str | None, idle_ttl: float | None, metadata: Mapping[str, str] | None
     ) -> "Work[SessionLogic]":
         """Another session that goes on from here."""
-        branch = session_id or uuid4().hex
-        ttl = None if idle_ttl is None else round(idle_ttl * 1000)
-        body = _json(id=branch, idle_ttl_ms=ttl, metadata=metadata)
+        branch = _own(session_id)
+        body = _json(id=branch, idle_ttl_ms=_milliseconds(idle_ttl), metadata=metadata)
         try:
             answer = yield from self.client.call("POST", f"{self.path}/fork", body)
         except SessionExists:
@@ -261,18 +269,24 @@ class SessionLogic:
     def snapshot(self) -> Work[bytes]:
         """The session as bytes."""
         answer = yield from self.client.call("GET", f"{self.path}/state")
+        if answer.headers.get("content-type") != PACKED:
+            raise NotLatch(f"{answer.status}, and no snapshot: {answer.body[:80]!r}")
         return answer.body
 
     def delete(self) -> Work[None]:
         """Ends the session; one that is gone is no error."""
         try:
-            yield from self.client.call("DELETE", self.path)
+            answer = yield from self.client.call("DELETE", self.path)
         except (SessionNotFound, SessionExpired):
             return
+        if answer.status != 204:
+            raise NotLatch(f"{answer.status}, and not in Latch's words: {answer.body[:80]!r}")
 
     def pack(self, rows: Any) -> tuple[bytes, int]:
         """One row, or T of them, as packed rows and T. Raises InvalidInput for another shape or kind of number."""
         dtype, shape = self.rows.input
+        if np.ma.is_masked(rows):
+            raise InvalidInput("some of the rows' values are masked: fill them first", path="inputs")
         try:
             with np.errstate(over="ignore"):  # the service says which value it is
                 array = np.asarray(rows).astype(dtype, order="C", casting="same_kind")
@@ -297,11 +311,19 @@ class SessionLogic:
 
     def greeted(self, hello: Hello) -> None:
         """Raises SessionNotFound where another session has the id now, and LostSteps as `check`."""
-        if (hello.model, hello.version) != (self.info.model, self.info.version):
-            raise SessionNotFound(
-                f"session {self.info.id!r} was deleted, and made anew on {hello.model}/{hello.version}: open it again"
-            )
+        self.check_model(hello)
         self.check(hello.step)
+        if hello.created_at != self.info.created_at:
+            raise SessionNotFound(
+                f"session {self.info.id!r} was deleted, and made anew at {hello.created_at}: refresh() goes on with it"
+            )
+
+    def check_model(self, found: Info | Hello) -> None:
+        """Raises SessionNotFound where the id is of another model's session now."""
+        if (found.model, found.version) != (self.info.model, self.info.version):
+            raise SessionNotFound(
+                f"session {self.info.id!r} was deleted, and made anew on {found.model}/{found.version}: open it again"
+            )
 
     def conflict(self, error: StepConflict) -> StepConflict:
         """The conflict, which is another client's doing. Raises LostSteps where it is not."""
@@ -312,11 +334,41 @@ class SessionLogic:
 
     def _moved(self, call: Work[Answer]) -> Work[None]:
         answer = yield from call
-        self.at = read(answer.body, Info).step
+        info = read(answer.body, Info)
+        self.check_model(info)
+        self.info, self.at = info, info.step
+
+
+def _own(session_id: str | None) -> str:
+    """An id that is the client's own, made up where none is given."""
+    return uuid4().hex if session_id is None else session_id
 
 
 def _path(session_id: str) -> str:
+    """Raises InvalidInput for no id at all, which would be another address."""
+    if not session_id:
+        raise InvalidInput("an empty id is no session's; None has one made up", path="session_id")
     return f"/v1/sessions/{quote(session_id, safe='')}"
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    try:
+        return None if seconds is None else round(seconds * 1000)
+    except (ValueError, OverflowError) as error:
+        raise InvalidInput(f"idle_ttl {seconds}: it is a number of seconds", path="idle_ttl") from error
+
+
+def _plain(value: Any) -> Any:
+    """An array as JSON can say it; anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if np.ma.is_masked(value):
+        raise InvalidInput("some values of an array are masked: fill them first")
+    kind = {"b": "u1", "f": "f4" if value.itemsize <= 4 else "f8"}.get(value.dtype.kind, value.dtype.newbyteorder("="))
+    array = np.asarray(value, kind, order="C")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInput("a value of an array is not finite")
+    return array if array.ndim else array.item()
 
 
 def _json(**fields: Any) -> bytes:

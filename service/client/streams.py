@@ -28,7 +28,7 @@ class StreamLogic:
     def __init__(self, session: SessionLogic, outputs: Iterable[str] | None, window: int = 1) -> None:
         if window < 1:
             raise InvalidInput(f"a window of {window}: it holds at least one item", path="window")
-        self._session = session
+        self._session, self._retry = session, session.client.retry
         self.requests = Requests(session, outputs)
         self._is_open = False
         # A socket of one session gives the prediction; for anything else a channel is opened on the other kind.
@@ -40,7 +40,7 @@ class StreamLogic:
         """Has the rows applied; gives the replies of the items that are whole with them."""
         attempt = partial(self._attempt, self.requests.frame(request))
         try:
-            answer = yield from self._session.client.retry.until_done(attempt, self.requests.steps(request))
+            answer = yield from self._retry.until_done(attempt, self.requests.steps(request))
         except StepConflict as error:
             raise self._session.conflict(error) from error
         replies = self.requests.replies(request, answer)
@@ -48,21 +48,22 @@ class StreamLogic:
         return replies
 
     def _attempt(self, message: bytes, timeout: float) -> Work[frames.Answer]:
+        end = self._retry.clock() + timeout
         try:
             if not self._is_open:
                 yield Dial(self._path, timeout)
-                hello = yield from self._answer(self._opening, Kind.HELLO, timeout)
+                hello = yield from self._answer(self._opening, Kind.HELLO, end)
                 self._session.greeted(read(hello.payload, Hello))
                 self._is_open = True
-            return (yield from self._answer(message, Kind.STEPPED, timeout))
+            return (yield from self._answer(message, Kind.STEPPED, end))
         except Later:
             self._is_open = False
             raise
 
-    def _answer(self, message: bytes | None, kind: Kind, timeout: float) -> Work[frames.Answer]:
+    def _answer(self, message: bytes | None, kind: Kind, end: float) -> Work[frames.Answer]:
         """Sends a message and waits for a frame of a kind; others that are no error (going away, say) pass by."""
         while True:
-            received: bytes | str | None = yield Exchange(message, timeout)
+            received: bytes | str | None = yield Exchange(message, self._retry.left(end))
             if not isinstance(received, bytes):
                 raise NotLatch(f"a message that is no frame: {received!r:.80}")
             for answer in frames.read_answers(received, lambda _: self.requests.out_bytes):

@@ -3,6 +3,7 @@
 Rule: the only place that knows how httpx and websockets say that something broke.
 """
 
+import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +15,30 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, W
 from websockets.typing import Subprotocol
 
 from service.client.effects import Later
-from service.client.errors import NotLatch
+from service.client.errors import NotLatch, OtherProcess
 from service.errors import InvalidInput, LatchError, PayloadTooLarge
 
 # Whatever the libraries raise because of the network or the other end. TimeoutError is an OSError.
-FAILURES = (httpx.TransportError, WebSocketException, OSError)
+FAILURES = (httpx.RequestError, WebSocketException, OSError)
 _TOO_BIG = 1009
 _REFUSALS = (1002, 1003, 1007, 1008, 1010)  # the service, or a proxy, will close as often as we send this
+
+
+class Process:
+    """The process that connections were made in."""
+
+    def __init__(self) -> None:
+        self._id = os.getpid()
+
+    @property
+    def is_this(self) -> bool:
+        """Whether it is this one, and not one that this was forked from."""
+        return self._id == os.getpid()
+
+    def check(self) -> None:
+        """Raises OtherProcess."""
+        if not self.is_this:
+            raise OtherProcess("this client was made before the process was forked: make one in each process")
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,16 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "url", urlsplit(self.url).geturl())  # the scheme in lower case
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise InvalidInput(f"{self.url!r} is no address: it starts with http:// or https://", path="url")
+        try:
+            parts = urlsplit(self.url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # the port is no number, or too large
+            is_address = False
+        if not is_address or parts.query or parts.fragment or any(map(str.isspace, self.url)):
+            raise InvalidInput(
+                f"{self.url!r} is no address: http:// or https://, a host, perhaps a port and a path", path="url"
+            )
+        object.__setattr__(self, "url", parts.geturl())  # the scheme in lower case
 
     def http(self) -> dict[str, Any]:
         """Arguments of an httpx client."""
@@ -46,7 +71,8 @@ class Target:
             "subprotocols": [Subprotocol("latch.binary")],
             "additional_headers": dict(self.headers),
             "open_timeout": timeout,
-            "close_timeout": 1,
+            "close_timeout": 0.2,  # what was sent is answered, or asked again: nothing hangs on a proper goodbye
+            "ping_timeout": None,  # a pong waits behind a long message on a slow line; an exchange has its own limit
             "compression": None,  # a row is small and hardly shrinks
             "max_size": None,
         }
@@ -66,6 +92,8 @@ def failure(error: Exception) -> Later | LatchError:
         )
     if isinstance(error, InvalidURI):
         return NotLatch(str(error))
+    if isinstance(error, httpx.LocalProtocolError):
+        return InvalidInput(f"this is no HTTP: {error}", path="headers")
     if isinstance(error, InvalidStatus):
         status = error.response.status_code
         if status < 500 and status not in (408, 429):

@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -91,8 +92,10 @@ def network(url: str, lengths: list[int | None]) -> Iterator[Network]:
 
 
 @contextmanager
-def stranger(answer: bytes) -> Iterator[int]:
-    """Something else on a port, which says the same to everybody; or nothing, and keeps the line."""
+def stranger(answer: bytes, pause: float = 0.0) -> Iterator[int]:
+    """Something else on a port, which says the same to everybody, perhaps with a pause before each byte of the body; or
+    nothing, and keeps the line.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -102,9 +105,16 @@ def stranger(answer: bytes) -> Iterator[int]:
                     if not answer:
                         silent.enter_context(near)
                         continue
-                    with near:
+                    with near, suppress(ConnectionError):
                         near.recv(65536)
-                        near.sendall(answer)
+                        if pause:
+                            head, _, body = answer.partition(b"\r\n\r\n")
+                            near.sendall(head + b"\r\n\r\n")
+                            for byte in body:
+                                time.sleep(pause)
+                                near.sendall(bytes([byte]))
+                        else:
+                            near.sendall(answer)
 
         thread = threading.Thread(target=serve)
         thread.start()

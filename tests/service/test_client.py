@@ -2,13 +2,16 @@
 
 import asyncio
 import inspect
+import os
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,16 @@ from websockets.http11 import Request
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
-from service.client import AsyncClient, Client, LostSteps, NotAllStepped, NotLatch, PatienceExhausted, Reply
+from service.client import (
+    AsyncClient,
+    Client,
+    LostSteps,
+    NotAllStepped,
+    NotLatch,
+    OtherProcess,
+    PatienceExhausted,
+    Reply,
+)
 from service.client.blocking import _let_go
 from service.client.effects import Dial, Exchange, Later, Retry, Work
 from service.client.transport import Target, failure
@@ -634,10 +646,101 @@ def test_what_answers_instead_of_the_service(
             assert caught.value.unacknowledged == range(2, 3)
 
 
-def test_an_address_that_is_none_is_refused(client: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://a",
+        "http://",
+        "http:///a",
+        "http://a:99999",
+        "http://a:x",
+        "http://a:1 ",
+        "http://a/?b=c",
+    ],
+)
+def test_an_address_that_is_none_is_refused(client: Callable[..., Any], url: str) -> None:
     """Before anything is sent."""
     with pytest.raises(InvalidInput, match="http://"):
-        client("127.0.0.1:8000")
+        client(url)
+
+
+def test_a_header_that_is_none_is_refused_and_not_tried_for_ever(server: Server, client: Callable[..., Any]) -> None:
+    """It will not be one the next time."""
+    with pytest.raises(InvalidInput, match="no HTTP"):
+        client(server.url, headers={"a": "b\nc"}).session(model="toy")
+
+
+def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(client: Callable[..., Any]) -> None:
+    """Each of them comes soon enough, and all of them would take for ever."""
+    with stranger(page("200 OK", "{}" * 1000), pause=0.05) as port:
+        begun = time.monotonic()
+        with pytest.raises(PatienceExhausted):
+            client(f"http://127.0.0.1:{port}", patience=1.0, timeout=0.4).session(model="toy")
+        assert time.monotonic() - begun < 20  # 100 s for one answer
+
+
+def test_a_client_of_another_process_is_refused(
+    server: Server, client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that read from one connection would take each other's answers."""
+    latch = client(server.url)
+    session = latch.session(model="toy")
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: 0)
+        with pytest.raises(OtherProcess, match="one in each process"):
+            session.step(ROWS[0])
+        latch.close()  # which leaves the other's connections alone
+    assert session.step(ROWS[0]).step == 1
+
+
+def test_the_end_of_a_forked_process_leaves_the_connections_alone(server: Server) -> None:
+    """It says no goodbye on the socket that both have."""
+    program = f"""
+import os
+from service.client import Client
+with Client({server.url!r}) as latch:
+    replies = latch.session(model="toy").stream([[1, 2, 3]] * 5)
+    next(replies)
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        print(*(reply.step for reply in replies), all(not reply.replayed for reply in replies))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert run.stdout == "2 3 4 5 True\n"
+
+
+@pytest.mark.parametrize("keeps", ["replies", "group"])
+def test_a_process_ends_whatever_it_has_not_closed(server: Server, keeps: str) -> None:
+    """A stream or a group that somebody still holds does not wait for a thread that is gone."""
+    program = f"""
+from service.client import Client
+latch = Client({server.url!r})
+session, group = latch.session(model="toy"), latch.group()
+replies = session.stream([[1, 2, 3]] * 5)
+kept = {{"replies": replies, "group": group}}[{keeps!r}]
+print(next(replies).step if kept is replies else group.step({{session: [1, 2, 3]}})[session].step)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert run.stdout == "1\n"
+
+
+def test_the_handler_of_a_signal_may_end_a_pause(server: Server) -> None:
+    """What it raises is the caller's, though it looks like a network that is slow."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError("enough")
+
+    with Client(f"http://127.0.0.1:{free_port()}", patience=30.0) as latch:
+        before = signal.signal(signal.SIGALRM, ring)
+        latch._logic.retry = replace(latch._logic.retry, jitter=lambda least, most: 5.0)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            with pytest.raises(TimeoutError, match="enough"):
+                latch.session(model="toy")
+        finally:
+            signal.signal(signal.SIGALRM, before)
 
 
 def test_a_message_larger_than_the_service_takes(start: Callable[..., Server], client: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import deque
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from service.wire.rows import Field, RowFormat
 from tests.service.test_client_protocol import performed
 
 ROW = RowFormat(Field("float32", (1,)), {"y": Field("float32", (1,)), "h": Field("float32", (1,))})
+MADE = datetime(2026, 11, 28, tzinfo=UTC)
 REFUSALS = {
     "overloaded": Overloaded("full", retry_after_ms=100),
     "store_unavailable": StoreUnavailable("gone"),
@@ -88,7 +90,7 @@ class Hub:
     def session(self, name: str) -> SessionLogic:
         """One that is there now, as a client finds it."""
         found = self.sums.setdefault(name, Sum())
-        return SessionLogic(self.client, Info(name, "sum", "1", len(found.applied), 900_000), ROW)
+        return SessionLogic(self.client, Info(name, "sum", "1", len(found.applied), MADE, 900_000), ROW)
 
     def run(self, work: Work[Any]) -> Any:
         """Performs as a shell does."""
@@ -144,7 +146,8 @@ class Hub:
             return frames.notice(Kind.ERROR, channel, SessionNotFound("no such session").to_dict())
         self._bound[channel] = name, outputs
         model, step = self.models.get(name, "sum"), len(self.sums[name].applied)
-        return frames.notice(Kind.HELLO, channel, {"session": name, "model": model, "version": "1", "step": step})
+        facts = {"session": name, "model": model, "version": "1", "step": step, "created_at": MADE.isoformat()}
+        return frames.notice(Kind.HELLO, channel, facts)
 
     def _step(self, frame: frames.Frame) -> bytes:
         name, outputs = self._bound[frame.channel]
@@ -521,3 +524,18 @@ def test_the_sockets_own_refusal_may_pass() -> None:
     next(work)
     work.send(None)
     assert isinstance(work.send(frames.notice(Kind.ERROR, 0, Draining("stopping").to_dict())), Sleep)
+
+
+def test_the_answers_to_one_message_share_its_time() -> None:
+    """However many of them there are: a service that answers one every now and then is given up."""
+    hub = Hub()
+    group = GroupLogic(hub.client, None)
+    hub.run(group.step([(hub.session(name), [1.0]) for name in "abc"]))  # opens the channels
+    hub.takes, timeouts = 2.0, []
+
+    def perform(effect: Any) -> Any:
+        timeouts.append(effect.timeout)
+        return hub._perform(effect)
+
+    performed(group.step([(hub.session(name), [1.0]) for name in "abc"]), perform)
+    assert timeouts == [10.0, pytest.approx(8.0), pytest.approx(6.0)]

@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -73,6 +74,7 @@ class Latch:
         self.answers: deque[Answer] = deque()
         self.calls: list[Call] = []
         self.naps: list[float] = []
+        self.created_at = datetime(2026, 11, 28, tzinfo=UTC)
         self.dials: list[str] = []
         self.now = 0.0
         self.is_dialled = False
@@ -105,6 +107,7 @@ class Latch:
             "model": "sum",
             "version": "1",
             "step": len(self.applied),
+            "created_at": self.created_at.isoformat(),
             "idle_ttl_ms": 900_000,
             "metadata": {},
         }
@@ -202,6 +205,8 @@ class Latch:
                 answer = Answer(200, headers, reply.data or b"")
             elif url.path.startswith("/v1/models"):
                 answer = Answer(200, {}, json.dumps(MODEL).encode())
+            elif call.method == "DELETE":
+                answer = Answer(204, {}, b"")
             else:
                 answer = Answer(200, {}, json.dumps(self.info()).encode())
             if fate == "store_unavailable":
@@ -545,3 +550,131 @@ def test_a_hello_of_another_model_ends_the_stream_before_anything_is_sent() -> N
     assert work.send(None).message is None
     with pytest.raises(SessionNotFound, match="made anew on other/1"):
         work.send(frames.notice(Kind.HELLO, 0, latch.info() | {"model": "other", "version": "1"}))
+
+
+def test_who_was_made_anew_is_told_by_when_that_was() -> None:
+    """At as many steps, of the same model, it is another session: nothing is sent until the client is told to go on."""
+    latch = Latch()
+    session = latch.session()
+    latch.created_at += timedelta(seconds=1)
+    with pytest.raises(SessionNotFound, match="made anew at 2026-11-28 00:00:01"):
+        next(latch.stream(session, [[3.0]]))
+    assert latch.applied == []
+    latch.run(session.refresh())
+    assert next(latch.stream(session, [[3.0]])).step == 1
+
+
+def test_what_is_no_answer_to_a_step_counts_none() -> None:
+    """The page of a hotel that stands between: nothing is acknowledged by it, and the same call again applies once."""
+    latch = Latch()
+    session = latch.session()
+    page = Answer(200, {}, b"<html>please log in</html>")
+    latch.answers.append(page)
+    with pytest.raises(NotLatch, match=r"not the answer to steps 1 to 1.*please log in"):
+        latch.run(session.step([1.0], None))
+    assert (session.at, latch.applied) == (0, [])
+    assert latch.run(session.step([1.0], None)).step == 1
+    work = session.step([2.0], None)
+    call = next(work)
+    latch._call(call)  # which is applied, and its answer lost
+    assert isinstance(work.throw(Later(ConnectionResetError("cut"))), Sleep)
+    assert work.send(None) == call
+    with pytest.raises(NotLatch):
+        work.send(page)
+    reply = latch.run(session.step([2.0], None))
+    assert (reply.step, reply.replayed, latch.applied) == (2, True, [1.0, 2.0])
+
+
+def test_what_is_no_snapshot_and_no_end_is_told() -> None:
+    """Whatever answers 200 is not taken for either."""
+    latch = Latch()
+    session = latch.session()
+    for work in (session.snapshot, session.delete):
+        latch.answers.append(Answer(200, {"content-type": "text/html"}, b"<html>"))
+        with pytest.raises(NotLatch):
+            latch.run(work())
+    latch.answers.append(Answer(200, {"content-type": PACKED}, b"bytes"))
+    assert latch.run(session.snapshot()) == b"bytes"
+
+
+def test_all_that_a_try_asks_for_shares_its_time() -> None:
+    """A dial that takes 4 of 10 seconds leaves 6 for the hello, and what is left of these for the answer."""
+    latch = Latch()
+    logic = StreamLogic(latch.session(), None)
+    work = logic.exchange(next(logic.requests.cut([[3.0]])))
+    timeouts = [next(work).timeout]
+    latch.now += 4
+    timeouts.append(work.send(None).timeout)
+    latch.now += 5
+    timeouts.append(work.send(frames.notice(Kind.HELLO, 0, latch.info())).timeout)
+    assert timeouts == [10.0, pytest.approx(6.0), pytest.approx(1.0)]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), None, "5"])
+@pytest.mark.parametrize("name", ["patience", "timeout"])
+def test_times_that_are_none_are_refused(name: str, value: Any) -> None:
+    """Where the client is made, and not when it first waits."""
+    with pytest.raises(InvalidInput, match=name):
+        Retry(**{name: value})
+
+
+def test_patience_has_no_end_where_one_likes_and_a_try_has_one() -> None:
+    """Clocks of the system overflow where one try may take for ever."""
+    assert Retry(patience=float("inf")).patience > 1e300
+    with pytest.raises(InvalidInput, match=r"timeout inf.*86400 at most"):
+        Retry(timeout=float("inf"))
+
+
+def test_a_pause_that_is_longer_than_patience_is_told() -> None:
+    """It is not waited for, so the time that was spent says nothing."""
+    latch = Latch()
+    session = latch.session()
+    latch.answers.append(Answer(503, {"retry-after": "3600"}, b""))
+    with pytest.raises(PatienceExhausted, match="would have to wait 3600 s"):
+        latch.run(session.step([1.0], None))
+
+
+def test_an_empty_id_is_not_made_up_for() -> None:
+    """A device whose settings lack a name would begin anew at every start."""
+    latch = Latch()
+    session = latch.session()
+    for work in (
+        latch.logic.session("", "sum", None, None, None, None),
+        latch.logic.restore(b"", "", None),
+        latch.logic.session("a", "sum", None, float("nan"), None, None),
+        session.fork("a", float("inf"), None),
+    ):
+        with pytest.raises(InvalidInput, match=r"empty id|idle_ttl"):
+            latch.run(work)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[1.0], [2.0]], ">f8"),
+        np.array([[2.0], [1.0]], "f4")[::-1],
+        np.array([[1.0], [2.0]], np.longdouble),
+        np.array([[1.0], [2.0]], "f2"),
+        np.array([[1], [2]], ">i2"),
+        [[1.0], [2.0]],
+    ],
+)
+def test_arrays_of_any_kind_are_sequences_and_states(values: Any) -> None:
+    """Also those that JSON's writer does not take as they are."""
+    latch = Latch()
+    with pytest.raises(NotLatch):
+        latch.run(latch.logic.predict("sum", [values], None))
+    assert json.loads(latch.calls[-1].content) == {"sequences": [[[1.0], [2.0]]]}
+    latch.run(latch.logic.session("s", "sum", None, None, None, {"h": values, "c": np.array(5)}))
+    assert json.loads(latch.calls[-2].content)["state"] == {"h": np.asarray(values).tolist(), "c": 5}
+
+
+def test_what_is_masked_or_not_finite_is_refused() -> None:
+    """What lies under a mask is nobody's value."""
+    latch = Latch()
+    masked = np.ma.masked_array([[1.0], [2.0]], [[0], [1]])
+    with pytest.raises(InvalidInput, match="masked"):
+        latch.run(latch.session().step(masked, None))
+    for values, word in ((masked, "masked"), ([[float("nan")]], "not finite")):
+        with pytest.raises(InvalidInput, match=word):
+            latch.run(latch.logic.predict("sum", [values], None))
