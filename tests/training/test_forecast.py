@@ -173,6 +173,27 @@ def test_drift_is_the_mean_change_of_the_rows_that_train(csv: Csv) -> None:
     assert found["last value", "mae b"] == 0
 
 
+def test_a_target_that_begins_late_has_no_last_value_before(csv: Csv, tmp_path: Path) -> None:
+    """Nothing that was not measured is in a baseline: neither in the mean change, nor in what is scored."""
+    data = load(csv(holes={"a": range(50)}), inputs=("b",), horizon=3)
+    found = {(one.name, one.metric): one.value for one in data.references}
+    assert (found["last value", "mae a"], found["drift (mean change in 3 rows)", "mae a"]) == pytest.approx((3, 0))
+    assert min(targets[asked].min() for _, targets, asked in data.splits["train"].items) == 50
+    path = machines(tmp_path / "m.csv", {"left": 200, "right": 200})
+    path.write_text(re.sub(r"right,1(0..|1[0-7].)", "right,", path.read_text()))
+    for season, first in ((0, 180), (2, 181)):
+        late = load(path, targets=("a",), inputs=("b",), by="machine", season=season)
+        assert {one.value for one in late.references if one.metric == "mae a"} <= {0, 1, 2}
+        _, targets, asked = late.splits["test"].items[-1]
+        assert targets[asked].min() == 1000 + first + 1
+
+
+def test_a_target_that_has_just_begun_has_no_drift(csv: Csv) -> None:
+    """No change of it was seen in the rows that train."""
+    data = load(csv(holes={"a": range(137)}), inputs=("b",), horizon=5)
+    assert {one.name for one in data.references} == {"last value"}
+
+
 def test_every_gap_of_a_file_is_told(csv: Csv, tmp_path: Path) -> None:
     """However many columns have some, and that sequences end at long ones; of many series, about the first."""
     holes = {f"c{index}": 20 + 5 * index for index in range(12)}

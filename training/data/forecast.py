@@ -190,8 +190,10 @@ def load(path: Path, options: Options) -> DataSet:
             f"{path}, column {min(still)!r} never changes in what is forecast of the first {options.split[0]}% of the "
             "rows, which train: take another target, a smaller --horizon, or another --split"
         )
-    mean = np.concatenate(changes).mean(axis=0)
-    errors[f"drift (mean change in {_rows(options.horizon)})"] = [error - mean for error in errors["last value"]]
+    moved = np.concatenate(changes)
+    if len(moved):  # else every value that trains is the first of its target, or within a horizon of it
+        mean = moved.mean(axis=0)
+        errors[f"drift (mean change in {_rows(options.horizon)})"] = [error - mean for error in errors["last value"]]
     references = baselines(errors, asked.std(axis=0, ddof=1), info.outputs)
     splits = {name: Split(items) for name, items in parts.items()}
     ignored = [f"ignored columns: {', '.join(table.ignored)}"] if table.ignored else []
@@ -294,23 +296,24 @@ def cut(
     """The items of the rows of a split, and what each baseline errs on their predicted steps [steps, O].
 
     A scored sequence is joined in the middle, as a session that goes on: the rows before the split are its past and
-    are not scored, nor are rows that a baseline says nothing about.
+    are not scored, nor are rows that a baseline says nothing about. Before a target was first measured none does.
     """
     items: list[Item] = []
     errors: dict[str, list[Values]] = {name: [] for name in back}
     reach = max(back.values())
+    seen: Flags = np.logical_and.reduce(np.logical_or.accumulate(grid.known[:, y], axis=0), axis=1)
     for first, last in sequences(grid.start, part.start, part.stop):
         begin = int(grid.start[first])
         at = np.arange(max(begin, first - max(options.window, reach)) if scored else first, last - options.horizon)
         targets = grid.values[at + options.horizon][:, y]
         predicted: Flags = np.logical_and.reduce(grid.known[at + options.horizon][:, y], axis=1)
         if scored:
-            predicted &= (at >= first) & (at - reach >= begin)
+            predicted &= (at >= first) & (at - reach >= begin) & seen[np.maximum(at - reach, 0)]
         item = (grid.values[at][:, x].astype(np.float32), targets.astype(np.float32), predicted)
         items.append(item)
         for name, rows in back.items():
             before = grid.values[np.maximum(at - rows, 0)][:, y]  # where there is none, nothing is predicted either
-            errors[name].append((before - targets)[predicted])
+            errors[name].append((before - targets)[predicted & seen[at]])
     return items, errors
 
 
