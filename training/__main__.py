@@ -172,7 +172,7 @@ def fit(
         console.print(f"wrote {', '.join(map(str, write_report(folder, done, data_set)))}")
     if export:
         if (version := exported(done, models, model_name)) is not None:
-            console.print(f"the run had finished before: {version} is left as it is")
+            console.print(f"the same model is there already: {version} is left as it is")
         else:
             console.print(f"wrote {export_run(folder, models, model_name)}; `latch serve --models {models}` serves it")
 

@@ -44,6 +44,10 @@ def _settings(run: Run) -> dict[str, Any]:
     )
 
 
+def _data(info: DataInfo) -> dict[str, Any]:
+    return {key: getattr(info, key) for key in ("name", "source", "sha256", "split", "licence")}
+
+
 def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
 
@@ -74,8 +78,8 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
 
 
 def exported(run: Run, models: Path, name: str) -> Path | None:
-    """The version of `name` in `models` that was made of a finished run; None where there is none."""
-    mine = (run.model.cell, _settings(run), (run.result or {}).get("metrics"))
+    """The version of `name` in `models` that says of itself what a finished run would; None where there is none."""
+    mine = (run.model.cell, _data(run.data), _settings(run), (run.result or {}).get("metrics"))
     for version in sorted(models.glob(f"{name}/*")):
         if not version.name.isdecimal():
             continue
@@ -83,7 +87,7 @@ def exported(run: Run, models: Path, name: str) -> Path | None:
             found = read_manifest(version)
         except ExportError:  # of a version that is none
             continue
-        if ((found["unit"] or {}).get("cell"), found["training"], found["metrics"]) == mine:
+        if ((found["unit"] or {}).get("cell"), *(found[key] for key in ("data", "training", "metrics"))) == mine:
             return version
     return None
 
@@ -142,7 +146,7 @@ def make_manifest(
         "parameters": sum(value.numel() for value in model.parameters()),
         "files": files,
         "golden": {"sequences": GOLDEN_SEQUENCES, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE},
-        "data": {key: getattr(info, key) for key in ("name", "source", "sha256", "split", "licence")},
+        "data": _data(info),
         "training": _settings(run),
         "metrics": result["metrics"],
         "libraries": run.libraries,

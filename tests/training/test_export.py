@@ -316,6 +316,15 @@ def test_a_model_is_of_the_run_whose_scores_it_has(tiny: DataSet, tmp_path: Path
     assert module.exported(other, tmp_path / "models", "kept") is None
 
 
+def test_a_model_that_says_something_else_of_its_data_is_another(tiny: DataSet, tmp_path: Path) -> None:
+    """A run made again to have another licence, say, is written, although its scores are the same."""
+    finished(tmp_path / "run", tiny)
+    export(tmp_path / "run", tmp_path / "models", "kept")
+    run = Run.load(tmp_path / "run")
+    for other in ({"licence": "CC0"}, {"source": "elsewhere"}, {"sha256": "0"}):
+        assert module.exported(replace(run, data=replace(run.data, **other)), tmp_path / "models", "kept") is None
+
+
 def test_the_tenth_version_is_newer_than_the_ninth(tmp_path: Path) -> None:
     """Versions are numbers; what else lies beside them is none."""
     for name in ("9", "10", "9.old"):

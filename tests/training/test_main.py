@@ -113,7 +113,7 @@ def test_one_command_makes_a_model_of_a_csv(tmp_path: Path, waves: Path) -> None
     assert "| mae a | m |" in report
     assert "seasonal naive (57 rows), test" in report
     assert (run / "forecast.png").read_bytes().startswith(b"\x89PNG")
-    assert "is left as it is" in call(*words)
+    assert f"the same model is there already: {models / 'two-waves' / '1'} is left as it is" in call(*words)
     assert [path.name for path in (models / "two-waves").iterdir()] == ["1"]
     assert "last value" in call("evaluate", str(run))
 
