@@ -29,13 +29,18 @@ def replace(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
-    """Tensors and their JSON meta as one safetensors file, in one stroke."""
+    """Tensors and their JSON meta as one safetensors file, in one stroke; CheckpointError where the disk refuses it."""
     partial = path.with_name(path.name + ".tmp")
     # safetensors refuses tensors that share memory; a state may.
-    save_file(
-        {name: value.contiguous().clone() for name, value in tensors.items()}, partial, {"meta": json.dumps(meta)}
-    )
-    partial.replace(path)
+    whole = {name: value.contiguous().clone() for name, value in tensors.items()}
+    try:
+        save_file(whole, partial, {"meta": json.dumps(meta)})
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): make room on its disk, or choose another --run"
+        ) from error
 
 
 def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:

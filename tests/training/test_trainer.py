@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
 from torch.nn.utils import parameters_to_vector
 
 from training.checkpoint import Run, load_tensors, save_tensors
@@ -361,6 +362,22 @@ def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
             fit(replace(tiny, info=replace(tiny.info, **{name: value})), model_for(tiny), CONFIG, tmp_path)  # type: ignore[arg-type]
 
 
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file that could not be written; what was there stays, and no part of the new one does."""
+    path = tmp_path / "best.safetensors"
+    save_tensors(path, {"x": torch.ones(2)}, {"epoch": 1})
+
+    def full(_: object, partial: Path, __: object) -> None:
+        partial.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"best\.safetensors cannot be written \(No space left on device\): make"):
+        save_tensors(path, {"x": torch.zeros(2)}, {"epoch": 2})
+    assert list(tmp_path.iterdir()) == [path]
+    assert load_tensors(path)[1] == {"epoch": 1}
+
+
 def test_a_truncated_checkpoint_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     """Resuming from half a file is an error that names it."""
     with pytest.raises(RuntimeError):
@@ -390,7 +407,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(
 ) -> None:
     """A disk that fills up while epoch 3 is written leaves epoch 2 whole."""
     fill_the_disk(monkeypatch, "last.safetensors")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors cannot be written \(.*no space"):
         fit(tiny, model_for(tiny), CONFIG, tmp_path)
     assert load_tensors(tmp_path / "last.safetensors")[1]["epoch"] == 2
 
@@ -643,7 +660,7 @@ def test_overflows_are_counted_by_the_epoch(tiny: DataSet, tmp_path: Path, caplo
 def test_what_last_calls_the_best_is_in_best(tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the best weights of an epoch could not be written: that epoch is run again."""
     fill_the_disk(monkeypatch, "best.safetensors")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="no space"):
         fit(tiny, model_for(tiny), CONFIG, tmp_path)
     best, last = (load_tensors(tmp_path / f"{name}.safetensors")[1] for name in ("best", "last"))
     assert last["early_stopping"]["best_score"] == best["valid_loss"]
