@@ -155,7 +155,7 @@ def fit(
     if export:
         check_name(model_name)
         if export_name is None:
-            check_successor(data_set.info, models, model_name)
+            check_successor(data_set.info, models, model_name, "give it a --name of its own, and a --run")
     folder = run or Path("runs") / f"{data_set.info.name}-{cell}"
     try:
         done = fit_run(data_set, model, how, folder, logs=logs, threads=threads, progress=sys.stdout.isatty())
@@ -319,7 +319,10 @@ def export(
 
     **Example:** `latch-train export runs/mine --name my-chorales --models models`
     """
-    name = name or folder.resolve().name
+    if not name:
+        name = folder.resolve().name
+        if not force:
+            check_successor(Run.load(folder).data, models, name)
     path = export_run(folder, models, name, version, force=force, best_so_far=best_so_far, lowering=lowering)
     console.print(f"wrote {path}")
 

@@ -52,10 +52,10 @@ def _tensor(name: str, shape: list[int], dtype: str = "float32") -> dict[str, An
     return {"name": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
 
 
-def check_successor(info: DataInfo, models: Path, name: str) -> None:
+def check_successor(info: DataInfo, models: Path, name: str, ways: str = "give it a --name of its own") -> None:
     """ExportError where a model of `info` would be no new version of `name` in `models`, but another model: it answers
     another question, or takes or gives other features than the newest version. Whoever asks for the name gets the
-    newest, and would not be told.
+    newest, and would not be told. `ways` say what to do.
     """
     before = newest(models / name)
     if before is None:
@@ -71,10 +71,7 @@ def check_successor(info: DataInfo, models: Path, name: str) -> None:
         ("gives", features(found["outputs"][0]), ", ".join(name for name, _ in info.outputs)),
     ):
         if then != now:
-            raise ExportError(
-                f"{before} {what} {then}, and this {what} {now}: that is no new version of it, "
-                f"so give it a --name of its own, and a --run"
-            )
+            raise ExportError(f"{before} {what} {then}, and this {what} {now}: that is no new version of it, so {ways}")
 
 
 def exported(run: Run, models: Path, name: str) -> Path | None:

@@ -133,6 +133,21 @@ def test_another_question_is_no_new_version(tmp_path: Path, waves: Path) -> None
     assert str(models / "two-waves" / "2") in named
 
 
+def test_export_under_the_folders_name_asks_as_fit_does(tmp_path: Path, waves: Path) -> None:
+    """A run folder may be called as a model of something else is; to give the name, or to force it, is consent."""
+    models, words = tmp_path / "models", ["--csv", str(waves), "--window", "32", "--hidden", "6", "--epochs", "1"]
+    for target in "ab":
+        call("fit", *words, "--targets", target, "--no-export", "--run", str(tmp_path / target / "flow"))
+    first, other = (("export", str(tmp_path / target / "flow"), "--models", str(models)) for target in "ab")
+    call(*first)
+    with pytest.raises(ExportError, match=r"flow/1 is for a 1 row .* this is for b .* so give it a --name of its own$"):
+        call(*other)
+    assert [path.name for path in (models / "flow").iterdir()] == ["1"]
+    assert str(models / "flow" / "2") in call(*first)
+    assert str(models / "flow" / "3") in call(*other, "--name", "flow")
+    assert str(models / "flow" / "1") in call(*other, "--version", "1", "--force")
+
+
 def test_a_text_has_versions_too(tmp_path: Path) -> None:
     """The same question of the same file, whether its ids have names in the manifest or not; other folders are none."""
     (tmp_path / "t.txt").write_text("abcd efgh " * 60)
