@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, TensorProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+from onnx.inliner import inline_local_functions
 
 from training.artifact import Values, free_version, newest, read_manifest, write_version
 from training.errors import ExportError
@@ -35,6 +36,7 @@ CONSTANTS = DTYPES | {"tensor(double)": "float64", "tensor(int32)": "int32", "te
 STATE = re.compile(r"(?P<input>[^=@]+)=(?P<output>[^=@]+)(@(?P<axis>\d))?")
 TENSOR = re.compile(r"(?P<name>[^=@]+)(@(?P<axis>\d))?")
 NAMED = re.compile(r"(?P<name>[^=@]+)=(?P<value>.+)")
+RECURRENT = ("GRU", "LSTM", "RNN")
 MEANT = {"--state": "in=out or in=out@axis", "--input": "name or name@axis", "--constant": "name=value",
          "--shape": "name=size or name=sizexsize"}  # fmt: skip
 
@@ -293,6 +295,7 @@ def adopt(
     version = free_version(models, name, version, force=force)
     graph = read_graph(path)
     runner = StepRunner(graph.SerializeToString(), plan)
+    require_forward(graph)
     if succeeds and (before := newest(models / name)) is not None:
         found = read_manifest(before)
         if _tensors(found) != _tensors(runner.words()):
@@ -370,6 +373,19 @@ def read_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
+def require_forward(model: onnx.ModelProto) -> None:
+    """ExportError where a recurrent operator goes backwards: step by step its golden vectors would be right, and its
+    answers would not be those that it was trained to give.
+    """
+    for node in _nodes(model):
+        ways = [attribute.s.decode() for attribute in node.attribute if attribute.name == "direction"]
+        if node.op_type in RECURRENT and ways not in ([], ["forward"]):
+            raise ExportError(
+                f"{_called(node)} is {ways[0]}: it reads later steps, which a session does not have yet; train it "
+                f"forward"
+            )
+
+
 def golden_inputs(x: Tensor, plan: Plan) -> Array:
     """Inputs [sequences, steps, ...]: the sample, ids, or normal numbers."""
     if plan.sample is not None:
@@ -438,6 +454,25 @@ def _weights(graph: GraphProto) -> Iterator[TensorProto]:
                 yield attribute.t
             elif attribute.type == AttributeProto.GRAPH:
                 yield from _weights(attribute.g)
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[NodeProto]:
+    """Every node, in branches, loops and functions too."""
+    whole = inline_local_functions(model) if model.functions else model
+
+    def inside(graph: GraphProto) -> Iterator[NodeProto]:
+        for node in graph.node:
+            yield node
+            for attribute in node.attribute:
+                for inner in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else ())):
+                    yield from inside(inner)
+
+    return inside(whole.graph)
+
+
+def _called(node: NodeProto) -> str:
+    """An operator as a person finds it in the graph."""
+    return f"{node.op_type} {(node.name or node.output[0])!r}"
 
 
 def _list(names: Any) -> str:

@@ -179,6 +179,55 @@ def test_a_graph_that_is_no_step_is_refused(
     assert not (tmp_path / "models").exists()
 
 
+def gru(direction: str, where: str) -> onnx.ModelProto:
+    """Takes x [B, 2] through a GRU of 2 units and back, in the graph itself, in a branch or in a function."""
+    ways = 2 if direction == "bidirectional" else 1
+    nodes = [
+        node("Unsqueeze", ["x", "zero"], "x3"),
+        helper.make_node("GRU", ["x3", "W", "R", "", "", "h3"], ["", "Yh"], hidden_size=2, direction=direction),
+    ]
+    inputs, outputs, weights = ["x", "h3"], ["Yh"], {"zero": np.array([0]), "first": np.array([0])}
+    weights |= {name: np.full((ways, 6, 2), 0.1, np.float32) for name in "WR"}
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    opsets, functions = [helper.make_opsetid("", 17)], []
+    if where == "branch":
+        inner = helper.make_graph(nodes, "inner", [], [strangers.value("Yh", [ways, "batch", 2])])
+        other = node("Identity", ["h3"], "kept")
+        keep = helper.make_graph([other], "keep", [], [strangers.value("kept", [ways, "batch", 2])])
+        nodes = [node("Constant", [], "yes", value=numpy_helper.from_array(np.array(True)))]
+        nodes += [node("If", ["yes"], "out", then_branch=inner, else_branch=keep)]
+    elif where == "function":
+        del nodes[1].attribute[0]
+        nodes[1].attribute.append(onnx.AttributeProto(name="direction", ref_attr_name="way", type="STRING"))
+        inputs += ["W", "R", "zero"]
+        functions = [helper.make_function("own", "Layer", inputs, outputs, nodes, opsets, ["way"])]
+        nodes = [node("Layer", inputs, "out", domain="own", way=direction)]
+        opsets = [*opsets, helper.make_opsetid("own", 1)]
+    else:
+        nodes += [node("Identity", ["Yh"], "out")]
+    nodes += [node("Identity", ["out"], "h3_next"), node("Gather", ["out", "first"], "y1", axis=0)]
+    nodes += [node("Squeeze", ["y1", "zero"], "y")]
+    graph = helper.make_graph(
+        nodes, "layer", [strangers.value("x", ["batch", 2]), strangers.value("h3", [ways, "batch", 2])],
+        [strangers.value("y", ["batch", 2]), strangers.value("h3_next", [ways, "batch", 2])], tensors,
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=8)
+
+
+@pytest.mark.parametrize("where", ["graph", "branch", "function"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_a_layer_that_reads_later_steps_is_refused(tmp_path: Path, direction: str, where: str) -> None:
+    """Wherever it is: fed step by step it would answer, and with something else than it was trained to."""
+    onnx.save(gru(direction, where), tmp_path / "m.onnx")
+    plan = Plan(["h3=h3_next@1"])
+    if direction == "forward":
+        assert adopt(tmp_path / "m.onnx", tmp_path / "models", "m", plan).name == "1"
+        return
+    with pytest.raises(ExportError, match=rf"GRU '.*' is {direction}: it reads later steps"):
+        adopt(tmp_path / "m.onnx", tmp_path / "models", "m", plan)
+    assert not (tmp_path / "models").exists()
+
+
 def test_a_graph_under_its_files_name_is_a_new_version_or_another_model(tmp_path: Path) -> None:
     """`model.onnx` is what many are called: the second is no version of the first unless it has its tensors."""
     models, path = tmp_path / "models", tmp_path / "model.onnx"
