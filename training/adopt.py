@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 from onnx.inliner import inline_local_functions
+from onnx.numpy_helper import to_array
 
 from training.artifact import Values, free_version, newest, read_manifest, write_version
 from training.errors import ExportError
@@ -37,6 +38,7 @@ STATE = re.compile(r"(?P<input>[^=@]+)=(?P<output>[^=@]+)(@(?P<axis>\d))?")
 TENSOR = re.compile(r"(?P<name>[^=@]+)(@(?P<axis>\d))?")
 NAMED = re.compile(r"(?P<name>[^=@]+)=(?P<value>.+)")
 RECURRENT = ("GRU", "LSTM", "RNN")
+RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 MEANT = {"--state": "in=out or in=out@axis", "--input": "name or name@axis", "--constant": "name=value",
          "--shape": "name=size or name=sizexsize"}  # fmt: skip
 
@@ -296,6 +298,7 @@ def adopt(
     graph = read_graph(path)
     runner = StepRunner(graph.SerializeToString(), plan)
     require_forward(graph)
+    require_no_chance(graph, runner.constants)
     if succeeds and (before := newest(models / name)) is not None:
         found = read_manifest(before)
         if _tensors(found) != _tensors(runner.words()):
@@ -384,6 +387,21 @@ def require_forward(model: onnx.ModelProto) -> None:
                 f"{_called(node)} is {ways[0]}: it reads later steps, which a session does not have yet; train it "
                 f"forward"
             )
+
+
+def require_no_chance(model: onnx.ModelProto, constants: Mapping[str, Array]) -> None:
+    """ExportError where the graph draws random numbers: rare or small ones would not show when it is run twice."""
+    fixed = dict(constants)
+    for node in _nodes(model):
+        value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+        if node.op_type == "Constant" and value is not None and value.data_type == TensorProto.BOOL:
+            fixed[node.output[0]] = to_array(value)
+    fixed |= {weight.name: to_array(weight) for weight in _weights(model.graph) if weight.data_type == TensorProto.BOOL}
+    for node in _nodes(model):
+        trains = node.input[2] if node.op_type == "Dropout" and len(node.input) > 2 else ""
+        if node.op_type in RANDOM or (trains and np.any(fixed.get(trains, True))):
+            way = "export it in evaluation mode" if trains else "draw in the client, and send it as part of the input"
+            raise ExportError(f"{_called(node)} draws random numbers: the graph is not deterministic; {way}")
 
 
 def golden_inputs(x: Tensor, plan: Plan) -> Array:

@@ -162,7 +162,7 @@ KEEP = node("Identity", ["h"], "h_next")
              node("Mul", ["s", "few"], "part"), node("Add", ["x", "part"], "y"), KEEP],
             {}, "output 'y' differs by .*e-0[34] when a session runs alone",
         ),
-        ([node("RandomNormalLike", ["x"], "y"), KEEP], {}, "output 'y' differs when .* not deterministic"),
+        ([node("RandomNormalLike", ["x"], "y"), KEEP], {}, "RandomNormalLike 'y' draws .* not deterministic; draw in"),
         ([node("Mul", ["x", "big"], "y"), node("Mul", ["y", "big"], "h_next")], {}, "state 'h' is not finite"),
         (
             [node("Identity", ["x"], "y"), node("Concat", ["h", "x"], "h_next", axis=1)], {"h_next": ["batch", 4]},
@@ -177,6 +177,44 @@ def test_a_graph_that_is_no_step_is_refused(
     with pytest.raises(ExportError, match=words):
         adopt(strangers.memory(tmp_path / "m.onnx", *nodes, **shapes), tmp_path / "models", "memory", MEMORY)
     assert not (tmp_path / "models").exists()
+
+
+def dropout(path: Path, mode: str) -> Path:
+    """Sums x + h, of which one in ten thousand is dropped where `mode` is on."""
+    given = node("Constant", [], "on", value=numpy_helper.from_array(np.array(mode == "on")))
+    drop = node("Dropout", ["x", "rate", "train" if mode == "given" else "on"], "kept")
+    nodes = [given, node("Constant", [], "rate", value_float=1e-4), drop, node("Add", ["kept", "h"], "y"), KEEP]
+    model = onnx.load(strangers.memory(path, *nodes))
+    if mode == "given":
+        model.graph.input.append(strangers.value("train", [], onnx.TensorProto.BOOL))
+    elif mode == "weight":
+        del model.graph.node[0]
+        model.graph.initializer.append(numpy_helper.from_array(np.array(False), "on"))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "constants", "refused"),
+    [("on", (), True), ("off", (), False), ("weight", (), False),
+     ("given", ("train=true",), True), ("given", ("train=false",), False)],
+)  # fmt: skip
+def test_a_little_chance_is_refused_too(tmp_path: Path, mode: str, constants: tuple[str, ...], refused: bool) -> None:
+    """What two runs would hardly show: by the operator, which may be there as long as it drops nothing."""
+    path, plan = dropout(tmp_path / "m.onnx", mode), replace(MEMORY, constants=constants)
+    if not refused:
+        assert adopt(path, tmp_path / "models", "m", plan).name == "1"
+        return
+    with pytest.raises(ExportError, match=r"Dropout 'kept' draws random numbers: .* export it in evaluation mode"):
+        adopt(path, tmp_path / "models", "m", plan)
+
+
+def test_chance_that_no_operator_admits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same steps taken twice."""
+    monkeypatch.setattr("training.adopt.RANDOM", ())
+    path = strangers.memory(tmp_path / "m.onnx", node("RandomNormalLike", ["x"], "y"), KEEP)
+    with pytest.raises(ExportError, match=r"output 'y' differs when .* not deterministic"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
 
 
 def gru(direction: str, where: str) -> onnx.ModelProto:
