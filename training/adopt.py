@@ -185,11 +185,14 @@ class StepRunner:
             raise ExportError(f"constant {node.name!r} is {node.type}; it must be one of {_list(CONSTANTS)}")
         try:
             said = np.array(json.loads(found["value"]))
-            value = said.astype(CONSTANTS[node.type])
+            with np.errstate(over="ignore", invalid="ignore"):  # told below
+                value = said.astype(CONSTANTS[node.type])
             if said.dtype.kind not in "biuf" or (value.dtype.kind != "f" and not np.array_equal(value, said)):
                 raise ValueError(found["value"])
         except (ValueError, TypeError, OverflowError) as error:
             raise ExportError(f"the value of {node.name!r} is no {CONSTANTS[node.type]} in JSON: {error}") from error
+        if not np.isfinite(value).all():
+            raise ExportError(f"the value of {node.name!r} is no finite {CONSTANTS[node.type]}: {found['value']}")
         sizes = [size if isinstance(size, int) else None for size in node.shape]
         if len(sizes) != value.ndim or any(a not in (None, b) for a, b in zip(sizes, value.shape, strict=True)):
             raise ExportError(f"constant {node.name!r} has shape {node.shape}, its value {list(value.shape)}")
@@ -417,7 +420,13 @@ def golden_inputs(x: Tensor, plan: Plan) -> Array:
             raise ExportError(
                 f"{plan.sample} has shape {list(sample.shape)}, not [sequences, steps, {', '.join(map(str, x.shape))}]"
             )
-        cast = np.asarray(sample, x.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            cast = np.asarray(sample, x.dtype)
+        if not np.isfinite(cast).all():
+            place = np.argwhere(~np.isfinite(cast))[0].tolist()
+            raise ExportError(
+                f"{plan.sample} is {sample[tuple(place)]} at {place}, which is no finite {x.dtype}: fill it"
+            )
         if x.dtype == "int64" and not np.array_equal(cast, sample):
             raise ExportError(f"{plan.sample} holds values that are no whole numbers; input {x.name!r} is int64")
         return cast

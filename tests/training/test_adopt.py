@@ -1,6 +1,7 @@
 """Adopting a step graph made by anyone: it gets the contract, or the reason why it cannot have one."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,27 @@ def test_a_sample_is_what_the_golden_vectors_are_made_of(tmp_path: Path) -> None
     np.save(tmp_path / "sample.npy", sample[:, :, :1])
     with pytest.raises(ExportError, match=r"sample\.npy has shape \[2, 7, 1\], not \[sequences, steps, 2\]"):
         adopt(tmp_path / "m.onnx", tmp_path / "models", "memory", plan)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_sample_of_no_finite_numbers_is_refused(tmp_path: Path, value: float) -> None:
+    """By the file and the place, whatever the graph makes of it; what only a wider float holds is not finite either."""
+    sample = np.zeros((2, 7, 2))
+    sample[1, 3, 0] = value
+    np.save(tmp_path / "sample.npy", sample)
+    path = strangers.memory(tmp_path / "m.onnx", node("Tanh", ["h"], "y"), KEEP)
+    with pytest.raises(ExportError, match=r"sample\.npy is .* at \[1, 3, 0\], which is no finite float32: fill it"):
+        adopt(path, tmp_path / "models", "m", Plan(MEMORY.states, sample=tmp_path / "sample.npy"))
+
+
+@pytest.mark.parametrize("value", ["[1, 1e39]", "[NaN, 1]", "[1, -Infinity]"])
+def test_a_constant_of_no_finite_numbers_is_refused(tmp_path: Path, value: str) -> None:
+    """By its name, not by the output that it would spoil."""
+    model = onnx.load(strangers.memory(tmp_path / "m.onnx", node("Add", ["x", "k"], "y"), KEEP))
+    model.graph.input.append(strangers.value("k", [2]))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=rf"the value of 'k' is no finite float32: {re.escape(value)}"):
+        adopt(tmp_path / "m.onnx", tmp_path / "models", "m", replace(MEMORY, constants=(f"k={value}",)))
 
 
 def test_a_sample_of_ids_is_taken_as_it_is(tmp_path: Path) -> None:
