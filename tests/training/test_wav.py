@@ -1,5 +1,6 @@
 """Recordings in folders: frames of the past alone, splits of every label, errors that name the file."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_kinds_of_samples_mean_the_same(tmp_path: Path, kind: type[np.generic]) 
     rate, samples = wav.decode(tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes())
     assert rate == RATE
     np.testing.assert_allclose(samples, sound, atol=1 / 100)
+
+
+@pytest.mark.parametrize(("kind", "peak"), [(np.float32, 1e20), (np.float64, 1e200), (np.float32, 20000)])
+def test_samples_of_another_scale_are_refused(tmp_path: Path, kind: type[np.floating], peak: float) -> None:
+    """Silence would be another one, and a client has but one scale; a little over 1 is sound that was mixed."""
+    for loudest in (1.9, peak):
+        wavfile.write(tmp_path / "a.wav", RATE, np.array([0.5, -loudest, 0], kind))
+        content = (tmp_path / "a.wav").read_bytes()
+        if loudest < 2:
+            assert wav.decode(tmp_path / "a.wav", content)[1].min() == pytest.approx(-1.9)
+    with pytest.raises(
+        DataError, match=rf"a\.wav has samples up to {re.escape(f'{peak:.6g}')}: scale them, .* \[-1, 1\]"
+    ):
+        wav.decode(tmp_path / "a.wav", content)
 
 
 def test_what_is_wrong_is_told_by_file(tones: Path) -> None:

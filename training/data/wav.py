@@ -26,6 +26,8 @@ from training.errors import DataError
 
 FRAME_SECONDS, HOP_SECONDS, BANDS = 0.025, 0.010, 40
 FLOOR = 1e-6  # energy that stands for silence: samples are within [-1, 1]
+# Of samples that are floats: mixing and resampling take sound over 1, by less than 6 dB; another scale by far more.
+LOUDEST = 2.0
 _AT_ONCE = 4096  # frames: those of an hour are gigabytes, as samples and as tones
 
 Frames = NDArray[np.float32]
@@ -153,6 +155,8 @@ def decode(file: Path, content: bytes) -> tuple[int, NDArray[np.float64]]:
         values = samples.astype(np.float64)
     if not np.isfinite(values).all():
         raise DataError(f"{file} holds samples that are not finite")
+    if (peak := float(np.abs(values).max(initial=0))) > LOUDEST:
+        raise DataError(f"{file} has samples up to {peak:.6g}: scale them, and those of all files alike, to [-1, 1]")
     return rate, values if values.ndim == 1 else values.mean(axis=1)
 
 
