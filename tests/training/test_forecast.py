@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,16 @@ def test_months_are_of_no_length(csv: Csv) -> None:
     assert data.info.description == "a 3 rows ahead, with uncertainty"
     assert "seasonal naive (12 rows)" in {one.name for one in data.references}
     assert load(csv(apart=timedelta(days=1)), horizon=3).info.description == "a 3 rows (3 days) ahead, with uncertainty"
+
+
+@pytest.mark.parametrize("apart", [1, 2, 3, 6, 12])
+def test_months_are_not_counted_in_days(apart: int) -> None:
+    """Nor are quarters and years; four weeks are."""
+    first = [datetime(2001 + month // 12, month % 12 + 1, 1, tzinfo=UTC) for month in range(0, 40 * apart, apart)]
+    days = [(later - earlier).days for earlier, later in pairwise(first)]
+    for spacing in {*days, float(np.median(days))} - {28}:
+        assert forecast.duration(spacing * 86400, 4) == ""
+    assert forecast.duration(28 * 86400, 4) == " (16 weeks)"
 
 
 def test_rows_without_a_season_before_them_are_not_scored(csv: Csv) -> None:

@@ -427,8 +427,10 @@ def _divides(spacing: float, period: float) -> bool:
 
 
 def duration(spacing: float | None, rows: int) -> str:
-    """` (6 hours)` for 6 rows that are an hour apart; nothing where the spacing is not known or odd."""
-    if spacing is None or abs(spacing / MONTH - 1) < 0.05:  # months are not of one length
+    """` (6 hours)` for 6 rows that are an hour apart; nothing where the spacing is not known or odd, or whole months,
+    quarters or years, which are not of one length.
+    """
+    if spacing is None or (spacing > 28 * 86400 and abs(spacing - round(spacing / MONTH) * MONTH) < 2 * 86400):
         return ""
     for unit in sorted(SPACINGS, reverse=True):
         if _divides(unit, rows * spacing):
