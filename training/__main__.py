@@ -250,7 +250,8 @@ def sweep_command(
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on with the trial that was running, in {folder}")
         raise typer.Exit(130) from None
-    table = Table("valid", "unit", "hidden", "rate", title=f"{data_set.info.name}: the best of {trials}")
+    title = f"{data_set.info.name}: the best of {len(found)} that came to their end"
+    table = Table("valid", "unit", "hidden", "rate", title=title)
     table.add_column("run", overflow="fold")
     for trial in found[:10]:
         cell, size, rates = (trial.params[key] for key in ("cell", "hidden", "rate"))

@@ -5,7 +5,8 @@ moment leaves a folder to resume from. No pickle. It must not know Lightning or 
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.config import DataInfo, ModelConfig, TrainConfig
+from training.config import DataInfo, ModelConfig, TrainConfig, option
 from training.errors import CheckpointError
 from training.model import RecurrentModel
 
@@ -54,6 +55,22 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({error}): delete the run's folder and fit again"
         ) from error
+
+
+def named(data: Mapping[str, Any], *settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was asked, by the names of the options that say it; and what of the data no option says."""
+    own = data["own"]
+    asked = {option(own.get("kind", name) if name == "path" else name): own[name] for name in own if name != "kind"}
+    told = {f"data {name}": value for name, value in data.items() if name != "own"}
+    return [asked | told, *({option(name): value for name, value in each.items()} for each in settings)]
+
+
+def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
+    """Each name whose value differs, with both values."""
+    for then, later in zip(before, now, strict=True):
+        for name in then | later:
+            if then.get(name) != later.get(name):
+                yield name, then.get(name), later.get(name)
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> Tensors:
@@ -117,15 +134,13 @@ class Run:
 
     def same_as(self, other: "Run") -> None:
         """CheckpointError naming the first setting in which `other` asks for another run; limits may differ."""
-        for part in ("data", "model", "train"):
-            mine, theirs = getattr(self, part), getattr(other, part)
-            for name in (found.name for found in fields(mine)):
-                before, now = getattr(mine, name), getattr(theirs, name)
-                if before != now and name not in self.train.limits:
-                    raise CheckpointError(
-                        f"the folder holds a run with {part} {name}={before!r}, not {now!r}: "
-                        f"choose another --run, or delete the folder to start over"
-                    )
+        mine, theirs = (named(asdict(run.data), asdict(run.model), asdict(run.train)) for run in (self, other))
+        for name, before, now in changes(mine, theirs):
+            if name not in map(option, self.train.limits):
+                raise CheckpointError(
+                    f"the folder holds a run with {name}={before!r}, not {now!r}: "
+                    f"choose another --run, or delete the folder to start over"
+                )
 
     def best_model(self, folder: Path) -> tuple[RecurrentModel, int]:
         """The model with its best weights so far, in evaluation mode, and the epoch that they are of."""

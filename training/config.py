@@ -16,6 +16,11 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def option(name: str) -> str:
+    """What a setting is called on the command line."""
+    return "--epochs" if name == "max_epochs" else f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A stack of one unit and its head; None stands for the unit's own convention.
@@ -106,9 +111,9 @@ class TrainConfig:
         _require(self.optimiser in ("adam", "rmsprop"), f"unknown optimiser {self.optimiser!r}: choose adam or rmsprop")
         _require(self.accelerator in ("cpu", "gpu"), f"unknown accelerator {self.accelerator!r}: choose cpu or gpu")
         for name in ("rate", "batch_size", "max_epochs", "patience", "clip", "devices"):
-            _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
+            _require(getattr(self, name) > 0, f"{option(name)} must be more than 0, not {getattr(self, name)}")
         for name in ("weight_decay", "transpose", "settle", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+            _require(getattr(self, name) >= 0, f"{option(name)} must be at least 0, not {getattr(self, name)}")
         _require(self.seed < 2**32, f"seed must be below {2**32}, not {self.seed}")
         known = ", ".join(self.SCHEDULES)
         _require(self.schedule in self.SCHEDULES, f"unknown schedule {self.schedule!r}: choose one of {known}")

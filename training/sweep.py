@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from training.cells import UNITS
-from training.checkpoint import load_tensors
+from training.checkpoint import changes, load_tensors, named
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError, DivergedError
@@ -108,8 +108,12 @@ def sweep(
     )
     question = asdict(replace(data.info, own={key: value for key, value in data.info.own.items() if key != "path"}))
     asked = json.loads(json.dumps([asdict(space), settings, asdict(config), question]))
-    if study.user_attrs.setdefault("asked", asked) != asked:
-        raise CheckpointError(f"{folder} holds a sweep over something else: choose another --run, or delete the folder")
+    before = study.user_attrs.setdefault("asked", asked)
+    for name, then, now in changes(*(named(question, *rest) for *rest, question in (before, asked))):
+        raise CheckpointError(
+            f"{folder} holds a sweep over something else, with {name}={then!r}, not {now!r}: choose another --run, or "
+            f"delete the folder"
+        )
     study.set_user_attr("asked", asked)
     # Else a sweep taken up again would draw its first points once more.
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))

@@ -340,7 +340,7 @@ def resume_point(folder: Path, config: TrainConfig) -> tuple[int, bool, float]:
     meta = load_tensors(last)[1]
     if meta["epoch"] > config.max_epochs:
         raise ConfigError(
-            f"max_epochs is {config.max_epochs}, but the run in {folder} has {meta['epoch']} epochs already: "
+            f"--epochs is {config.max_epochs}, but the run in {folder} has {meta['epoch']} epochs already: "
             f"ask for at least as many, or choose another --run"
         )
     unfinished = meta["epoch"] < config.max_epochs and meta["early_stopping"]["wait_count"] < config.patience

@@ -321,8 +321,16 @@ def test_what_cannot_be_forecast_is_refused(csv: Csv, options: dict[str, Any], w
 
 def test_a_file_too_short_to_split_is_refused(csv: Csv) -> None:
     """Three rows leave nothing to choose by."""
-    with pytest.raises(DataError, match=r"made\.csv: the valid split \(none of 3\) holds no row"):
+    with pytest.raises(DataError, match=r"made\.csv: the valid split \(none of 3\) holds no row .* known: take"):
         load(csv(3))
+    with pytest.raises(DataError, match=r"made\.csv: no row trains: it has 1 row, .* 70% would: take a longer"):
+        load(csv(1))
+
+
+def test_series_of_a_row_each_are_refused(csv: Csv) -> None:
+    """Who named a column of times has as many series as rows; it is not the columns that are wrong."""
+    with pytest.raises(DataError, match=r"no row trains: the longest of 200 series has 1 row, .* --by"):
+        load(csv(), by="date", time="")
 
 
 def test_a_column_that_never_changes_is_left_out(csv: Csv) -> None:

@@ -222,7 +222,8 @@ def test_a_sweeps_best_is_trained_by_its_file(tmp_path: Path, waves: Path) -> No
     swept = ("--cells", "gru3,mgu3", "--hidden", "2:3", "--epochs", "1", "--trials", "2", "--run", str(tmp_path / "s"))
     swept += ("--patience", "7")
     told = call("sweep", *words, *swept)
-    assert "the best of 2" in told
+    assert "the best of 2 that came to their end" in told
+    assert "the best of 2 that" in call("sweep", *words, *swept, "--trials", "1")
     best = json.loads((tmp_path / "s" / "best.json").read_text())
     assert best["csv"] == str(waves)
     losses = {path.parent: load_tensors(path)[1]["valid_loss"] for path in (tmp_path / "s").glob("runs/*/best.*")}

@@ -87,9 +87,14 @@ def test_another_sweeps_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None
     """Other data, another space or other settings would not be comparable."""
     sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=1)
     others = [replace(tiny, info=replace(tiny.info, **other)) for other in ({"sha256": "0"}, {"own": {"horizon": 2}})]
-    for data, space in ((tiny, replace(SPACE, hidden=(2, 8))), *((other, SPACE) for other in others)):
-        with pytest.raises(CheckpointError, match="holds a sweep over something else"):
-            sweep(data, space, {}, CONFIG, tmp_path, trials=1)
+    for data, space, config, words in (
+        (tiny, replace(SPACE, hidden=(2, 8)), CONFIG, r"--hidden=\[2, 4\], not \[2, 8\]"),
+        (tiny, SPACE, replace(CONFIG, max_epochs=3), "--epochs=2, not 3"),
+        (others[0], SPACE, CONFIG, "data sha256=None, not '0'"),
+        (others[1], SPACE, CONFIG, "--horizon=None, not 2"),
+    ):
+        with pytest.raises(CheckpointError, match=f"holds a sweep over something else, with {words}: choose"):
+            sweep(data, space, {}, config, tmp_path, trials=1)
     moved = replace(tiny, info=replace(tiny.info, own={"path": "/elsewhere"}))
     assert len(sweep(moved, SPACE, {}, CONFIG, tmp_path, trials=1)) == 1
 

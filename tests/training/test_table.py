@@ -54,7 +54,7 @@ def test_times_may_be_seconds_if_one_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b\n1,2\n3,x\n5,6\n", "line 3, column 'b': 'x' is not a number; correct it"),
+        ("a,b\n1,2\n3,x\n5,6\n", "line 3, column 'b': 'x' is not a number; correct it, .* --targets and --inputs"),
         ('a,b\n1,2\n3,"3,5"\n5,6\n', "line 3, column 'b': '3,5' is not a number"),
         ("a,b\n1,2\n3,inf\n", "line 3, column 'b': 'inf' is too large"),
         ("a,b\n1,2\n3,1e39\n", "line 3, column 'b': '1e39' is too large"),

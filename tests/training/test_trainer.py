@@ -149,7 +149,7 @@ def test_the_cosine_falls_from_the_rate_to_nothing(tiny: DataSet, tmp_path: Path
     fit(tiny, model_for(tiny), config, tmp_path, callbacks=(watch,))
     expected = [CONFIG.rate * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
     np.testing.assert_allclose(watch.rates, expected)
-    with pytest.raises(CheckpointError, match="max_epochs=4, not 5"):
+    with pytest.raises(CheckpointError, match="a run with --epochs=4, not 5"):
         fit(tiny, model_for(tiny), replace(config, max_epochs=5), tmp_path)
     assert fit(tiny, model_for(tiny), replace(config, patience=10), tmp_path).train.patience == 9
 
@@ -172,7 +172,7 @@ def test_the_last_epochs_are_not_transposed(tiny: DataSet, tmp_path: Path, monke
     config = replace(CONFIG, transpose=3, settle=3, max_epochs=5, patience=9)
     fit(tiny, model_for(tiny), config, tmp_path)
     assert asked == [3, 3]
-    with pytest.raises(CheckpointError, match="max_epochs=5, not 6"):
+    with pytest.raises(CheckpointError, match="--epochs=5, not 6"):
         fit(tiny, model_for(tiny), replace(config, max_epochs=6), tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_limits_without_room_change_nothing(tiny: DataSet, tmp_path: Path) -> No
 def test_fewer_epochs_than_there_are_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     """Else run.json would promise weights that no such run has."""
     run = fit(tiny, model_for(tiny), CONFIG, tmp_path)
-    with pytest.raises(ConfigError, match=r"max_epochs is 4, but the run in .* has 6 epochs already"):
+    with pytest.raises(ConfigError, match=r"--epochs is 4, but the run in .* has 6 epochs already"):
         fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=4), tmp_path)
     assert Run.load(tmp_path) == run
 
@@ -353,12 +353,17 @@ def test_to_settle_limits_only_what_is_transposed() -> None:
 def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     """The message names the setting that differs."""
     fit(tiny, model_for(tiny), CONFIG, tmp_path)
-    with pytest.raises(CheckpointError, match="model hidden=6, not 7"):
+    with pytest.raises(CheckpointError, match="--hidden=6, not 7"):
         fit(tiny, model_for(tiny, hidden=7), CONFIG, tmp_path)
-    with pytest.raises(CheckpointError, match="train seed=5, not 6"):
+    with pytest.raises(CheckpointError, match="--seed=5, not 6"):
         fit(tiny, model_for(tiny), replace(CONFIG, seed=6), tmp_path)
-    for name, value in (("sha256", "f" * 64), ("split", "9, 5, 4"), ("own", {"horizon": 2})):
-        with pytest.raises(CheckpointError, match=f"the folder holds a run with data {name}="):
+    for name, value, words in (
+        ("sha256", "f" * 64, "data sha256=None, not 'fff"),
+        ("split", "9, 5, 4", "data split='10, 4, 4', not '9, 5, 4'"),
+        ("own", {"kind": "csv", "horizon": 2}, "--horizon=None, not 2"),
+        ("own", {"kind": "csv", "path": "/b.csv", "horizon": 2}, "--csv=None, not '/b.csv'"),
+    ):
+        with pytest.raises(CheckpointError, match=f"the folder holds a run with {words}"):
             fit(replace(tiny, info=replace(tiny.info, **{name: value})), model_for(tiny), CONFIG, tmp_path)  # type: ignore[arg-type]
 
 
@@ -484,7 +489,8 @@ def test_impossible_threads_are_refused(threads: int, tiny: DataSet, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rate": 0}, "rate must be more than 0"),
+        ({"rate": 0}, "--rate must be more than 0"),
+        ({"max_epochs": 0}, "--epochs must be more than 0, not 0"),
         ({"seed": 2**32}, "seed must be below 4294967296, not 4294967296"),
         ({"optimiser": "sgd"}, "unknown optimiser 'sgd'"),
         ({"transpose": 5, "settle": 9, "max_epochs": 9}, "settle must be less than 9 epochs"),

@@ -196,8 +196,14 @@ def split(path: Path, arrays: dict[str, Array], items: list[Item], options: Opti
         parts = {name: order[part] for name, part in percentages(len(items), options.split).items()}
     else:
         named = arrays["split"]
-        if named.shape != (len(items),) or not set(np.unique(named).tolist()) <= set(SPLITS):
-            raise DataError(f"{path}: split must name train, valid or test for each of {len(items)} sequences")
+        if named.shape != (len(items),):
+            raise DataError(
+                f"{path}: split is {list(named.shape)}: it must name train, valid or test for each of {len(items)} "
+                f"sequences"
+            )
+        if wrong := [row for row, word in enumerate(named.tolist()) if word not in SPLITS]:
+            word = named.tolist()[wrong[0]]
+            raise DataError(f"{path}: split of sequence {wrong[0]} is {word!r}: say train, valid or test")
         parts = {name: order[named[order] == name] for name in SPLITS}
         if not len(parts["valid"]):
             kept = len(parts["train"]) * options.split[0] // (options.split[0] + options.split[1])

@@ -127,6 +127,12 @@ def load(path: Path, options: Options) -> DataSet:
     if table.seconds is None:
         notes.append("no column of times: every row counts as one step")
     notes += _told([(one.name, note) for one in series for note in one.notes])
+    if not any(len(one.trains) for one in series):
+        what, way = (f"the longest of {len(series)} series", "another --by") if options.by else ("it", "a longer file")
+        raise DataError(
+            f"{path}: no row trains: {what} has {_rows(max(len(one.rows) for one in series))}, of which the first "
+            f"{options.split[0]}% would: take {way}"
+        )
     if not inputs:
         inputs, told = free_inputs(table.columns, targets, series)
         notes += told
@@ -157,7 +163,8 @@ def load(path: Path, options: Options) -> DataSet:
                 errors = {baseline: errors[baseline] + missed[baseline] for baseline in back}
     for name, items in parts.items():
         if not items:
-            before = f" and that has {max(back.values())} rows before it" if name != "train" else ""
+            reach = max(back.values()) if name != "train" else 0
+            before = f" and that has {_rows(reach)} before it" if reach else ""
             ways = f"a smaller --horizon{' or --season' if before else ''}, another --split, or a larger --max-gap"
             if len(inputs) > 1:
                 ways += ", or leave what is measured too seldom out of --inputs"

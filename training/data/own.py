@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from training.config import DataInfo
+from training.config import DataInfo, option
 from training.data import arrays, forecast, text, wav
 from training.data.sequences import DataSet
 from training.errors import DataError
@@ -39,7 +39,7 @@ def load(kind: str, path: Path, **options: Any) -> DataSet:
     known = {field.name for field in fields(KINDS[kind].options)}
     for name in options:
         if name not in known:
-            raise DataError(f"--{name.replace('_', '-')} says nothing about a --{kind}: leave it out")
+            raise DataError(f"{option(name)} says nothing about a --{kind}: leave it out")
     path = path.expanduser().resolve()
     asked = KINDS[kind].options(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()})
     found = KINDS[kind].load(path, asked)

@@ -305,7 +305,7 @@ def _checked(
             what = "not a number" if value is None else "too large"
             raise DataError(
                 f"{path}, line {line}, column {name!r}: {cell!r} is {what}; correct it, leave the cell empty, or "
-                f"leave the column out with --inputs"
+                f"name other columns with --targets and --inputs"
             )
     return np.array(numbers, dtype=np.float64)
 
