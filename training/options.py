@@ -152,6 +152,9 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
             raise ConfigError(f"{path} is not a file of options ({error}): `latch-train sweep` writes one") from error
         if unknown:
             raise ConfigError(f"{path}: unknown option {', '.join(unknown)}")
+        for name, value in found.items():
+            if isinstance(value, list | dict):
+                raise ConfigError(f'{path}: {name} is {json.dumps(value)}: write it as it is typed, such as "a,b"')
         context.default_map = dict(context.default_map or {}) | found
     return path
 

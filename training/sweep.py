@@ -5,6 +5,7 @@ It must not know what the data are.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,8 +47,8 @@ class Space:
                 raise ConfigError(f"unknown unit {cell!r}: choose among {', '.join(UNITS)}")
         for name in ("hidden", "layers", "rate"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ConfigError(f"{name} must go from more than 0 up, not from {low} to {high}")
+            if not 0 < low <= high < math.inf:
+                raise ConfigError(f"--{name} must go from more than 0 up to a finite number, not from {low} to {high}")
 
     def draw(self, trial: optuna.Trial) -> dict[str, Any]:
         """A point of the space."""

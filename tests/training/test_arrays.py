@@ -68,6 +68,17 @@ def test_yes_and_no_are_classes(tmp_path: Path) -> None:
     assert (data.info.task, len(data.info.outputs)) == ("classification", 2)
 
 
+def test_words_may_be_bytes(tmp_path: Path) -> None:
+    """As some tools write them: they mean the same as text, if it is UTF-8."""
+    split = np.array([b"train"] * 20 + [b"valid"] * 10 + [b"test"] * 10)
+    classes = np.char.encode(["ä", "b"], "utf-8")
+    data = load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 2, split=split, classes=classes)
+    assert [len(data.splits[name]) for name in ("train", "valid", "test")] == [20, 10, 10]
+    assert data.info.outputs == (("ä", ""), ("b", ""))
+    with pytest.raises(DataError, match=r"made\.npz: classes holds bytes that are no UTF-8 .*: write it as text"):
+        load(tmp_path, x=X, lengths=LENGTHS, y=np.arange(40) % 2, classes=np.char.encode(["ä", "b"], "latin-1"))
+
+
 def test_splits_may_be_named(tmp_path: Path) -> None:
     """Train and test as given; where no valid part is, some of train becomes it."""
     named = np.array(["train"] * 30 + ["test"] * 10)

@@ -243,7 +243,12 @@ def test_a_sweeps_best_is_trained_by_its_file(tmp_path: Path, waves: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("[]", "is not a file of options"), ('{"size": 3}', "unknown option size"), ("{", "is not a file of options")],
+    [
+        ("[]", "is not a file of options"),
+        ('{"size": 3}', "unknown option size"),
+        ("{", "is not a file of options"),
+        ('{"targets": ["a", "b"]}', r'targets is \["a", "b"\]: write it as it is typed, such as "a,b"'),
+    ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str, words: str) -> None:
     """By its name, and by the option that nobody knows."""

@@ -103,8 +103,9 @@ def test_another_sweeps_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None
     ("settings", "words"),
     [
         ({"cells": ("gru", "grru")}, "unknown unit 'grru'"),
-        ({"rate": (0.1, 0.01)}, "rate must go from more than 0 up, not from 0.1 to 0.01"),
-        ({"hidden": (0, 8)}, "hidden must go from more than 0 up"),
+        ({"rate": (0.1, 0.01)}, "--rate must go from more than 0 up to a finite number, not from 0.1 to 0.01"),
+        ({"rate": (0.1, float("inf"))}, "--rate must go from more than 0 up to a finite number, not from 0.1 to inf"),
+        ({"hidden": (0, 8)}, "--hidden must go from more than 0 up"),
     ],
 )
 def test_impossible_spaces_are_refused(settings: dict[str, Any], words: str) -> None:

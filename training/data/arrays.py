@@ -109,10 +109,15 @@ def _open(path: Path) -> tuple[bytes, dict[str, Array]]:
     except Exception as error:  # what is damaged fails in more ways than anybody lists
         hint = "; lists of arrays of different lengths go end to end, with `lengths`" if "pickle" in str(error) else ""
         raise DataError(f"{path} is not a readable .npz of plain arrays: {error}{hint}") from error
-    # Yes and no are two classes.
-    return content, {
-        name: value.astype(np.int64) if value.dtype == np.bool_ else value for name, value in found.items()
-    }
+    for name, value in found.items():
+        if value.dtype == np.bool_:  # yes and no are two classes
+            found[name] = value.astype(np.int64)
+        elif value.dtype.kind == "S":
+            try:
+                found[name] = np.char.decode(value, "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: {name} holds bytes that are no UTF-8 ({error}): write it as text") from error
+    return content, found
 
 
 def sequences(path: Path, arrays: dict[str, Array]) -> tuple[list[Array], list[slice] | list[tuple[int, slice]]]:
