@@ -5,7 +5,10 @@ moment leaves a folder to resume from. No pickle. It must not know Lightning or 
 """
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,36 @@ from training.config import DataInfo, ModelConfig, TrainConfig, option
 from training.errors import CheckpointError
 from training.model import RecurrentModel
 
+if sys.platform != "win32":
+    import fcntl
+
 Tensors = dict[str, Tensor]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it; CheckpointError where another process does, or this one already.
+
+    The system lets go of it when the process ends, however it ends; no file is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # which has no such lock
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise CheckpointError(
+            f"another latch-train is at work in {folder}: wait for its end, or choose another --run"
+        ) from None
+    except OSError:  # a file system without locks, where nothing can be told
+        pass
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def replace(path: Path, text: str) -> None:

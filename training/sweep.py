@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from training.cells import UNITS
-from training.checkpoint import changes, load_tensors, named
+from training.checkpoint import alone, changes, load_tensors, named
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError, DivergedError
@@ -91,12 +91,25 @@ def sweep(
 ) -> list[FrozenTrial]:
     """Run until `trials` points are done in all, those of earlier calls included; returns them, best first.
 
-    `settings` are the model's beyond the space. Raises CheckpointError when `folder` holds another sweep, and
-    ConfigError when no trial could be finished.
+    `settings` are the model's beyond the space. Raises CheckpointError when `folder` holds another sweep or
+    another process is at work in it, and ConfigError when no trial could be finished.
     """
     if trials < 1:
         raise ConfigError(f"trials must be at least 1, not {trials}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        return _sweep(data, space, settings, config, folder, trials, threads, tell)
+
+
+def _sweep(
+    data: DataSet,
+    space: Space,
+    settings: dict[str, Any],
+    config: TrainConfig,
+    folder: Path,
+    trials: int,
+    threads: int,
+    tell: Callable[[str], None],
+) -> list[FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # else Ctrl-C is a page of its own
     journal = str(folder / JOURNAL)
     drop_torn_line(folder / JOURNAL)

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from training import errors
-from training.checkpoint import Run, flatten_optimiser, load_tensors, restore_optimiser, save_tensors, split_off
+from training.checkpoint import Run, alone, flatten_optimiser, load_tensors, restore_optimiser, save_tensors, split_off
 from training.config import ModelConfig, TrainConfig
 from training.data.polymusic import transposed
 from training.data.sequences import Batch, DataSet, Item, collate, similar_lengths
@@ -363,8 +363,8 @@ def fit(
     A finished run goes on where other `TrainConfig.limits` leave it room, and is returned as it is where they do not.
     One thread is the default: at these sizes a second costs more than it does. Several devices work in processes of
     their own and end with the weights of one that had all their batches in one. Raises CheckpointError when `folder`
-    belongs to a different run or is damaged, DivergedError when the loss is not a number; KeyboardInterrupt on Ctrl-C,
-    after which the same call goes on from the last whole epoch.
+    belongs to a different run, is damaged, or another process is at work in it, DivergedError when the loss is not a
+    number; KeyboardInterrupt on Ctrl-C, after which the same call goes on from the last whole epoch.
     """
     if logs not in LOGGERS:
         raise ConfigError(f"unknown logs {logs!r}: choose one of {', '.join(LOGGERS)}")
@@ -372,6 +372,20 @@ def fit(
         raise ConfigError(f"devices is {config.devices}, but there are {torch.cuda.device_count()} GPUs here")
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
+    with alone(folder):
+        return _fit(data, model_config, config, folder, logs, threads, progress, callbacks)
+
+
+def _fit(
+    data: DataSet,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    folder: Path,
+    logs: str,
+    threads: int,
+    progress: bool,
+    callbacks: tuple[Callback, ...],
+) -> Run:
     run = Run(data.info, model_config, config, libraries())
     found = Run.load(folder) if (folder / "run.json").is_file() else run
     if found.result is not None or (folder / "last.safetensors").is_file():  # else nothing of it was trained

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from training import sweep as module
-from training.checkpoint import Run, load_tensors
+from training.checkpoint import Run, alone, load_tensors
 from training.config import TrainConfig
 from training.data.sequences import DataSet
 from training.errors import CheckpointError, ConfigError, DivergedError
@@ -144,6 +144,13 @@ def test_every_epoch_is_told_to_the_pruner(tiny: DataSet, tmp_path: Path) -> Non
         told = sorted(trial.intermediate_values.items())
         assert [epoch for epoch, _ in told] == [0, 1]
         assert [loss for _, loss in told] == pytest.approx(curve(folder_of(tmp_path, trial.params)), abs=1e-4)
+
+
+def test_two_sweeps_do_not_share_a_folder(tiny: DataSet, tmp_path: Path) -> None:
+    """They would train the same points into the same files; a run of the sweep has a lock of its own."""
+    with alone(tmp_path), pytest.raises(CheckpointError, match="another latch-train is at work in"):
+        sweep(tiny, SPACE, {}, CONFIG, tmp_path, trials=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_point_waits_once() -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 from torch.nn.utils import parameters_to_vector
 
-from training.checkpoint import Run, load_tensors, save_tensors
+from training.checkpoint import Run, alone, load_tensors, save_tensors
 from training.checkpoint import replace as write
 from training.config import ModelConfig, TrainConfig
 from training.data import adding
@@ -365,6 +365,28 @@ def test_another_runs_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=f"the folder holds a run with {words}"):
             fit(replace(tiny, info=replace(tiny.info, **{name: value})), model_for(tiny), CONFIG, tmp_path)  # type: ignore[arg-type]
+
+
+def test_two_at_work_in_one_folder_are_one_too_many(
+    tiny: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second would write over the first: it is refused until the other has ended; where nothing can be locked,
+    neither is.
+    """
+    with (
+        alone(tmp_path / "run"),
+        pytest.raises(CheckpointError, match=r"another latch-train is at work in .*run: wait .* another --run"),
+    ):
+        fit(tiny, model_for(tiny), CONFIG, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert fit(tiny, model_for(tiny), replace(CONFIG, max_epochs=1), tmp_path / "run").result is not None
+
+    def cannot(*_: int) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("fcntl.flock", cannot)
+    with alone(tmp_path / "run"), alone(tmp_path / "run"):
+        pass
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
