@@ -47,7 +47,7 @@ def describe(name: str, experiment: Experiment, records: Sequence[Record], pictu
             lines += table(arm, mine)
         else:
             lines += ["Not run here."]
-        if short := [one for one in mine if one.train["max_epochs"] < arm.train.max_epochs]:
+        if short := [one for one in mine if one.limit < arm.train.max_epochs]:
             units = ", ".join(dict.fromkeys(one.cell for one in short))
             limit = max(one.train["max_epochs"] for one in short)
             lines += ["", f"**Reduced**: at most {limit} epochs instead of {arm.train.max_epochs} ({units})."]

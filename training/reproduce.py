@@ -6,6 +6,7 @@ command goes on where it was stopped. It must not know which experiments there a
 
 import csv
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -54,6 +55,12 @@ class Record:
     def key(self) -> Key:
         """What there is one record of."""
         return self.arm, self.cell, self.seed
+
+    @property
+    def limit(self) -> float:
+        """The most epochs with which it would have been the same run: any number where patience ended it."""
+        allowed: int = self.train["max_epochs"]
+        return allowed if self.epochs == allowed else math.inf
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,8 @@ def answers(record: Record | None, train: TrainConfig) -> bool:
         return False
     found = TrainConfig(**record.train)  # a setting that is younger than the record had its default
     limits = {name: getattr(train, name) for name in train.limits}
-    return replace(found, **limits) == train and all(getattr(found, name) >= value for name, value in limits.items())
+    reached = {"max_epochs": record.limit, "patience": found.patience}
+    return replace(found, **limits) == train and all(reached[name] >= value for name, value in limits.items())
 
 
 def curve(folder: Path) -> list[float]:
@@ -246,7 +254,7 @@ def remaining(
         arm = [one for one in records.values() if one.arm == name]
         alike = [one for one in arm if one.cell == cell] or arm
         epoch = mean(one.seconds / one.epochs for one in alike) if alike else experiment.arms[name].epoch
-        whole = [one.epochs for one in arm if one.train["max_epochs"] >= train.max_epochs]
+        whole = [one.epochs for one in arm if one.limit >= train.max_epochs]
         seconds += epoch * (mean(whole) if whole else train.max_epochs)
     if not todo:
         return ""

@@ -180,6 +180,18 @@ def test_more_epochs_take_the_runs_further(tiny: DataSet, tmp_path: Path) -> Non
     assert reproduce.reproduce("scales", small(tiny), replace(choice, epochs=1), path, tmp_path / "runs") == long
 
 
+def test_a_run_that_patience_ended_is_not_reduced(tiny: DataSet, tmp_path: Path) -> None:
+    """Under `--epochs` it stopped as it would have with the table's: its record answers, and nothing is left."""
+    arm = replace(small(tiny).arms["scales"], train=replace(TRAIN, max_epochs=10, patience=1), seeds=1)
+    experiment = replace(small(tiny), arms={"scales": arm})
+    stopped = replace(fixed("gru", 1, 1.0), train=vars(replace(arm.train, max_epochs=8)))
+    assert reproduce.answers(stopped, replace(arm.train, seed=1))
+    assert not reproduce.answers(replace(stopped, epochs=8), replace(arm.train, seed=1))
+    page = findings.describe("scales", experiment, [stopped, replace(stopped, cell="mgu2")], None)
+    assert "Reduced" not in page
+    assert "left" not in page
+
+
 def test_a_setting_younger_than_the_record_had_its_default() -> None:
     """A record without it answers for the default and for nothing else."""
     record = fixed("gru", 1, 1.0)
