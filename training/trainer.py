@@ -151,6 +151,7 @@ class Fitting(lightning.LightningModule):
         hush_advice()
         torch.set_num_threads(self.threads)
         if self.config.devices > 1:
+            torch.manual_seed(1_000_003 * self.global_rank + self.config.seed)  # or all would drop the same units
             atexit.register(leave_group)
 
     def train_dataloader(self) -> DataLoader[Item]:
@@ -362,9 +363,10 @@ def fit(
 
     A finished run goes on where other `TrainConfig.limits` leave it room, and is returned as it is where they do not.
     One thread is the default: at these sizes a second costs more than it does. Several devices work in processes of
-    their own and end with the weights of one that had all their batches in one. Raises CheckpointError when `folder`
-    belongs to a different run, is damaged, or another process is at work in it, DivergedError when the loss is not a
-    number; KeyboardInterrupt on Ctrl-C, after which the same call goes on from the last whole epoch.
+    their own and end, but for what each drops out, with the weights of one that had all their batches in one. Raises
+    CheckpointError when `folder` belongs to a different run, is damaged, or another process is at work in it,
+    DivergedError when the loss is not a number; KeyboardInterrupt on Ctrl-C, after which the same call goes on from the
+    last whole epoch.
     """
     if logs not in LOGGERS:
         raise ConfigError(f"unknown logs {logs!r}: choose one of {', '.join(LOGGERS)}")

@@ -559,6 +559,9 @@ def test_two_devices_are_one_with_twice_the_batch(tiny: DataSet, tmp_path: Path)
     for run, epochs in (("whole", 2), ("cut", 1), ("cut", 2)):
         fit(data, dropping, replace(two, max_epochs=epochs), tmp_path / run)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    fit(tiny, dropping, replace(two, max_epochs=1), tmp_path / "even")
+    mine, theirs = load_tensors(tmp_path / "even" / "last.safetensors")[0]["random"]
+    assert not torch.equal(mine, theirs)  # as many draws, and each drops out other units
 
 
 @pytest.mark.slow
