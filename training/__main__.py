@@ -8,7 +8,7 @@ Its one rule: it reads options and prints results; everything it does is a call 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ from training import adopt, compare, data, experiments, findings, options, repro
 from training.artifact import check_name
 from training.cells import UNITS
 from training.checkpoint import Run, replace
-from training.config import TrainConfig
+from training.config import ModelConfig, TrainConfig
 from training.data.sequences import DataSet
 from training.errors import DataError, TrainingError
 from training.export import check_successor, exported
@@ -112,42 +112,13 @@ def fit(
 
     `latch-train fit sensors --cell gru --hidden 32 --rate 0.005 --logs tensorboard`
     """
-    asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
-    asked |= {"time": time, "time_format": time_format, "by": by, "split": split, "window": window, "licence": licence}
-    data_set = options.data_set(name, {"csv": csv, "text": text, "npz": npz, "wav": wav}, asked)
+    typed = {**locals()}
+    data_set = options.data_set(typed)
     for note in data_set.notes:
         console.print(f"{data_set.info.source}: {note}")
-    settings: dict[str, Any] = {
-        "hidden": hidden,
-        "layers": layers,
-        "dropout": dropout,
-        "input_dropout": input_dropout,
-        "head_dropout": head_dropout,
-        "recurrent_dropout": recurrent_dropout,
-        "skip": skip,
-        "learned_initial_state": learned_initial_state,
-        "blend": blend,
-        "reset": reset,
-        "gate_activation": gate_activation,
-        "candidate_activation": candidate_activation,
-        "seed": seed,
-        "optimiser": optimiser,
-        "rate": rate,
-        "schedule": schedule,
-        "average": average,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "max_epochs": epochs,
-        "patience": patience,
-        "clip": clip,
-        "transpose": transpose,
-        "settle": settle,
-        "similar_lengths": similar_lengths,
-        "devices": devices,
-        "accelerator": accelerator,
-    }
-    chosen, how = options.settings_for(data_set.info, settings)
-    model = configure(data_set, cell, **chosen)
+    asked = options.of(typed, ModelConfig, TrainConfig) | {"max_epochs": epochs}
+    chosen, how = options.settings_for(data_set.info, asked)
+    model = configure(data_set, **chosen)
     options.check_dropouts(model)
     model_name = export_name or options.slug(data_set.info.name)
     if export is None:
@@ -229,10 +200,8 @@ def sweep_command(
 
     `latch-train sweep chorales --cells gru,mgu2 --hidden 32:64`
     """
-    asked = {"targets": targets, "inputs": inputs, "horizon": horizon, "season": season, "max_gap": max_gap}
-    asked |= {"time": time, "time_format": time_format, "by": by, "split": split, "window": window, "licence": licence}
-    files = {"csv": csv, "text": text, "npz": npz, "wav": wav}
-    data_set = options.data_set(name, files, asked)
+    typed = {**locals()}
+    data_set = options.data_set(typed)
     for note in data_set.notes:
         console.print(f"{data_set.info.source}: {note}")
     settings, config = options.settings_for(
@@ -258,8 +227,9 @@ def sweep_command(
         where = sweep.folder_of(folder, trial.params).name
         table.add_row(f"{trial.value:.5g}", cell, f"{trial.params['layers']} x {size}", f"{rates:.2g}", where)
     console.print(table)
-    best = {"name": name, "seed": seed, "epochs": epochs, "patience": patience} | asked | found[0].params
-    best |= {kind: str(path.resolve()) for kind, path in files.items() if path is not None}
+    best = {"name": name, "seed": seed, "epochs": epochs, "patience": patience}
+    best |= options.of(typed, *options.ASKED) | found[0].params
+    best |= {kind: str(path.resolve()) for kind, path in options.given_files(typed).items()}
     replace(folder / "best.json", json.dumps({key: value for key, value in best.items() if value is not None}) + "\n")
     console.print(f"`latch-train fit --config {folder / 'best.json'}` trains the best, scores it on the test split")
 

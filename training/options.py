@@ -6,7 +6,7 @@ Its one rule: an option is described once, whatever commands have it. It must no
 import csv
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +33,7 @@ def option(text: str, *names: str, panel: str | None = None) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
+ASKED = tuple(kind.options for kind in own.KINDS.values())  # dataclasses of what may be asked of a file
 OWN, MODEL, TRAINING = "A file of your own", "The model", "Training"
 
 Name = Annotated[str | None, typer.Argument(help=f"A data set: {one_of(data.LOADERS)}. Or give a file of your own.")]
@@ -219,17 +220,27 @@ def percentages(text: str) -> tuple[int, ...]:
         raise DataError(f"--split must be three percentages such as 70/15/15, not {text!r}") from None
 
 
-def data_set(name: str | None, files: dict[str, Path | None], asked: dict[str, Any]) -> DataSet:
-    """The data set called `name`, or the one of the only file given, by its kind; `asked` are the options as typed."""
-    given = {kind: path for kind, path in files.items() if path is not None}
-    if (name is not None) + len(given) != 1:
-        raise DataError(f"name one data set ({', '.join(data.LOADERS)}), or give one file: --{', --'.join(files)}")
+def of(typed: Mapping[str, Any], *kinds: type[Any]) -> dict[str, Any]:
+    """Those of the options of a command that are fields of these dataclasses."""
+    return {one.name: typed[one.name] for kind in kinds for one in fields(kind) if one.name in typed}
+
+
+def given_files(typed: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of the user's own among the options of a command, by kind."""
+    return {kind: typed[kind] for kind in own.KINDS if typed[kind] is not None}
+
+
+def data_set(typed: Mapping[str, Any]) -> DataSet:
+    """The data set that the options of a command name, or the one of the only file given, by its kind."""
+    name, found = typed["name"], given_files(typed)
+    if (name is not None) + len(found) != 1:
+        raise DataError(f"name one data set ({', '.join(data.LOADERS)}), or give one file: --{', --'.join(own.KINDS)}")
     if name is not None:
         return data.load(name)
-    ((kind, path),) = given.items()
+    ((kind, path),) = found.items()
     read = {"targets": names, "inputs": names, "split": percentages}
-    settings = {key: read[key](value) if key in read else value for key, value in asked.items() if value is not None}
-    return own.load(kind, path, **settings)
+    asked = {key: value for key, value in of(typed, *ASKED).items() if value is not None}
+    return own.load(kind, path, **{key: read[key](value) if key in read else value for key, value in asked.items()})
 
 
 def settings_for(info: DataInfo, asked: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:

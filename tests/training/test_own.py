@@ -117,7 +117,7 @@ def test_what_is_not_said_is_as_the_kind_of_file_has_it(kind: str, usual: dict[s
 def test_what_is_nothing_is_an_answer_too(csv: Path) -> None:
     """No season, no filled gap, no times, no penalty: said, it is not what is usual."""
     asked = {"targets": "a", "season": 0, "max_gap": 0, "time": "", "horizon": None}
-    info = options.data_set(None, {"csv": csv, "text": None}, asked).info
+    info = options.data_set(dict.fromkeys(own.KINDS) | {"name": None, "csv": csv} | asked).info
     assert {key: info.own[key] for key in asked} == asked | {"targets": ["a"], "horizon": 1}
     assert options.settings_for(info, {"weight_decay": 0.0})[1].weight_decay == 0
 
