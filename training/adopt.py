@@ -21,13 +21,21 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 from onnx.inliner import inline_local_functions
 from onnx.numpy_helper import to_array
 
-from training.artifact import Values, free_version, newest, read_manifest, write_version
+from training.artifact import (
+    GOLDEN_SEED,
+    GOLDEN_SEQUENCES,
+    GOLDEN_STEPS,
+    Values,
+    error,
+    free_version,
+    newest,
+    read_manifest,
+    write_version,
+)
 from training.errors import ExportError
-from training.graph import error
 
 Array = NDArray[Any]
 
-SEQUENCES, STEPS, SEED = 3, 24, 20141212
 # Somebody else's graph may hold operators that round a row by its place in the batch, and large numbers.
 TOLERANCE = 1e-4
 BATCHES = (2, 3, 5)
@@ -430,7 +438,7 @@ def golden_inputs(x: Tensor, plan: Plan) -> Array:
         if x.dtype == "int64" and not np.array_equal(cast, sample):
             raise ExportError(f"{plan.sample} holds values that are no whole numbers; input {x.name!r} is int64")
         return cast
-    rng, size = np.random.default_rng(SEED), (SEQUENCES, STEPS, *x.shape)
+    rng, size = np.random.default_rng(GOLDEN_SEED), (GOLDEN_SEQUENCES, GOLDEN_STEPS, *x.shape)
     if x.dtype == "int64":
         if plan.ids is None:
             raise ExportError(f"input {x.name!r} is int64: say below what its ids are with --ids, or give a --sample")

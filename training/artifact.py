@@ -21,6 +21,8 @@ from training.errors import ExportError
 Values = dict[str, NDArray[Any]]
 Manifest = dict[str, Any]
 
+GOLDEN_SEQUENCES, GOLDEN_STEPS, GOLDEN_SEED = 3, 24, 20141212
+
 
 def next_version(folder: Path) -> str:
     """One more than the highest version in a model's folder; 1 where there is none."""
@@ -72,6 +74,14 @@ def check_manifest(manifest: Manifest) -> None:
         jsonschema.validate(manifest, _schema())
     except jsonschema.ValidationError as error:
         raise ExportError(f"the manifest breaks the contract at {error.json_path}: {error.message}") from error
+
+
+def error(found: NDArray[Any], expected: NDArray[Any], least: Any = 1.0) -> float:
+    """The largest |found - expected|, each over the largest |expected| of its last axis' element, or over `least` where
+    that is more: 32-bit floats near zero are as exact as the values that they come from.
+    """
+    largest = np.abs(expected).max(axis=tuple(range(expected.ndim - 1)), initial=0.0)
+    return float((np.abs(found - expected) / np.maximum(least, largest)).max())
 
 
 def write_version(target: Path, graph: bytes, golden: Values, manifest: Callable[[dict[str, str]], Manifest]) -> Path:

@@ -11,15 +11,22 @@ from typing import Any
 import numpy as np
 
 from training import data
-from training.artifact import free_version, newest, read_manifest, write_version
+from training.artifact import (
+    GOLDEN_SEED,
+    GOLDEN_SEQUENCES,
+    GOLDEN_STEPS,
+    Values,
+    free_version,
+    newest,
+    read_manifest,
+    write_version,
+)
 from training.checkpoint import Run, load_tensors
 from training.config import DataInfo
 from training.errors import ExportError
-from training.graph import TOLERANCE, Values, build_graph, check_parity, output_names, synthetic_inputs, torch_steps
+from training.graph import TOLERANCE, build_graph, check_parity, output_names, synthetic_inputs, torch_steps
 from training.model import RecurrentModel
 from training.scores import score_all
-
-GOLDEN_SEQUENCES, GOLDEN_STEPS, GOLDEN_SEED = 3, 24, 20141212
 
 
 def golden_vectors(model: RecurrentModel, lowering: str = "primitives") -> Values:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from training.artifact import Values, error
 from training.errors import ExportError
 from training.lowering import TRANSLATIONS, OperatorGraph
 from training.model import RecurrentModel
@@ -23,7 +24,6 @@ from training.model import RecurrentModel
 TOLERANCE = 1e-5
 PARITY_STEPS, PARITY_SEED = 200, 20141213
 NEGLIGIBLE = 1e-30  # far below what float32 adds to anything, far above where its numbers become subnormal (1.2e-38)
-Values = dict[str, NDArray[Any]]
 
 
 class StepGraph(nn.Module):
@@ -152,14 +152,6 @@ def onnx_steps(model: RecurrentModel, graph: bytes, inputs: NDArray[Any]) -> Ite
         values = dict(zip([*outputs, *states], found, strict=True))
         state = {name: values[name] for name in states}
         yield values
-
-
-def error(found: NDArray[Any], expected: NDArray[Any], least: Any = 1.0) -> float:
-    """The largest |found - expected|, each over the largest |expected| of its last axis' element, or over `least` where
-    that is more: 32-bit floats near zero are as exact as the values that they come from.
-    """
-    largest = np.abs(expected).max(axis=tuple(range(expected.ndim - 1)), initial=0.0)
-    return float((np.abs(found - expected) / np.maximum(least, largest)).max())
 
 
 def check_parity(model: RecurrentModel, graph: bytes) -> float:

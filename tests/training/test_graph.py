@@ -11,10 +11,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from training.artifact import error
 from training.cells import UNITS
 from training.config import ModelConfig
 from training.errors import ExportError
-from training.graph import build_graph, check_parity, error, onnx_steps, synthetic_inputs
+from training.graph import build_graph, check_parity, onnx_steps, synthetic_inputs
 from training.model import RecurrentModel
 
 # Nodes of one bernoulli step, of which two are the head (Gemm, Sigmoid).
