@@ -284,10 +284,3 @@ def make_cell(name: str, input_size: int, hidden_size: int, **conventions: str |
     if name not in UNITS:
         raise ConfigError(f"unknown unit {name!r}: choose one of {', '.join(UNITS)}")
     return UNITS[name].family(name, input_size, hidden_size, **conventions)
-
-
-def parameter_count(name: str, input_size: int, hidden_size: int, *, reset: str | None = None) -> int:
-    """Trainable numbers of one layer, from the table alone; reset=after has n more (b_u)."""
-    unit, size = UNITS[name], {"x": hidden_size * input_size, "h": hidden_size**2, "b": hidden_size}
-    gates = len(unit.gates) * sum(size[term] for term in unit.gate_terms)
-    return gates + sum(size[term] for term in unit.candidate_terms) + (hidden_size if reset == "after" else 0)

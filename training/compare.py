@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 
 from training.checkpoint import Run
 from training.errors import CheckpointError, ConfigError
-from training.model import RecurrentModel
+from training.model import RecurrentModel, count
 
 COLUMNS = ("run", "unit", "hidden", "weights", "seed", "rate", "epochs", "s", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A finished run: `score` is its first metric (nll where there is one, else mae), lower or higher being better."""
+    """A finished run; `valid` and `test` are its first metric, nll or else mae: lower is better."""
 
     folder: Path
     run: Run
@@ -62,8 +62,7 @@ def _row(folder: Path) -> Row:
         raise CheckpointError(f"the run in {folder} has not finished: fit it to the end, or leave it out")
     metrics = {(metric["name"], metric["split"]): metric["value"] for metric in run.result["metrics"]}
     name = run.result["metrics"][0]["name"]  # nll, or mae for a head without a likelihood: lower is better for both
-    parameters = sum(value.numel() for value in RecurrentModel(run.model).parameters())
-    return Row(folder, run, parameters, name, metrics[name, "valid"], metrics[name, "test"])
+    return Row(folder, run, count(RecurrentModel(run.model)), name, metrics[name, "valid"], metrics[name, "test"])
 
 
 @matplotlib.rc_context({"text.parse_math": False})  # what is forecast may be called price_$/kWh

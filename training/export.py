@@ -25,7 +25,7 @@ from training.checkpoint import Run, load_tensors
 from training.config import DataInfo
 from training.errors import ExportError
 from training.graph import TOLERANCE, build_graph, check_parity, output_names, synthetic_inputs, torch_steps
-from training.model import RecurrentModel
+from training.model import RecurrentModel, count
 from training.scores import score_all
 
 
@@ -145,9 +145,9 @@ def make_manifest(
             "hidden_size": config.hidden,
             "layers": config.layers,
             "learned_initial_state": config.learned_initial_state,
-            "parameters": sum(value.numel() for value in model.cells.parameters()),
+            "parameters": count(model.cells),
         },
-        "parameters": sum(value.numel() for value in model.parameters()),
+        "parameters": count(model),
         "files": files,
         "golden": {"sequences": GOLDEN_SEQUENCES, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE},
         "data": _data(info),

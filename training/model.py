@@ -68,6 +68,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def count(module: nn.Module) -> int:
+    """How many numbers of it are trained."""
+    return sum(value.numel() for value in module.parameters())
+
+
 def head_size(config: ModelConfig) -> int:
     """R, how many values a head gives: a gaussian one a mean and a spread of each output, for each component."""
     if config.head != "gaussian":

@@ -21,7 +21,7 @@ from training.checkpoint import replace as write
 from training.config import TrainConfig
 from training.errors import CheckpointError, ConfigError
 from training.experiments import Arm, Experiment
-from training.model import RecurrentModel
+from training.model import RecurrentModel, count
 from training.trainer import configure, fit
 
 Key = tuple[str, str, int]
@@ -143,8 +143,8 @@ def record_of(arm: str, metric: str, run: Run, folder: Path) -> Record:
         cell=run.model.cell,
         seed=run.train.seed,
         hidden=run.model.hidden,
-        parameters=sum(value.numel() for value in model.cells.parameters()),
-        weights=sum(value.numel() for value in model.parameters()),
+        parameters=count(model.cells),
+        weights=count(model),
         metric=metric,
         valid=scores["valid"],
         test=scores["test"],
