@@ -9,7 +9,8 @@ from scipy.signal import lfilter
 from scipy.special import expit
 
 from training.config import DataInfo
-from training.data.sequences import DataSet, Reference, Split, next_step
+from training.data.forecast import baselines
+from training.data.sequences import DataSet, Split, next_step
 
 Series = NDArray[np.float32]
 
@@ -61,19 +62,14 @@ def faults(rng: np.random.Generator, values: NDArray[np.float64]) -> NDArray[np.
     return values
 
 
-def baselines(test: Split, deviations: Series) -> tuple[Reference, ...]:
-    """Last value and seasonal naive (same time yesterday) over the predicted steps, in training deviations."""
-    last: list[Series] = []
-    season: list[Series] = []
-    for item in test.items:
-        inputs, targets, steps = item[0].astype(np.float32), item[1].astype(np.float32), np.flatnonzero(item[2])
-        last.append((targets[steps] - inputs[steps]) / deviations)
-        season.append((targets[steps] - inputs[steps - DAY + 1]) / deviations)
-    found = []
-    for name, errors in (("last value", np.concatenate(last)), ("seasonal naive (yesterday)", np.concatenate(season))):
-        found.append(Reference(name, "mae", float(np.abs(errors).mean())))
-        found.append(Reference(name, "rmse", float(np.sqrt(np.square(errors).mean()))))
-    return tuple(found)
+def naive(test: Split) -> dict[str, list[NDArray[np.float64]]]:
+    """What the last value and the same time yesterday err on the predicted steps."""
+    errors: dict[str, list[NDArray[np.float64]]] = {"last value": [], "seasonal naive (yesterday)": []}
+    for inputs, targets, predicted in test.items:
+        steps = np.flatnonzero(predicted)
+        for found, back in zip(errors.values(), (0, DAY - 1), strict=True):
+            found.append(inputs[steps - back].astype(np.float64) - targets[steps].astype(np.float64))
+    return errors
 
 
 def load(name: str = "sensors", seed: int = 20) -> DataSet:
@@ -100,5 +96,5 @@ def load(name: str = "sensors", seed: int = 20) -> DataSet:
         feedback="identity",
         standardise=True,
     )
-    deviations = np.concatenate([inputs for inputs, _, _ in splits["train"].items]).std(axis=0)
-    return DataSet(info, splits, baselines(splits["test"], deviations))
+    train = np.concatenate([targets for _, targets, _ in splits["train"].items], dtype=np.float64)
+    return DataSet(info, splits, baselines(naive(splits["test"]), train.std(axis=0, ddof=1), SENSORS))
