@@ -100,7 +100,7 @@ class StepRunner:
             raise ExportError(f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.results = {node.name: node for node in self.session.get_outputs()}
-        self.shapes = dict(self._named(text, "--shape") for text in plan.shapes)
+        self.shapes = dict(self._sizes(text) for text in plan.shapes)
         pairs = [_match(STATE, text, "--state") for text in plan.states]
         if not pairs:
             raise ExportError(
@@ -121,10 +121,9 @@ class StepRunner:
         x = _match(TENSOR, plan.sequence or rest[0], "--input")
         if others := set(rest) - {x["name"]}:
             raise ExportError(f"{_list(others)} is neither state, constant nor the input {x['name']!r}: say what it is")
-        self.x = self._tensor(x["name"], int(x["axis"] or 0), self.inputs)
+        self.x = self._tensor(x["name"], x["axis"])
         self.states = [
-            (self._tensor(pair["input"], int(pair["axis"] or 0), self.inputs), self._result(pair["output"]))
-            for pair in pairs
+            (self._tensor(pair["input"], pair["axis"]), self._node(pair["output"], self.results).name) for pair in pairs
         ]
         self.outputs = self._seen()
 
@@ -174,17 +173,13 @@ class StepRunner:
             raise ExportError(f"the graph does not {verb} {name!r}: it {verb}s {_list(nodes)}")
         return nodes[name]
 
-    def _result(self, name: str) -> str:
-        self._node(name, self.results)
-        return name
-
-    def _named(self, text: str, flag: str) -> tuple[str, tuple[int, ...]]:
-        found = _match(NAMED, text, flag)
+    def _sizes(self, text: str) -> tuple[str, tuple[int, ...]]:
+        found = _match(NAMED, text, "--shape")
         self._node(found["name"], self.inputs)
         try:
             return found["name"], tuple(int(size) for size in found["value"].split("x"))
         except ValueError:
-            raise ExportError(f"{flag} {text!r} is not {MEANT[flag]}") from None
+            raise ExportError(f"--shape {text!r} is not {MEANT['--shape']}") from None
 
     def _constant(self, text: str) -> tuple[str, Array]:
         found = _match(NAMED, text, "--constant")
@@ -206,9 +201,9 @@ class StepRunner:
             raise ExportError(f"constant {node.name!r} has shape {node.shape}, its value {list(value.shape)}")
         return node.name, value
 
-    def _tensor(self, name: str, axis: int, nodes: Mapping[str, Any]) -> Tensor:
-        """An input with a batch, as declared, the open sizes from --shape."""
-        node = self._node(name, nodes)
+    def _tensor(self, name: str, said: str | None) -> Tensor:
+        """An input with a batch, at the axis that was said or first, as declared, the open sizes from --shape."""
+        node, axis = self._node(name, self.inputs), int(said or 0)
         if node.type not in DTYPES:
             raise ExportError(
                 f"{name!r} is {node.type}; a step takes and returns {_list(DTYPES)}: export it with a Cast inside"
