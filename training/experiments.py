@@ -91,14 +91,13 @@ def only(hidden: dict[str, int], *cells: str) -> dict[str, int]:
 
 # Chung 2014, table 1: about 20,000 parameters for each of its three units; the variants keep the GRU's 46.
 MUSIC = sizes(46, lstm=36, rnn=100)
-MUSIC_TITLES = {
-    "chorales": "JSB chorales",
-    "nottingham": "Nottingham",
-    "musedata": "MuseData",
-    "piano-midi": "Piano-midi.de",
+# Title, seeds, and seconds of an epoch.
+MUSIC_ARMS = {
+    "chorales": ("JSB chorales", 3, 0.3),
+    "nottingham": ("Nottingham", 3, 0.9),
+    "musedata": ("MuseData", 1, 2.0),
+    "piano-midi": ("Piano-midi.de", 1, 0.5),
 }
-MUSIC_SEEDS = {"chorales": 3, "nottingham": 3, "musedata": 1, "piano-midi": 1}
-MUSIC_EPOCH = {"chorales": 0.3, "nottingham": 0.9, "musedata": 2.0, "piano-midi": 0.5}
 PIXEL_PAPERS = {
     "Bai 2018": {"rnn": 0.215, "gru": 0.962, "lstm": 0.872, "TCN": 0.990},
     "RRU 2021": {"GRU, 2 layers": 0.9836, "LSTM, 2 layers": 0.9288, "RRU": 0.9874},
@@ -142,11 +141,11 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "nll",
                 MUSIC,
                 RMSPROP,
-                MUSIC_EPOCH[name],
+                epoch,
                 polymusic.SETS[name].papers,
-                MUSIC_SEEDS[name],
+                seeds,
             )
-            for name, title in MUSIC_TITLES.items()
+            for name, (title, seeds, epoch) in MUSIC_ARMS.items()
         },
     ),
     "mnist-rows": Experiment(

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SIXTH = 1 / 6
-
 
 @dataclass(frozen=True)
 class Activation:
@@ -32,7 +30,7 @@ class Activation:
 ACTIVATIONS: dict[str, Activation] = {  # native.cpp counts them in this order
     "sigmoid": Activation(Tensor.sigmoid_, lambda y: y * (1 - y)),
     "hardsigmoid": Activation(
-        lambda v: functional.hardsigmoid(v, inplace=True), lambda y: ((y > 0) & (y < 1)).to(y.dtype) * SIXTH
+        lambda v: functional.hardsigmoid(v, inplace=True), lambda y: ((y > 0) & (y < 1)).to(y.dtype) / 6
     ),
     "tanh": Activation(Tensor.tanh_, lambda y: 1 - y * y),
     "relu": Activation(Tensor.relu_, lambda y: (y > 0).to(y.dtype)),

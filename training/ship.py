@@ -15,8 +15,8 @@ from training.presets import PRESETS, Preset
 from training.trainer import configure, fit
 
 # The article's units and what they are compared with, in the sizes of the papers' experiment.
-UNITS = {cell: hidden for cell, hidden in MUSIC.items() if cell != "mingru"}
-SHIPPED = {f"chorales-{cell}": Preset("chorales", cell, {"hidden": hidden}) for cell, hidden in UNITS.items()} | {
+HIDDEN = {cell: hidden for cell, hidden in MUSIC.items() if cell != "mingru"}
+SHIPPED = {f"chorales-{cell}": Preset("chorales", cell, {"hidden": hidden}) for cell, hidden in HIDDEN.items()} | {
     "sensors": Preset("sensors", "gru", {"hidden": 32}, TrainConfig(rate=0.005, patience=8)),
     "chorales-best": PRESETS["jsb-best"],
     "nottingham-best": PRESETS["nottingham-best"],

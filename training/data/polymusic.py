@@ -83,12 +83,6 @@ SETS = {
 }
 
 
-def fetch(name: str) -> Path:
-    """The checked file of the set; DataError as `files.fetch` has it."""
-    rolls = SETS[name]
-    return files.fetch("polymusic", rolls.file, rolls.sha256, SOURCE)
-
-
 def read(path: Path) -> dict[str, Split]:
     """The splits as the file gives them: 1 x N cell arrays of [T, 88] zeros and ones."""
     try:
@@ -128,6 +122,7 @@ def transposed(split: Split, semitones: int, order: torch.Generator) -> Split:
 def load(name: str) -> DataSet:
     """The set as a next-frame task."""
     rolls = SETS[name]
+    path = files.fetch("polymusic", rolls.file, rolls.sha256, SOURCE)
     notes = tuple((note, "") for note in NOTE_NAMES)
     info = DataInfo(
         name=name,
@@ -147,4 +142,4 @@ def load(name: str) -> DataSet:
         for paper, models in rolls.papers.items()
         for model, value in models.items()
     )
-    return DataSet(info, read(fetch(name)), references)
+    return DataSet(info, read(path), references)
