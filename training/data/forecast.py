@@ -17,7 +17,7 @@ from training.config import DataInfo
 from training.data.sequences import DataSet, Item, Reference, Split, require_told_apart
 from training.data.splits import SPLITS, check_percentages, percentages
 from training.data.table import Table, find, names_and_units, read
-from training.data.windows import scoring_pieces, training_windows
+from training.data.windows import pieces
 from training.errors import DataError
 
 Values = NDArray[np.float64]
@@ -154,8 +154,7 @@ def load(path: Path, options: Options) -> DataSet:
     for one in series:
         for name, part in one.splits.items():
             whole, missed = cut(one.grid, x, y, part, options, back, scored=name != "train")
-            pieces = training_windows if name == "train" else scoring_pieces
-            parts[name] += [piece for item in whole for piece in pieces(item, options.window)]
+            parts[name] += pieces(name, whole, options.window)
             if name == "train":
                 uncut += whole
                 changes += missed["last value"]

@@ -16,7 +16,7 @@ from training.config import DataInfo
 from training.data import files
 from training.data.sequences import DataSet, Item, Reference, Split, next_step
 from training.data.splits import check_percentages, percentages
-from training.data.windows import scoring_pieces, training_windows
+from training.data.windows import pieces
 from training.errors import DataError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -53,10 +53,7 @@ def load(path: Path, options: Options) -> DataSet:
         name: np.array([ids.get(character, len(alphabet) - 1) for character in part], dtype=np.int64)
         for name, part in parts.items()
     }
-    splits = {
-        name: (training_windows if name == "train" else scoring_pieces)(next_step(values), options.window)
-        for name, values in coded.items()
-    }
+    splits = {name: pieces(name, [next_step(values)], options.window) for name, values in coded.items()}
     unknown = {name: int((values == len(alphabet) - 1).sum()) for name, values in coded.items()}
     info = DataInfo(
         name=path.stem,

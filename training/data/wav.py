@@ -21,7 +21,7 @@ from training.config import DataInfo
 from training.data.arrays import class_baselines
 from training.data.sequences import DataSet, Item, Split
 from training.data.splits import SPLITS, check_percentages, percentages
-from training.data.windows import scoring_pieces, training_windows
+from training.data.windows import pieces
 from training.errors import DataError
 
 FRAME_SECONDS, HOP_SECONDS, BANDS = 0.025, 0.010, 40
@@ -103,10 +103,6 @@ def load(path: Path, options: Options) -> DataSet:
         made.append((frames, label, np.ones(len(frames), dtype=np.bool_)))
     parts = split(path, [labels.index(file.parent.name) for file in files], labels, options)
     whole = {name: [made[index] for index in part] for name, part in parts.items()}
-    splits: dict[str, list[Item]] = {name: [] for name in SPLITS}
-    for name, items in whole.items():
-        for item in items:
-            splits[name] += (training_windows if name == "train" else scoring_pieces)(item, options.window)
     (rate,) = rates
     info = DataInfo(
         name=path.name,
@@ -127,7 +123,7 @@ def load(path: Path, options: Options) -> DataSet:
     )
     return DataSet(
         info,
-        {name: Split(items) for name, items in splits.items()},
+        {name: Split(pieces(name, items, options.window)) for name, items in whole.items()},
         class_baselines(whole, len(labels), " of whole recordings, each once"),
         notes,
         whole["train"],

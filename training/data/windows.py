@@ -11,6 +11,12 @@ from training.data.sequences import Item
 PIECE = 8
 
 
+def pieces(split: str, items: list[Item], window: int) -> list[Item]:
+    """The sequences of the train split in windows, those of the others in pieces to score."""
+    cut = training_windows if split == "train" else scoring_pieces
+    return [piece for item in items for piece in cut(item, window)]
+
+
 def training_windows(item: Item, window: int) -> list[Item]:
     """Overlapping windows of `window` steps, so that the state starts from zero in many places.
 
