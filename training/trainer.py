@@ -157,16 +157,16 @@ class Fitting(lightning.LightningModule):
     def train_dataloader(self) -> DataLoader[Item]:
         """Called anew each epoch: the order depends on seed and epoch alone, so a resumed run sees the same one."""
         config = self.config
-        order = torch.Generator().manual_seed(1_000_003 * config.seed + self.current_epoch)
+        rng = torch.Generator().manual_seed(1_000_003 * config.seed + self.current_epoch)
         split = self.data.splits["train"]
         size = config.batch_size * config.devices
         if config.transpose and self.current_epoch < config.max_epochs - config.settle:
-            split = transposed(split, config.transpose, order)
+            split = transposed(split, config.transpose, rng)
         # The generator is given in any case: a loader without one takes a number from the model's random numbers.
         if config.similar_lengths:
-            batches = similar_lengths([len(inputs) for inputs, _, _ in split.items], size, order)
-            return DataLoader(split, batch_sampler=batches, generator=order, collate_fn=collate)
-        return DataLoader(split, size, shuffle=True, generator=order, collate_fn=collate)
+            batches = similar_lengths([len(inputs) for inputs, _, _ in split.items], size, rng)
+            return DataLoader(split, batch_sampler=batches, generator=rng, collate_fn=collate)
+        return DataLoader(split, size, shuffle=True, generator=rng, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """The valid split, in its own order."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from training.config import DataInfo
 from training.data.sequences import DataSet, Item, Reference, Split, require_told_apart
-from training.data.splits import SPLITS, check_percentages, percentages
+from training.data.splits import SPLITS, check_percentages, slices
 from training.data.table import LARGEST
 from training.errors import DataError
 
@@ -198,7 +198,7 @@ def split(path: Path, arrays: dict[str, Array], items: list[Item], options: Opti
     """Which sequences are in which split: as the file says, the rest by chance."""
     order = np.random.default_rng(options.draw).permutation(len(items))
     if "split" not in arrays:
-        parts = {name: order[part] for name, part in percentages(len(items), options.split).items()}
+        parts = {name: order[part] for name, part in slices(len(items), options.split).items()}
     else:
         named = arrays["split"]
         if named.shape != (len(items),):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from training.config import DataInfo
 from training.data.sequences import DataSet, Item, Reference, Split, require_told_apart
-from training.data.splits import SPLITS, check_percentages, percentages
+from training.data.splits import SPLITS, check_percentages, slices
 from training.data.table import Table, find, names_and_units, read
 from training.data.windows import pieces
 from training.errors import DataError
@@ -209,7 +209,7 @@ def load(path: Path, options: Options) -> DataSet:
 def lay_out(table: Table, options: Options) -> Series:
     """A series in even steps of time, and where its splits end."""
     rows, spacing, notes = even_rows(table, options.max_gap)
-    return Series(table, rows, percentages(len(rows), options.split), spacing, notes)
+    return Series(table, rows, slices(len(rows), options.split), spacing, notes)
 
 
 def free_inputs(

@@ -100,8 +100,8 @@ def read(path: Path) -> dict[str, Split]:
     }
 
 
-def transposed(split: Split, semitones: int, order: torch.Generator) -> Split:
-    """Every sequence moved by a whole number of semitones, at most `semitones` up or down, drawn by `order`.
+def transposed(split: Split, semitones: int, rng: torch.Generator) -> Split:
+    """Every sequence moved by a whole number of semitones, at most `semitones` up or down, drawn by `rng`.
 
     No note leaves the range of the split; a sequence that spans it stays. DataError for what is not piano rolls.
     """
@@ -109,7 +109,7 @@ def transposed(split: Split, semitones: int, order: torch.Generator) -> Split:
         raise DataError(f"only piano rolls of {NOTES} notes can be transposed: leave out --transpose")
     used = [np.flatnonzero(inputs.any(0) | targets.any(0)) for inputs, targets, _ in split.items]
     lowest, highest = min(notes[0] for notes in used), max(notes[-1] for notes in used)
-    drawn = torch.randint(-semitones, semitones + 1, (len(used),), generator=order).tolist()
+    drawn = torch.randint(-semitones, semitones + 1, (len(used),), generator=rng).tolist()
     shifts = [min(max(shift, lowest - notes[0]), highest - notes[-1]) for shift, notes in zip(drawn, used, strict=True)]
     return Split(
         [

@@ -96,13 +96,13 @@ def collate(items: list[Item]) -> Batch:
     return pad(inputs), pad(targets), pad(predicted)
 
 
-def similar_lengths(lengths: Items[int], size: int, order: torch.Generator) -> list[list[int]]:
+def similar_lengths(lengths: Items[int], size: int, rng: torch.Generator) -> list[list[int]]:
     """Indices in batches of `size`, drawn so that the sequences of a batch are nearly of one length: little padding.
 
     Of every eight batches drawn at random the sequences are sorted by length and cut again; the batches are shuffled.
     """
-    drawn = torch.randperm(len(lengths), generator=order).tolist()
+    drawn = torch.randperm(len(lengths), generator=rng).tolist()
     pools = [drawn[start : start + 8 * size] for start in range(0, len(drawn), 8 * size)]
     rows = [index for pool in pools for index in sorted(pool, key=lambda index: lengths[index])]
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [batches[index] for index in torch.randperm(len(batches), generator=order).tolist()]
+    return [batches[index] for index in torch.randperm(len(batches), generator=rng).tolist()]

@@ -18,7 +18,7 @@ def check_percentages(split: Sequence[int]) -> None:
         raise DataError(f"split must be three percentages of 100 such as 70/15/15, not {'/'.join(map(str, split))}")
 
 
-def percentages(count: int, split: Sequence[int]) -> dict[str, slice]:
+def slices(count: int, split: Sequence[int]) -> dict[str, slice]:
     """Which of `count` things, in their order, each split has."""
     ends = [int(count * percent // 100) for percent in np.cumsum(split)]
     return {name: slice(begin, end) for name, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True)}

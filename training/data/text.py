@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from training.config import DataInfo
 from training.data import files
 from training.data.sequences import DataSet, Item, Reference, Split, next_step
-from training.data.splits import check_percentages, percentages
+from training.data.splits import check_percentages, slices
 from training.data.windows import pieces
 from training.errors import DataError
 
@@ -41,7 +41,7 @@ def load(path: Path, options: Options) -> DataSet:
     """The text in `path` as ids of its characters; the alphabet is the features of the output, in the order of ids."""
     content, written = files.read_text(path)
     text = written.replace("\r\n", "\n")
-    parts = {name: text[part] for name, part in percentages(len(text), options.split).items()}
+    parts = {name: text[part] for name, part in slices(len(text), options.split).items()}
     for name, part in parts.items():
         if len(part) < 2:
             raise DataError(

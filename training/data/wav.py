@@ -20,7 +20,7 @@ from scipy.io import wavfile
 from training.config import DataInfo
 from training.data.arrays import class_baselines
 from training.data.sequences import DataSet, Item, Split
-from training.data.splits import SPLITS, check_percentages, percentages
+from training.data.splits import SPLITS, check_percentages, slices
 from training.data.windows import pieces
 from training.errors import DataError
 
@@ -172,7 +172,7 @@ def split(path: Path, labelled: list[int], labels: list[str], options: Options) 
     rng, parts = np.random.default_rng(options.draw), {name: list[int]() for name in SPLITS}
     for index, label in enumerate(labels):
         mine = rng.permutation(np.flatnonzero(np.array(labelled) == index))
-        for name, part in percentages(len(mine), options.split).items():
+        for name, part in slices(len(mine), options.split).items():
             if not len(mine[part]):
                 raise DataError(f"{path / label}: {len(mine)} recordings leave the {name} split without one")
             parts[name] += mine[part].tolist()
