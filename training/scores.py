@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from training.config import DataInfo
-from training.data.sequences import DataSet, Split, collate
+from training.data.sequences import DataSet, collate
 from training.model import RecurrentModel
 
 
@@ -31,16 +30,17 @@ class Metric:
 
 
 @torch.no_grad()
-def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) -> list[Metric]:
+def score(model: RecurrentModel, data: DataSet, split: str) -> list[Metric]:
     """NLL in nats for the probabilistic heads; accuracy for classes; MAE and RMSE for values.
 
     Over all features together errors are in standard deviations of the training split; each feature's MAE is also
     given in its own unit.
     """
     model.eval()
+    info = data.info
     head, sums, count = model.config.head, defaultdict[str, float](float), 0
     apart = torch.zeros(len(info.outputs), dtype=torch.float64)
-    for inputs, target, predicted in DataLoader(split, batch_size=64, collate_fn=collate):
+    for inputs, target, predicted in DataLoader(data.splits[split], batch_size=64, collate_fn=collate):
         raw, _ = model(inputs, predicted=predicted)
         asked = target[predicted]
         count += len(asked)
@@ -66,9 +66,9 @@ def score(model: RecurrentModel, info: DataInfo, split_name: str, split: Split) 
         found += [("mae", sums["mae"] / count, "std"), ("rmse", math.sqrt(sums["mse"] / count), "std")]
         for (feature, unit), value in zip(info.outputs, (apart / count).tolist(), strict=True):
             found.append((f"mae {feature}", value, unit or "1"))
-    return [Metric(name, split_name, value, unit) for name, value, unit in found]
+    return [Metric(name, split, value, unit) for name, value, unit in found]
 
 
 def score_all(model: RecurrentModel, data: DataSet) -> list[Metric]:
     """The scores of a model: on the valid split, by which it was chosen, and on the test split."""
-    return [metric for split in ("valid", "test") for metric in score(model, data.info, split, data.splits[split])]
+    return [metric for split in ("valid", "test") for metric in score(model, data, split)]

@@ -37,7 +37,10 @@ def test_errors_of_values_are_in_deviations_and_each_in_its_own_unit(tiny: DataS
     for head, values in (("regression", (0.25, -0.1)), ("gaussian", (0.25, -0.1, 0.3, -0.2))):
         model = constant(ModelConfig("gru", 1, 2, head, hidden=2), *values)
         model.y_mean, model.y_std = torch.tensor([5.0, 100.0]), torch.tensor([2.0, 30.0])
-        found = {metric.name: (metric.value, metric.unit) for metric in score(model, info, "test", Split(items))}
+        found = {
+            metric.name: (metric.value, metric.unit)
+            for metric in score(model, DataSet(info, {"test": Split(items)}), "test")
+        }
         standard = error / [2, 30]
         expected = {
             "mae": (np.abs(standard).mean(), "std"),
@@ -58,7 +61,7 @@ def test_of_characters_nats_bits_and_perplexity_are_one_score(tiny: DataSet) -> 
         ModelConfig("gru", 2, 3, "categorical", hidden=2, vocabulary=3), *np.log([0.25, 0.5, 0.25]).tolist()
     )
     info = replace(tiny.info, task="next_token", head="categorical")
-    found = {metric.name: metric.value for metric in score(model, info, "test", Split(items))}
+    found = {metric.name: metric.value for metric in score(model, DataSet(info, {"test": Split(items)}), "test")}
     bits = (1 + 2 + 1 + 1) / 4
     expected = {"nll": bits * np.log(2), "bits": bits, "perplexity": 2**bits, "accuracy": 3 / 4}
     assert found == pytest.approx(expected)
