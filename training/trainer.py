@@ -162,7 +162,8 @@ class Fitting(lightning.LightningModule):
         size = config.batch_size * config.devices
         if config.transpose and self.current_epoch < config.max_epochs - config.settle:
             split = transposed(split, config.transpose, rng)
-        # The generator is given in any case: a loader without one takes a number from the model's random numbers.
+        # The generator is given in any case: a loader without one takes a number from the model's random numbers when
+        # it begins, as that of the valid split does after every epoch, in a resumed run as in any other.
         if config.similar_lengths:
             batches = similar_lengths([len(inputs) for inputs, _, _ in split.items], size, rng)
             return DataLoader(split, batch_sampler=batches, generator=rng, collate_fn=collate)

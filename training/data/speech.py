@@ -1,4 +1,4 @@
-"""Spoken digits (Free Spoken Digit Dataset, 8 kHz): the next 10 samples from the last 20 (Chung 2014, section 4.2).
+"""Spoken digits (Free Spoken Digit Dataset, 8 kHz): the next 10 samples from the last 20 (Chung 2014).
 
 Its one rule: a step is 10 samples, so that what is predicted is never among its own inputs. It must not know units or
 training.
