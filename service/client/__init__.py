@@ -19,7 +19,19 @@ from service.client.asynchronous import AsyncClient, AsyncGroup, AsyncSession
 from service.client.blocking import Client, Group, Session
 from service.client.errors import LostSteps, NotAllStepped, NotLatch, OtherProcess, OutputsNotKept, PatienceExhausted
 from service.client.protocol import Reply
-from service.errors import InvalidInput, LatchError, SessionExpired, SessionNotFound, StepConflict
+from service.errors import (
+    InvalidInput,
+    LatchError,
+    ModelNotFound,
+    PayloadTooLarge,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+    SnapshotInvalid,
+    SnapshotMismatch,
+    StepConflict,
+    StepNotKept,
+)
 
 __all__ = [
     "AsyncClient",
@@ -30,14 +42,20 @@ __all__ = [
     "InvalidInput",
     "LatchError",
     "LostSteps",
+    "ModelNotFound",
     "NotAllStepped",
     "NotLatch",
     "OtherProcess",
     "OutputsNotKept",
     "PatienceExhausted",
+    "PayloadTooLarge",
     "Reply",
     "Session",
+    "SessionExists",
     "SessionExpired",
     "SessionNotFound",
+    "SnapshotInvalid",
+    "SnapshotMismatch",
     "StepConflict",
+    "StepNotKept",
 ]

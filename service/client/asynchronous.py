@@ -139,6 +139,7 @@ class AsyncSession(Standing):
         await self._run(self._logic.delete())
 
     async def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
+        self._line.check()  # before the lock, which somebody may have held as this process was forked
         async with self._lock:
             return await (line or self._line).run(work)
 
@@ -153,6 +154,7 @@ class AsyncGroup:
 
     async def step(self, rows: Mapping[AsyncSession, Any]) -> dict[AsyncSession, Reply]:
         """Advances each session by its own rows, and answers when all are through."""
+        self._line.check()  # as in `AsyncSession._run`
         async with self._lock, AsyncExitStack() as held:
             for session in sorted(rows, key=id):  # two groups with the same sessions must not wait for each other
                 await held.enter_async_context(session._lock)
@@ -161,6 +163,8 @@ class AsyncGroup:
 
     async def close(self) -> None:
         """Closes the WebSocket, after a step that is under way; another would open it again. The sessions live on."""
+        if not self._line.is_ours:
+            return
         async with self._lock:
             self._logic.hung_up()
             await self._line.hang_up()
@@ -203,13 +207,17 @@ class _Line:
         """Whether its connections are this process's own."""
         return self._process.is_this
 
+    def check(self) -> None:
+        """Raises OtherProcess where they are not."""
+        self._process.check()
+
     def another(self) -> "_Line":
         """One with a WebSocket of its own."""
         return _Line(self._http, self._target)
 
     async def run(self, work: Work[T]) -> T:
         """Does what the work asks for until it has its result."""
-        self._process.check()
+        self.check()
         try:
             effect = next(work)
             while True:
@@ -226,6 +234,9 @@ class _Line:
     async def hang_up(self) -> None:
         """Closes the WebSocket, if there is one."""
         socket, self._socket = self._socket, None
+        if not self.is_ours:
+            self._dialled.pop_all()
+            return
         try:
             await self._dialled.aclose()
         except BaseException:

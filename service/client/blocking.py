@@ -8,7 +8,6 @@ import struct
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from itertools import islice
@@ -35,7 +34,8 @@ class Client:
     Args:
         url: base address, http:// or https://.
         patience: seconds that one call, or one request of a stream, may take with all its tries.
-        timeout: seconds that one try may take; longer than the longest request that you send.
+        timeout: seconds that one try may take; longer than the longest request that you send. Over HTTP it is one for
+            the way there and each part of the answer's head, and one for the rest of the answer.
         headers: sent with every call and WebSocket.
 
     Raises (every method):
@@ -131,6 +131,9 @@ class Session(Standing):
             rows: what the model takes.
             outputs: names of what comes back for each row; None: the prediction.
 
+        It goes over HTTP, where a session that somebody deleted and made anew is not told from it if it is at the same
+        step; over a WebSocket, by a stream or a group, it is.
+
         Returns:
             The outputs, [T, *shape] each. Without them where the connection broke and the reply was larger than the
             service keeps (64 KiB unless it is set otherwise): `stream` cuts what it sends so that this cannot be.
@@ -197,6 +200,7 @@ class Session(Standing):
         self._run(self._logic.delete())
 
     def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
+        self._line.check()  # before the lock, which somebody may have held as this process was forked
         with self._lock:
             return (line or self._line).run(work)
 
@@ -228,6 +232,7 @@ class Group:
             InvalidInput: rows whose shape or kind a model does not take, or two objects of one session. Nothing was
                 sent, for any session.
         """
+        self._line.check()  # as in `Session._run`
         with self._lock:
             locks = [session._lock for session in sorted(rows, key=id)]  # two groups must not wait for each other
             try:
@@ -240,6 +245,8 @@ class Group:
 
     def close(self) -> None:
         """Closes the WebSocket, after a step that is under way; another would open it again. The sessions live on."""
+        if not self._line.is_ours:
+            return
         with self._lock:
             self._logic.hung_up()
             self._line.hang_up()
@@ -263,14 +270,6 @@ def _let_go(locks: list[Any]) -> None:
             _let_go(locks)
 
 
-def _close(process: Process, dialled: ExitStack) -> None:
-    """Closes a WebSocket, where it is this process's own."""
-    if process.is_this:
-        dialled.close()
-    else:
-        dialled.pop_all()
-
-
 class _Line:
     """Performs effects, over HTTP and over a WebSocket of its own."""
 
@@ -280,14 +279,15 @@ class _Line:
         self._process = Process()
         self._dialled = ExitStack()
         self._socket: ClientConnection | None = None
-        # At the end of the process, too, while threads still run: a stream that nobody has closed would wait for the
-        # one that reads its WebSocket for ever.
-        weakref.finalize(self, _close, self._process, self._dialled)
 
     @property
     def is_ours(self) -> bool:
         """Whether its connections are this process's own."""
         return self._process.is_this
+
+    def check(self) -> None:
+        """Raises OtherProcess where they are not."""
+        self._process.check()
 
     def another(self) -> "_Line":
         """One with a WebSocket of its own."""
@@ -295,7 +295,7 @@ class _Line:
 
     def run(self, work: Work[T]) -> T:
         """Does what the work asks for until it has its result."""
-        self._process.check()
+        self.check()
         try:
             effect = next(work)
             while True:
@@ -312,18 +312,22 @@ class _Line:
             return result
 
     def hang_up(self) -> None:
-        """Closes the WebSocket, if there is one."""
+        """Closes the WebSocket, if there is one and it is this process's own."""
         self._socket = None
-        _close(self._process, self._dialled)
+        if (
+            self.is_ours and not sys.is_finalizing()
+        ):  # at the end, what reads the WebSocket is gone: to wait for it hangs
+            self._dialled.close()
+        else:
+            self._dialled.pop_all()
 
     def _perform(self, effect: Effect) -> Any:
         match effect:
             case Sleep(seconds):
                 time.sleep(seconds)
             case Call():
-                end = time.monotonic() + effect.timeout  # httpx's own limit is one for each read
                 with self._http.stream(**effect._asdict()) as reply:
-                    body = []
+                    end, body = time.monotonic() + effect.timeout, []  # httpx's own limit is one for each read
                     for part in reply.iter_bytes():
                         body.append(part)
                         if time.monotonic() > end:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from service.client.errors import PatienceExhausted
@@ -89,7 +90,7 @@ class Retry:
 
     def __post_init__(self) -> None:
         for name, value, most in (("patience", self.patience, inf), ("timeout", self.timeout, LONGEST_TIMEOUT)):
-            if not (isinstance(value, int | float) and 0 < value <= most):
+            if not (isinstance(value, Real) and 0 < value <= most):
                 raise InvalidInput(f"{name} {value!r}: it is a number of seconds above 0, {most:g} at most", path=name)
 
     def left(self, end: float) -> float:

@@ -6,6 +6,7 @@ other to read.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,13 +30,13 @@ S = TypeVar("S", bound=Standing)
 
 
 class _Channel:
-    """A session's number on the socket; `is_bound` once the service has said so."""
+    """A session's number on the socket, and when that session was `made` which the service has bound to it."""
 
-    __slots__ = ("is_bound", "number")
+    __slots__ = ("made", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.is_bound = False
+        self.made: datetime | None = None
 
 
 class _Lane:
@@ -61,9 +62,14 @@ class _Lane:
         """Whether it has something to send."""
         return self.outcome is None and self.later is None
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the channel is of this session, and not of one before it of the same id."""
+        return self.channel.made == self.requests.session.info.created_at
+
     def frame(self) -> bytes:
         """What it sends next."""
-        if self.channel.is_bound:
+        if self.is_bound:
             return self.requests.frame(self.left[-1], self.channel.number)
         return opening(self.requests, self.channel.number)
 
@@ -72,19 +78,18 @@ class _Lane:
         channel, session = self.channel, self.requests.session
         try:
             if answer.kind == Kind.ERROR:
-                channel.is_bound = False  # by the next time there may be another session of its id
+                channel.made = None  # by the next time there may be another session of its id
                 problem = refused(read(answer.payload, dict[str, Any]))
                 raise session.conflict(problem) if isinstance(problem, StepConflict) else problem
-            if answer.kind != (Kind.STEPPED if channel.is_bound else Kind.HELLO):
+            if answer.kind != (Kind.STEPPED if self.is_bound else Kind.HELLO):
                 raise NotLatch(f"a frame of type {answer.kind} on channel {channel.number}, which waits for another")
-            if channel.is_bound:
+            if self.is_bound:
                 for reply in self.requests.replies(self.left.pop(), answer):
                     self.outcome = reply
                 if self.left:  # of several parts, the service keeps the last one's reply only
                     self.requests.note()
             else:
-                session.greeted(read(answer.payload, Hello))
-                channel.is_bound = True
+                channel.made = session.greeted(read(answer.payload, Hello))
         except NotLatch:
             raise
         except Later as later:
@@ -160,7 +165,7 @@ class GroupLogic:
         if not is_open:
             yield Dial("/v1/stream", timeout)
             for channel in self._channels.values():
-                channel.is_bound = False
+                channel.made = None
         for lane in lanes:
             lane.later = None
         while ready := [lane for lane in lanes if lane.is_ready]:

@@ -164,9 +164,12 @@ class ClientLogic:
                 raise InvalidInput("a session needs a model, or the id of one that exists", path="model")
             answer = yield from self.call("GET", _path(session_id))
         else:
-            start = state and {name: _plain(value) for name, value in state.items()}
+            if state is not None:
+                if not isinstance(state, Mapping):
+                    raise InvalidInput(f"state is {type(state).__name__}: it is arrays or lists by name", path="state")
+                state = {name: _plain(value, f"state.{name}") for name, value in state.items()}
             body = _json(
-                model=model, version=version, idle_ttl_ms=_milliseconds(idle_ttl), metadata=metadata, state=start
+                model=model, version=version, idle_ttl_ms=_milliseconds(idle_ttl), metadata=metadata, state=state
             )
             # With an id of our own, a second try finds what the first one made.
             answer = yield from self.call("PUT", _path(_own(session_id)), body)
@@ -174,6 +177,8 @@ class ClientLogic:
 
     def restore(self, snapshot: bytes, session_id: str | None, idle_ttl: float | None) -> "Work[SessionLogic]":
         """Makes a session of a snapshot, or has one stand there."""
+        if not isinstance(snapshot, bytes | bytearray | memoryview):
+            raise InvalidInput(f"a snapshot is bytes, not {type(snapshot).__name__}", path="snapshot")
         ttl = "" if idle_ttl is None else f"?idle_ttl_ms={_milliseconds(idle_ttl)}"
         path = f"{_path(_own(session_id))}/state{ttl}"
         answer = yield from self.call("PUT", path, bytes(snapshot), PACKED)
@@ -185,7 +190,7 @@ class ClientLogic:
         """Whole sequences, without a session."""
         names = None if outputs is None else list(outputs)
         try:
-            arrays = [_plain(np.asanyarray(sequence)) for sequence in sequences]
+            arrays = [_plain(np.asanyarray(each), f"sequences[{i}]") for i, each in enumerate(sequences)]
         except ValueError as error:
             raise InvalidInput(f"a sequence is no array: {error}", path="sequences") from error
         body = _json(sequences=arrays, outputs=names)
@@ -309,14 +314,15 @@ class SessionLogic:
         if found < self.at:
             raise LostSteps(self.info.id, self.at, found)
 
-    def greeted(self, hello: Hello) -> None:
-        """Raises SessionNotFound where another session has the id now, and LostSteps as `check`."""
+    def greeted(self, hello: Hello) -> datetime:
+        """When the session was made. Raises SessionNotFound where it is another one, and LostSteps as `check`."""
         self.check_model(hello)
-        self.check(hello.step)
         if hello.created_at != self.info.created_at:
             raise SessionNotFound(
                 f"session {self.info.id!r} was deleted, and made anew at {hello.created_at}: refresh() goes on with it"
             )
+        self.check(hello.step)
+        return hello.created_at
 
     def check_model(self, found: Info | Hello) -> None:
         """Raises SessionNotFound where the id is of another model's session now."""
@@ -345,29 +351,33 @@ def _own(session_id: str | None) -> str:
 
 
 def _path(session_id: str) -> str:
-    """Raises InvalidInput for no id at all, which would be another address."""
-    if not session_id:
-        raise InvalidInput("an empty id is no session's; None has one made up", path="session_id")
-    return f"/v1/sessions/{quote(session_id, safe='')}"
+    """Raises InvalidInput for what is no text, and for no id at all or dots, which would be another address."""
+    try:
+        if session_id.strip("."):
+            return f"/v1/sessions/{quote(session_id, safe='')}"
+    except (AttributeError, ValueError):  # as where a part of a character is left alone
+        pass
+    raise InvalidInput(f"{session_id!r} is no session's id (None has one made up)", path="session_id")
 
 
 def _milliseconds(seconds: float | None) -> int | None:
     try:
         return None if seconds is None else round(seconds * 1000)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInput(f"idle_ttl {seconds}: it is a number of seconds", path="idle_ttl") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput(f"idle_ttl {seconds!r}: it is a number of seconds", path="idle_ttl") from error
 
 
-def _plain(value: Any) -> Any:
-    """An array as JSON can say it; anything else as it is."""
+def _plain(value: Any, path: str) -> Any:
+    """An array as JSON can say it; anything else as it is. Raises InvalidInput for what is no number."""
     if not isinstance(value, np.ndarray):
         return value
     if np.ma.is_masked(value):
-        raise InvalidInput("some values of an array are masked: fill them first")
+        raise InvalidInput(f"some values of {path} are masked: fill them first", path=path)
     kind = {"b": "u1", "f": "f4" if value.itemsize <= 4 else "f8"}.get(value.dtype.kind, value.dtype.newbyteorder("="))
     array = np.asarray(value, kind, order="C")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InvalidInput("a value of an array is not finite")
+        place = "".join(f"[{i}]" for i in np.argwhere(~np.isfinite(array))[0])
+        raise InvalidInput(f"the value at {path}{place} is not finite", path=f"{path}{place}")
     return array if array.ndim else array.item()
 
 

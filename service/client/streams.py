@@ -4,6 +4,7 @@ Rule: as `protocol.py`.
 """
 
 from collections.abc import Iterable
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class StreamLogic:
             raise InvalidInput(f"a window of {window}: it holds at least one item", path="window")
         self._session, self._retry = session, session.client.retry
         self.requests = Requests(session, outputs)
-        self._is_open = False
+        self._greeted: datetime | None = None  # when that session was made which the socket is of
         # A socket of one session gives the prediction; for anything else a channel is opened on the other kind.
         self._path, self._opening = f"{session.path}/stream", None
         if self.requests.names != session.rows.default:
@@ -50,14 +51,13 @@ class StreamLogic:
     def _attempt(self, message: bytes, timeout: float) -> Work[frames.Answer]:
         end = self._retry.clock() + timeout
         try:
-            if not self._is_open:
+            if self._greeted != self._session.info.created_at:
                 yield Dial(self._path, timeout)
                 hello = yield from self._answer(self._opening, Kind.HELLO, end)
-                self._session.greeted(read(hello.payload, Hello))
-                self._is_open = True
+                self._greeted = self._session.greeted(read(hello.payload, Hello))
             return (yield from self._answer(message, Kind.STEPPED, end))
         except Later:
-            self._is_open = False
+            self._greeted = None
             raise
 
     def _answer(self, message: bytes | None, kind: Kind, end: float) -> Work[frames.Answer]:

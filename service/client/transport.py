@@ -59,6 +59,10 @@ class Target:
                 f"{self.url!r} is no address: http:// or https://, a host, perhaps a port and a path", path="url"
             )
         object.__setattr__(self, "url", parts.geturl())  # the scheme in lower case
+        try:
+            httpx.Headers(self.headers)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidInput(f"the headers are no text by name: {error}", path="headers") from error
 
     def http(self) -> dict[str, Any]:
         """Arguments of an httpx client."""

@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections import deque
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,7 @@ class Hub:
         self.messages: list[list[tuple[int, int]]] = []
         self.models: dict[str, str] = {}
         self.dials = 0
+        self.made = MADE
         self.now = self.takes = 0.0
         self.client = ClientLogic(Retry(60.0, 10.0, lambda: self.now, lambda _, most: most))
         self._bound: dict[int, tuple[str, tuple[str, ...]]] = {}
@@ -90,7 +91,7 @@ class Hub:
     def session(self, name: str) -> SessionLogic:
         """One that is there now, as a client finds it."""
         found = self.sums.setdefault(name, Sum())
-        return SessionLogic(self.client, Info(name, "sum", "1", len(found.applied), MADE, 900_000), ROW)
+        return SessionLogic(self.client, Info(name, "sum", "1", len(found.applied), self.made, 900_000), ROW)
 
     def run(self, work: Work[Any]) -> Any:
         """Performs as a shell does."""
@@ -146,7 +147,7 @@ class Hub:
             return frames.notice(Kind.ERROR, channel, SessionNotFound("no such session").to_dict())
         self._bound[channel] = name, outputs
         model, step = self.models.get(name, "sum"), len(self.sums[name].applied)
-        facts = {"session": name, "model": model, "version": "1", "step": step, "created_at": MADE.isoformat()}
+        facts = {"session": name, "model": model, "version": "1", "step": step, "created_at": self.made.isoformat()}
         return frames.notice(Kind.HELLO, channel, facts)
 
     def _step(self, frame: frames.Frame) -> bytes:
@@ -539,3 +540,20 @@ def test_the_answers_to_one_message_share_its_time() -> None:
 
     performed(group.step([(hub.session(name), [1.0]) for name in "abc"]), perform)
     assert timeouts == [10.0, pytest.approx(8.0), pytest.approx(6.0)]
+
+
+@pytest.mark.parametrize("way", ["refreshed", "opened"])
+def test_a_session_made_anew_is_bound_anew(way: str) -> None:
+    """The channel is of the one before; by whichever object its user goes on, the first step is the new one's."""
+    hub = Hub()
+    group = GroupLogic(hub.client, None)
+    old = hub.session("a")
+    hub.run(group.step([(old, [1.0])]))
+    hub.sums["a"] = Sum()
+    hub.made = MADE + timedelta(seconds=1)
+    if way == "refreshed":
+        old.info, old.at = hub.session("a").info, 0
+    session = old if way == "refreshed" else hub.session("a")
+    [reply] = hub.run(group.step([(session, [5.0])]))
+    assert isinstance(reply, Reply)
+    assert (reply.step, reply["y"].tolist(), hub.messages[-2:]) == (1, [[5.0]], [[(Kind.OPEN, 1)], [(Kind.STEP, 1)]])

@@ -564,6 +564,30 @@ def test_who_was_made_anew_is_told_by_when_that_was() -> None:
     assert next(latch.stream(session, [[3.0]])).step == 1
 
 
+def test_a_stream_goes_on_with_a_session_made_anew_once_it_is_told_to() -> None:
+    """Its socket is of the one before; it dials again."""
+    latch = Latch()
+    session = latch.session()
+    replies = latch.stream(session, [[3.0], [4.0]])
+    next(replies)
+    latch.applied, latch.kept = [], None
+    latch.created_at += timedelta(seconds=1)
+    latch.run(session.refresh())
+    reply = next(replies)
+    assert (reply.step, latch.applied, len(latch.dials)) == (1, [4.0], 2)
+
+
+def test_fewer_steps_of_another_session_are_not_lost_ones() -> None:
+    """That it expired, and was made anew at 0, is no fault of a store."""
+    latch = Latch()
+    session = latch.session()
+    latch.run(session.step([1.0], None))
+    latch.applied, latch.kept = [], None
+    latch.created_at += timedelta(seconds=1)
+    with pytest.raises(SessionNotFound, match="made anew"):
+        next(latch.stream(session, [[3.0]]))
+
+
 def test_what_is_no_answer_to_a_step_counts_none() -> None:
     """The page of a hotel that stands between: nothing is acknowledged by it, and the same call again applies once."""
     latch = Latch()
@@ -620,7 +644,7 @@ def test_times_that_are_none_are_refused(name: str, value: Any) -> None:
 
 def test_patience_has_no_end_where_one_likes_and_a_try_has_one() -> None:
     """Clocks of the system overflow where one try may take for ever."""
-    assert Retry(patience=float("inf")).patience > 1e300
+    assert Retry(patience=float("inf"), timeout=np.float32(5)).patience > 1e300  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match=r"timeout inf.*86400 at most"):
         Retry(timeout=float("inf"))
 
@@ -634,17 +658,34 @@ def test_a_pause_that_is_longer_than_patience_is_told() -> None:
         latch.run(session.step([1.0], None))
 
 
-def test_an_empty_id_is_not_made_up_for() -> None:
+def test_an_id_that_is_none_is_not_made_up_for() -> None:
     """A device whose settings lack a name would begin anew at every start."""
     latch = Latch()
-    session = latch.session()
     for work in (
         latch.logic.session("", "sum", None, None, None, None),
         latch.logic.restore(b"", "", None),
-        latch.logic.session("a", "sum", None, float("nan"), None, None),
-        session.fork("a", float("inf"), None),
+        latch.logic.session("..", None, None, None, None, None),
+        latch.logic.session("\ud800", None, None, None, None, None),
+        latch.logic.session(5, None, None, None, None, None),  # type: ignore[arg-type]
     ):
-        with pytest.raises(InvalidInput, match=r"empty id|idle_ttl"):
+        with pytest.raises(InvalidInput, match="no session's id"):
+            latch.run(work)
+    assert latch.calls == []
+
+
+def test_what_is_of_another_kind_is_refused() -> None:
+    """Before anything is sent, and as what it is."""
+    latch = Latch()
+    session = latch.session()
+    for work, path in (
+        (latch.logic.session("a", "sum", None, float("nan"), None, None), "idle_ttl"),
+        (latch.logic.session("a", "sum", None, "5", None, None), "idle_ttl"),  # type: ignore[arg-type]
+        (session.fork("a", float("inf"), None), "idle_ttl"),
+        (latch.logic.session("a", "sum", None, None, None, [1]), "state"),  # type: ignore[arg-type]
+        (latch.logic.restore("text", None, None), "snapshot"),  # type: ignore[arg-type]
+        (latch.logic.restore(10**9, None, None), "snapshot"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidInput, match=path):
             latch.run(work)
 
 
@@ -675,6 +716,6 @@ def test_what_is_masked_or_not_finite_is_refused() -> None:
     masked = np.ma.masked_array([[1.0], [2.0]], [[0], [1]])
     with pytest.raises(InvalidInput, match="masked"):
         latch.run(latch.session().step(masked, None))
-    for values, word in ((masked, "masked"), ([[float("nan")]], "not finite")):
+    for values, word in ((masked, "masked"), ([[1.0], [float("nan")]], r"sequences\[0\]\[1\]\[0\] is not finite")):
         with pytest.raises(InvalidInput, match=word):
             latch.run(latch.logic.predict("sum", [values], None))
