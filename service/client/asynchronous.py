@@ -64,7 +64,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Lets go of the connections; sessions live on."""
-        if self._line.is_ours:
+        if self._line.process.is_this:
             await self._http.aclose()
 
     async def __aenter__(self) -> Self:
@@ -139,7 +139,7 @@ class AsyncSession(Standing):
         await self._run(self._logic.delete())
 
     async def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
-        self._line.check()  # before the lock, which somebody may have held as this process was forked
+        self._line.process.check()  # before the lock, which somebody may have held as this process was forked
         async with self._lock:
             return await (line or self._line).run(work)
 
@@ -154,7 +154,7 @@ class AsyncGroup:
 
     async def step(self, rows: Mapping[AsyncSession, Any]) -> dict[AsyncSession, Reply]:
         """Advances each session by its own rows, and answers when all are through."""
-        self._line.check()  # as in `AsyncSession._run`
+        self._line.process.check()  # as in `AsyncSession._run`
         async with self._lock, AsyncExitStack() as held:
             for session in sorted(rows, key=id):  # two groups with the same sessions must not wait for each other
                 await held.enter_async_context(session._lock)
@@ -163,7 +163,7 @@ class AsyncGroup:
 
     async def close(self) -> None:
         """Closes the WebSocket, after a step that is under way; another would open it again. The sessions live on."""
-        if not self._line.is_ours:
+        if not self._line.process.is_this:
             return
         async with self._lock:
             self._logic.hung_up()
@@ -198,18 +198,9 @@ class _Line:
     def __init__(self, http: httpx.AsyncClient, target: Target) -> None:
         self._http = http
         self._target = target
-        self._process = Process()
+        self.process = Process()
         self._dialled = AsyncExitStack()
         self._socket: ClientConnection | None = None
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether its connections are this process's own."""
-        return self._process.is_this
-
-    def check(self) -> None:
-        """Raises OtherProcess where they are not."""
-        self._process.check()
 
     def another(self) -> "_Line":
         """One with a WebSocket of its own."""
@@ -217,7 +208,7 @@ class _Line:
 
     async def run(self, work: Work[T]) -> T:
         """Does what the work asks for until it has its result."""
-        self.check()
+        self.process.check()
         try:
             effect = next(work)
             while True:
@@ -234,7 +225,7 @@ class _Line:
     async def hang_up(self) -> None:
         """Closes the WebSocket, if there is one."""
         socket, self._socket = self._socket, None
-        if not self.is_ours:
+        if not self.process.is_this:
             self._dialled.pop_all()
             return
         try:

@@ -97,7 +97,7 @@ class Client:
 
     def close(self) -> None:
         """Lets go of the connections; sessions live on."""
-        if self._line.is_ours:
+        if self._line.process.is_this:
             self._http.close()
 
     def __enter__(self) -> Self:
@@ -200,7 +200,7 @@ class Session(Standing):
         self._run(self._logic.delete())
 
     def _run(self, work: Work[T], line: "_Line | None" = None) -> T:
-        self._line.check()  # before the lock, which somebody may have held as this process was forked
+        self._line.process.check()  # before the lock, which somebody may have held as this process was forked
         with self._lock:
             return (line or self._line).run(work)
 
@@ -232,7 +232,7 @@ class Group:
             InvalidInput: rows whose shape or kind a model does not take, or two objects of one session. Nothing was
                 sent, for any session.
         """
-        self._line.check()  # as in `Session._run`
+        self._line.process.check()  # as in `Session._run`
         with self._lock:
             locks = [session._lock for session in sorted(rows, key=id)]  # two groups must not wait for each other
             try:
@@ -245,7 +245,7 @@ class Group:
 
     def close(self) -> None:
         """Closes the WebSocket, after a step that is under way; another would open it again. The sessions live on."""
-        if not self._line.is_ours:
+        if not self._line.process.is_this:
             return
         with self._lock:
             self._logic.hung_up()
@@ -276,18 +276,9 @@ class _Line:
     def __init__(self, http: httpx.Client, target: Target) -> None:
         self._http = http
         self._target = target
-        self._process = Process()
+        self.process = Process()
         self._dialled = ExitStack()
         self._socket: ClientConnection | None = None
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether its connections are this process's own."""
-        return self._process.is_this
-
-    def check(self) -> None:
-        """Raises OtherProcess where they are not."""
-        self._process.check()
 
     def another(self) -> "_Line":
         """One with a WebSocket of its own."""
@@ -295,7 +286,7 @@ class _Line:
 
     def run(self, work: Work[T]) -> T:
         """Does what the work asks for until it has its result."""
-        self.check()
+        self.process.check()
         try:
             effect = next(work)
             while True:
@@ -314,9 +305,7 @@ class _Line:
     def hang_up(self) -> None:
         """Closes the WebSocket, if there is one and it is this process's own."""
         self._socket = None
-        if (
-            self.is_ours and not sys.is_finalizing()
-        ):  # at the end, what reads the WebSocket is gone: to wait for it hangs
+        if self.process.is_this and not sys.is_finalizing():  # else what reads it is gone, and closing waits for that
             self._dialled.close()
         else:
             self._dialled.pop_all()
