@@ -7,7 +7,7 @@ know torch, or how the graph was made.
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 from onnx.inliner import inline_local_functions
 from onnx.numpy_helper import to_array
@@ -303,7 +303,7 @@ def adopt(
     version = free_version(models, name, version, force=force)
     graph = read_graph(path)
     runner = StepRunner(graph.SerializeToString(), plan)
-    require_forward(graph)
+    require_forward(graph, [state.name for state, _ in runner.states])
     require_no_chance(graph, runner.constants)
     if succeeds and (before := newest(models / name)) is not None:
         found = read_manifest(before)
@@ -382,31 +382,41 @@ def read_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
-def require_forward(model: onnx.ModelProto) -> None:
-    """ExportError where a recurrent operator goes backwards: step by step its golden vectors would be right, and its
-    answers would not be those that it was trained to give.
+def require_forward(model: onnx.ModelProto, states: Iterable[str]) -> None:
+    """ExportError where a recurrent operator goes backwards from a state: step by step its golden vectors would be
+    right, and its answers would not be those that it was trained to give. One that begins from nothing does not go over
+    steps, but over something within one: bands, say.
     """
-    for node in _nodes(model):
-        ways = [attribute.s.decode() for attribute in node.attribute if attribute.name == "direction"]
-        if node.op_type in RECURRENT and ways not in ([], ["forward"]):
-            raise ExportError(
-                f"{_called(node)} is {ways[0]}: it reads later steps, which a session does not have yet; train it "
-                f"forward"
-            )
+    stateful = set(states)  # what may depend on one
+    whole, *parts = _graphs(model)
+    for graph in (whole, *parts):
+        if graph is not whole:
+            stateful.update(given if isinstance(given, str) else given.name for given in graph.input)
+        for node in graph.node:
+            if stateful.intersection(node.input) or any(map(_inner, node.attribute)):
+                stateful.update(node.output)
+            ways = [attribute.s.decode() for attribute in node.attribute if attribute.name == "direction"]
+            if node.op_type in RECURRENT and ways not in ([], ["forward"]) and stateful.intersection(node.input[5:7]):
+                raise ExportError(
+                    f"{_called(node)} is {ways[0]}: it reads later steps, which a session does not have yet; train it "
+                    f"forward"
+                )
 
 
 def require_no_chance(model: onnx.ModelProto, constants: Mapping[str, Array]) -> None:
     """ExportError where the graph draws random numbers: rare or small ones would not show when it is run twice."""
-    fixed = dict(constants)
-    for node in _nodes(model):
-        value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
-        if node.op_type == "Constant" and value is not None and value.data_type == TensorProto.BOOL:
-            fixed[node.output[0]] = to_array(value)
-    fixed |= {weight.name: to_array(weight) for weight in _weights(model.graph) if weight.data_type == TensorProto.BOOL}
-    for node in _nodes(model):
-        trains = node.input[2] if node.op_type == "Dropout" and len(node.input) > 2 else ""
-        if node.op_type in RANDOM or (trains and np.any(fixed.get(trains, True))):
-            way = "export it in evaluation mode" if trains else "draw in the client, and send it as part of the input"
+    known = {name: bool(np.any(value)) for name, value in constants.items()}
+    known |= {weight.name: bool(to_array(weight).any()) for weight in _weights(model.graph) if not weight.dims}
+    for node in (node for graph in _graphs(model) for node in graph.node):
+        if node.op_type == "Constant" and node.attribute[0].name in ("value", "value_int", "value_float"):
+            said = onnx.helper.get_attribute_value(node.attribute[0])
+            known[node.output[0]] = bool(np.any(to_array(said) if isinstance(said, TensorProto) else said))
+        elif node.op_type in ("Identity", "Cast") and node.input[0] in known:
+            known[node.output[0]] = known[node.input[0]]
+        given = [known.get(name, True) for name in node.input[1:3] if name]  # of Dropout: its ratio, whether it trains
+        drops = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] and all(given)
+        if node.op_type in RANDOM or drops:
+            way = "export it in evaluation mode" if drops else "draw in the client, and send it as part of the input"
             raise ExportError(f"{_called(node)} draws random numbers: the graph is not deterministic; {way}")
 
 
@@ -486,18 +496,22 @@ def _weights(graph: GraphProto) -> Iterator[TensorProto]:
                 yield from _weights(attribute.g)
 
 
-def _nodes(model: onnx.ModelProto) -> Iterator[NodeProto]:
-    """Every node, in branches, loops and functions too."""
+def _inner(attribute: AttributeProto) -> list[GraphProto]:
+    """The graphs of a branch or a loop."""
+    return [*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else [])]
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[GraphProto | FunctionProto]:
+    """The graph itself, those of its branches and loops, and of the functions that cannot be put in their place."""
+
+    def within(graph: GraphProto | FunctionProto) -> Iterator[GraphProto | FunctionProto]:
+        yield graph
+        for inner in (inner for node in graph.node for attribute in node.attribute for inner in _inner(attribute)):
+            yield from within(inner)
+
     whole = inline_local_functions(model) if model.functions else model
-
-    def inside(graph: GraphProto) -> Iterator[NodeProto]:
-        for node in graph.node:
-            yield node
-            for attribute in node.attribute:
-                for inner in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else ())):
-                    yield from inside(inner)
-
-    return inside(whole.graph)
+    for part in (whole.graph, *whole.functions):
+        yield from within(part)
 
 
 def _called(node: NodeProto) -> str:

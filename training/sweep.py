@@ -7,7 +7,7 @@ It must not know what the data are.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,9 @@ def _sweep(
     question = asdict(replace(data.info, own={key: value for key, value in data.info.own.items() if key != "path"}))
     asked = json.loads(json.dumps([asdict(space), settings, asdict(config), question]))
     before = study.user_attrs.setdefault("asked", asked)
-    for name, then, now in changes(*(named(question, *rest) for *rest, question in (before, asked))):
+    for difference in _differences(before, asked):
         raise CheckpointError(
-            f"{folder} holds a sweep over something else, with {name}={then!r}, not {now!r}: choose another --run, or "
-            f"delete the folder"
+            f"{folder} holds a sweep over something else{difference}: choose another --run, or delete the folder"
         )
     study.set_user_attr("asked", asked)
     # Else a sweep taken up again would draw its first points once more.
@@ -163,6 +162,15 @@ def drop_torn_line(journal: Path) -> None:
     content = journal.read_bytes() if journal.is_file() else b""
     if content and not content.endswith(b"\n"):
         journal.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _differences(before: list[Any], asked: list[Any]) -> Iterator[str]:
+    """In what two sweeps differ, as far as it can be told: what an older version has noted is another list."""
+    if len(before) == len(asked):
+        for name, then, now in changes(*(named(data, *rest) for *rest, data in (before, asked))):
+            yield f", with {name}={then!r}, not {now!r}"
+    else:
+        yield ""
 
 
 def take_up(study: optuna.Study) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from tests.training import strangers
-from training.adopt import Plan, adopt
+from training.adopt import Plan, adopt, require_no_chance
 from training.errors import ExportError
 
 VOICE = Plan(["state=stateN@1"], constants=["rate=16000"], shapes=["x=6"])
@@ -203,9 +204,10 @@ def test_a_graph_that_is_no_step_is_refused(
 
 def dropout(path: Path, mode: str) -> Path:
     """Sums x + h, of which one in ten thousand is dropped where `mode` is on."""
-    given = node("Constant", [], "on", value=numpy_helper.from_array(np.array(mode == "on")))
+    given = node("Constant", [], "on", value=numpy_helper.from_array(np.array(mode in ("on", "nothing"))))
+    rate = node("Constant", [], "rate", value_float=0.0 if mode == "nothing" else 1e-4)
     drop = node("Dropout", ["x", "rate", "train" if mode == "given" else "on"], "kept")
-    nodes = [given, node("Constant", [], "rate", value_float=1e-4), drop, node("Add", ["kept", "h"], "y"), KEEP]
+    nodes = [given, rate, drop, node("Add", ["kept", "h"], "y"), KEEP]
     model = onnx.load(strangers.memory(path, *nodes))
     if mode == "given":
         model.graph.input.append(strangers.value("train", [], onnx.TensorProto.BOOL))
@@ -218,7 +220,7 @@ def dropout(path: Path, mode: str) -> Path:
 
 @pytest.mark.parametrize(
     ("mode", "constants", "refused"),
-    [("on", (), True), ("off", (), False), ("weight", (), False),
+    [("on", (), True), ("off", (), False), ("weight", (), False), ("nothing", (), False),
      ("given", ("train=true",), True), ("given", ("train=false",), False)],
 )  # fmt: skip
 def test_a_little_chance_is_refused_too(tmp_path: Path, mode: str, constants: tuple[str, ...], refused: bool) -> None:
@@ -229,6 +231,21 @@ def test_a_little_chance_is_refused_too(tmp_path: Path, mode: str, constants: tu
         return
     with pytest.raises(ExportError, match=r"Dropout 'kept' draws random numbers: .* export it in evaluation mode"):
         adopt(path, tmp_path / "models", "m", plan)
+
+
+@pytest.mark.parametrize("trains", [0, 1])
+def test_whether_dropout_is_on_is_found_out_behind_other_nodes(tmp_path: Path, trains: int) -> None:
+    """As some exporters write it."""
+    nodes = [
+        node("Constant", [], "said", value_int=trains),
+        node("Identity", ["said"], "same"),
+        node("Cast", ["same"], "trains", to=onnx.TensorProto.BOOL),
+        node("Dropout", ["x", "", "trains"], "y"),
+        KEEP,
+    ]
+    model = onnx.load(strangers.memory(tmp_path / "m.onnx", *nodes))
+    with pytest.raises(ExportError, match="Dropout 'y' draws") if trains else nullcontext():
+        require_no_chance(model, {})
 
 
 def test_chance_that_no_operator_admits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +303,40 @@ def test_a_layer_that_reads_later_steps_is_refused(tmp_path: Path, direction: st
     with pytest.raises(ExportError, match=rf"GRU '.*' is {direction}: it reads later steps"):
         adopt(tmp_path / "m.onnx", tmp_path / "models", "m", plan)
     assert not (tmp_path / "models").exists()
+
+
+def test_a_layer_over_something_within_a_step_may_go_both_ways(tmp_path: Path) -> None:
+    """It begins from nothing at every step, as those over the bands of a frame do."""
+    nodes = [
+        node("Transpose", ["x"], "bands", perm=[1, 0]),
+        node("Unsqueeze", ["bands", "two"], "bands3"),
+        helper.make_node("GRU", ["bands3", "W", "R"], ["Y"], hidden_size=1, direction="bidirectional"),
+        node("ReduceSum", ["Y", "axes"], "both", keepdims=0),
+        node("Transpose", ["both"], "y", perm=[1, 0]),
+        KEEP,
+    ]
+    model = onnx.load(strangers.memory(tmp_path / "m.onnx", *nodes))
+    weights = {"two": np.array([2]), "axes": np.array([1, 3]), **{n: np.full((2, 3, 1), 0.1, np.float32) for n in "WR"}}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    onnx.save(model, tmp_path / "m.onnx")
+    assert adopt(tmp_path / "m.onnx", tmp_path / "models", "m", MEMORY).name == "1"
+
+
+def test_a_function_of_another_opset_is_looked_into_too(tmp_path: Path) -> None:
+    """It stays a call: it cannot be put in the place of it."""
+    path = strangers.memory(tmp_path / "m.onnx", node("Identity", ["x"], "y"), KEEP)
+    inner = [
+        node("Constant", [], "on", value=numpy_helper.from_array(np.array(True))),
+        node("Constant", [], "rate", value_float=1e-4),
+        node("Dropout", ["a", "rate", "on"], "b"),
+    ]
+    model = onnx.load(path)
+    model.graph.node[0].CopyFrom(node("Own", ["x"], "y", domain="own"))
+    model.functions.append(helper.make_function("own", "Own", ["a"], ["b"], inner, [helper.make_opsetid("", 15)]))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match="Dropout 'b' draws random numbers"):
+        adopt(path, tmp_path / "models", "m", MEMORY)
 
 
 def test_a_graph_under_its_files_name_is_a_new_version_or_another_model(tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ def test_another_sweeps_folder_is_refused(tiny: DataSet, tmp_path: Path) -> None
     assert len(sweep(moved, SPACE, {}, CONFIG, tmp_path, trials=1)) == 1
 
 
+def test_a_sweep_of_an_older_version_is_refused_in_fewer_words() -> None:
+    """It noted other things of its data, which have no names any more."""
+    assert [*module._differences([{}, {}, {}, "tiny", None], [{}, {}, {}, {"own": {}}])] == [""]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
