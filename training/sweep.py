@@ -7,7 +7,7 @@ It must not know what the data are.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,19 +97,42 @@ def sweep(
     if trials < 1:
         raise ConfigError(f"trials must be at least 1, not {trials}")
     with alone(folder):
-        return _sweep(data, space, settings, config, folder, trials, threads, tell)
+        study = _study(data, space, settings, config, folder)
+
+        def run(trial: optuna.Trial) -> float:
+            params = space.draw(trial)
+            model = configure(data, **(settings | {key: params[key] for key in ("cell", "hidden", "layers")}))
+            where = folder_of(folder, params)
+            try:
+                fit(
+                    data,
+                    model,
+                    replace(config, rate=params["rate"]),
+                    where,
+                    threads=threads,
+                    callbacks=(Pruning(trial),),
+                )
+            except DivergedError as error:
+                raise optuna.TrialPruned(str(error)) from error
+            return float(load_tensors(where / "best.safetensors")[1]["valid_loss"])
+
+        before = done = len(study.get_trials(states=DONE))
+        started = time.monotonic()
+
+        def told(study: optuna.Study, trial: FrozenTrial) -> None:
+            tell(_line(study, trial, done + 1, trials, (time.monotonic() - started) / (done + 1 - before)))
+
+        while done < trials:
+            study.optimize(run, n_trials=1, callbacks=[told])
+            done = len(study.get_trials(states=DONE))
+        finished = study.get_trials(states=(TrialState.COMPLETE,))
+        if not finished:
+            raise ConfigError("no trial came to its end: all diverged; lower the rates")
+        return sorted(finished, key=lambda trial: trial.value if trial.value is not None else float("inf"))
 
 
-def _sweep(
-    data: DataSet,
-    space: Space,
-    settings: dict[str, Any],
-    config: TrainConfig,
-    folder: Path,
-    trials: int,
-    threads: int,
-    tell: Callable[[str], None],
-) -> list[FrozenTrial]:
+def _study(data: DataSet, space: Space, settings: dict[str, Any], config: TrainConfig, folder: Path) -> optuna.Study:
+    """The sweep of a folder, begun or taken up; CheckpointError where it is another one."""
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # else Ctrl-C is a page of its own
     journal = str(folder / JOURNAL)
     drop_torn_line(folder / JOURNAL)
@@ -122,39 +145,15 @@ def _sweep(
     )
     question = asdict(replace(data.info, own={key: value for key, value in data.info.own.items() if key != "path"}))
     asked = json.loads(json.dumps([asdict(space), settings, asdict(config), question]))
-    before = study.user_attrs.setdefault("asked", asked)
-    for difference in _differences(before, asked):
+    if (told := _difference(study.user_attrs.setdefault("asked", asked), asked)) is not None:
         raise CheckpointError(
-            f"{folder} holds a sweep over something else{difference}: choose another --run, or delete the folder"
+            f"{folder} holds a sweep over something else{told}: choose another --run, or delete the folder"
         )
     study.set_user_attr("asked", asked)
     # Else a sweep taken up again would draw its first points once more.
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
     take_up(study)
-
-    def run(trial: optuna.Trial) -> float:
-        params = space.draw(trial)
-        model = configure(data, **(settings | {key: params[key] for key in ("cell", "hidden", "layers")}))
-        where = folder_of(folder, params)
-        try:
-            fit(data, model, replace(config, rate=params["rate"]), where, threads=threads, callbacks=(Pruning(trial),))
-        except DivergedError as error:
-            raise optuna.TrialPruned(str(error)) from error
-        return float(load_tensors(where / "best.safetensors")[1]["valid_loss"])
-
-    before = done = len(study.get_trials(states=DONE))
-    started = time.monotonic()
-
-    def told(study: optuna.Study, trial: FrozenTrial) -> None:
-        tell(_line(study, trial, done + 1, trials, (time.monotonic() - started) / (done + 1 - before)))
-
-    while done < trials:
-        study.optimize(run, n_trials=1, callbacks=[told])
-        done = len(study.get_trials(states=DONE))
-    finished = study.get_trials(states=(TrialState.COMPLETE,))
-    if not finished:
-        raise ConfigError("no trial came to its end: all diverged; lower the rates")
-    return sorted(finished, key=lambda trial: trial.value if trial.value is not None else float("inf"))
+    return study
 
 
 def drop_torn_line(journal: Path) -> None:
@@ -164,13 +163,13 @@ def drop_torn_line(journal: Path) -> None:
         journal.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
-def _differences(before: list[Any], asked: list[Any]) -> Iterator[str]:
-    """In what two sweeps differ, as far as it can be told: what an older version has noted is another list."""
-    if len(before) == len(asked):
-        for name, then, now in changes(*(named(data, *rest) for *rest, data in (before, asked))):
-            yield f", with {name}={then!r}, not {now!r}"
-    else:
-        yield ""
+def _difference(before: list[Any], asked: list[Any]) -> str | None:
+    """In what two sweeps differ first, as far as it can be told; None where in nothing."""
+    if len(before) != len(asked):  # an older version has noted other things of the data
+        return ""
+    for name, then, now in changes(*(named(data, *rest) for *rest, data in (before, asked))):
+        return f", with {name}={then!r}, not {now!r}"
+    return None
 
 
 def take_up(study: optuna.Study) -> None:

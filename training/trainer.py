@@ -376,73 +376,60 @@ def fit(
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
     with alone(folder):
-        return _fit(data, model_config, config, folder, logs, threads, progress, callbacks)
-
-
-def _fit(
-    data: DataSet,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    folder: Path,
-    logs: str,
-    threads: int,
-    progress: bool,
-    callbacks: tuple[Callback, ...],
-) -> Run:
-    run = Run(data.info, model_config, config, libraries())
-    found = Run.load(folder) if (folder / "run.json").is_file() else run
-    if found.result is not None or (folder / "last.safetensors").is_file():  # else nothing of it was trained
-        found.same_as(run)
-    if found.result is not None and found.train == config:
-        return found
-    epoch, unfinished, seconds = resume_point(folder, config)
-    if found.result is not None and not unfinished:
-        return found
-    started = time.monotonic() - seconds
-    torch.set_num_threads(threads)
-    lightning.seed_everything(config.seed, verbose=False)
-    model = RecurrentModel(model_config)
-    set_normalisation(model, data)
-    run.save(folder)
-    if unfinished:
-        hush_hints()
-        # Judged when validation ends: at the end of the epoch Lightning would call it after the Keeper.
-        early = EarlyStopping("valid_loss", patience=config.patience, check_on_train_epoch_end=False)
-        trainer = lightning.Trainer(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            strategy="auto" if config.devices == 1 else "ddp_spawn",
-            use_distributed_sampler=False,
-            max_epochs=config.max_epochs,
-            logger=LOGGERS[logs](folder),
-            callbacks=[early, *callbacks, Keeper(folder, early, started), *([EpochBar(early)] if progress else [])],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=progress,
-            log_every_n_steps=1,
-            num_sanity_val_steps=0,
-            reload_dataloaders_every_n_epochs=1,
-        )
-        # Lightning restores its epoch counter only from its own pickled checkpoints.
-        epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
-        trainer.fit_loop.epoch_progress.current.load_state_dict(epochs)
-        with warnings.catch_warnings():
-            hush_advice()
-            try:
-                trainer.fit(Fitting(model, config, data, threads))
-            except ProcessRaisedException as failed:
-                raise raised_elsewhere(failed) from failed
-            except SystemExit as stopped:  # Lightning's answer to Ctrl-C, which it also leaves switched off
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                raise KeyboardInterrupt from stopped
-    model, best_epoch = run.best_model(folder)
-    result = {
-        "epochs": resume_point(folder, config)[0],
-        "best_epoch": best_epoch,
-        "seconds": round(time.monotonic() - started, 1),
-        "metrics": [metric.as_dict() for metric in score_all(model, data)],
-        "scored": {name: sum(int(item[2].sum()) for item in data.splits[name].items) for name in ("valid", "test")},
-    }
-    run = replace(run, result=result)
-    run.save(folder)
-    return run
+        run = Run(data.info, model_config, config, libraries())
+        found = Run.load(folder) if (folder / "run.json").is_file() else run
+        if found.result is not None or (folder / "last.safetensors").is_file():  # else nothing of it was trained
+            found.same_as(run)
+        if found.result is not None and found.train == config:
+            return found
+        epoch, unfinished, seconds = resume_point(folder, config)
+        if found.result is not None and not unfinished:
+            return found
+        started = time.monotonic() - seconds
+        torch.set_num_threads(threads)
+        lightning.seed_everything(config.seed, verbose=False)
+        model = RecurrentModel(model_config)
+        set_normalisation(model, data)
+        run.save(folder)
+        if unfinished:
+            hush_hints()
+            # Judged when validation ends: at the end of the epoch Lightning would call it after the Keeper.
+            early = EarlyStopping("valid_loss", patience=config.patience, check_on_train_epoch_end=False)
+            trainer = lightning.Trainer(
+                accelerator=config.accelerator,
+                devices=config.devices,
+                strategy="auto" if config.devices == 1 else "ddp_spawn",
+                use_distributed_sampler=False,
+                max_epochs=config.max_epochs,
+                logger=LOGGERS[logs](folder),
+                callbacks=[early, *callbacks, Keeper(folder, early, started), *([EpochBar(early)] if progress else [])],
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=progress,
+                log_every_n_steps=1,
+                num_sanity_val_steps=0,
+                reload_dataloaders_every_n_epochs=1,
+            )
+            # Lightning restores its epoch counter only from its own pickled checkpoints.
+            epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
+            trainer.fit_loop.epoch_progress.current.load_state_dict(epochs)
+            with warnings.catch_warnings():
+                hush_advice()
+                try:
+                    trainer.fit(Fitting(model, config, data, threads))
+                except ProcessRaisedException as failed:
+                    raise raised_elsewhere(failed) from failed
+                except SystemExit as stopped:  # Lightning's answer to Ctrl-C, which it also leaves switched off
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                    raise KeyboardInterrupt from stopped
+        model, best_epoch = run.best_model(folder)
+        result = {
+            "epochs": resume_point(folder, config)[0],
+            "best_epoch": best_epoch,
+            "seconds": round(time.monotonic() - started, 1),
+            "metrics": [metric.as_dict() for metric in score_all(model, data)],
+            "scored": {name: sum(int(item[2].sum()) for item in data.splits[name].items) for name in ("valid", "test")},
+        }
+        run = replace(run, result=result)
+        run.save(folder)
+        return run
